@@ -1,0 +1,36 @@
+# Every target sets up what it needs; a finished set-up takes no time.
+PYTHON := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lab figures bench lint standin clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup:  ## .venv, the locked packages, the data
+	@sh ci/setup.sh
+
+demo: setup  ## the whole method on real images (about 10 minutes)
+	@$(PYTHON) -m igd_lib.demo
+
+test: lint  ## ruff, pytest, and every notebook at scale "smoke"
+	@$(PYTHON) -m pytest -q
+	@$(PYTHON) ci/smoke_notebooks.py
+
+lint: setup  ## ruff on code and notebooks
+	@$(PYTHON) -m ruff check .
+
+lab: setup  ## the notebooks in JupyterLab
+	@$(PYTHON) -m jupyter lab notebooks
+
+figures: setup  ## figures and tables from the saved results in paper_figures/data
+	@$(PYTHON) paper_figures/make_figures.py
+
+bench: setup  ## seconds an image, vanilla and guided, on this machine
+	@$(PYTHON) ci/bench/bench.py
+
+standin: setup  ## train the embedded stand-in again (about an hour), into out/standin
+	@$(PYTHON) -m igd_lib.standin fashion-mnist --out out/standin
+
+clean:  ## remove .venv and out
+	@rm -rf .venv out

@@ -1,0 +1,39 @@
+"""Runs every notebook at scale "smoke" under nbval, in a scratch folder; extra arguments go to pytest.
+
+The notebooks' own asserts decide: their outputs are stripped, so there is nothing to compare with.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
+
+from igd_lib.data import fashion_mnist_folder
+
+ROOT = Path(__file__).parents[1]
+
+
+def main(arguments: list[str]) -> int:
+    notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    if not notebooks:
+        print(f"no notebooks in {ROOT / 'notebooks'}", file=sys.stderr)
+        return 1
+    data = fashion_mnist_folder().parent  # before the cache moves
+    with tempfile.TemporaryDirectory() as scratch:
+        for path in notebooks:
+            notebook = parameterize_notebook(load_notebook_node(str(path)), {"scale": "smoke"})
+            nbformat.write(notebook, Path(scratch) / path.name)
+        environment = {**os.environ, "IGD_DATA": str(data), "IGD_CACHE": f"{scratch}/cache", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+        command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-cell-timeout", "600", "-q", "-p", "no:cacheprovider", "--rootdir", scratch, scratch]
+        return subprocess.run([*command, *arguments], cwd=scratch, env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

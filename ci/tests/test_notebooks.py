@@ -1,0 +1,66 @@
+"""Notebooks are stripped sources: one parameters cell, no logic, the kernel python3."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from ci.strip_notebooks import stripped
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.name)
+def notebook(request):
+    return request.param, json.loads(request.param.read_text())
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def test_there_are_notebooks():
+    assert len(NOTEBOOKS) >= 2
+
+
+def test_stripped(notebook):
+    path, _ = notebook
+    assert path.read_text() == stripped(path.read_text()), "run python ci/strip_notebooks.py"
+
+
+def test_kernel(notebook):
+    assert notebook[1]["metadata"]["kernelspec"]["name"] == "python3"
+
+
+def test_one_parameters_cell_first(notebook):
+    tagged = [index for index, cell in enumerate(code_cells(notebook[1])) if "parameters" in cell["metadata"].get("tags", [])]
+    assert tagged == [0]
+
+
+def test_parameters_are_commented_literals(notebook):
+    lines = [line.rstrip("\n") for line in code_cells(notebook[1])[0]["source"]]
+    names = {}
+    for line in lines:
+        assert re.search(r"  # \S", line), f"no trailing comment: {line}"
+        (assignment,) = ast.parse(line).body
+        assert isinstance(assignment, ast.AnnAssign), f"no type: {line}"
+        names[assignment.target.id] = ast.literal_eval(assignment.value)
+    assert names["scale"] == "auto"
+
+
+def test_no_logic(notebook):
+    cells = code_cells(notebook[1])
+    assert len(cells) <= 12
+    for cell in cells:
+        source = "".join(cell["source"])
+        assert not re.search(r"^\s*[!%]", source, re.M), source
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.For, ast.While)
+        assert not any(isinstance(node, kinds) for node in ast.walk(ast.parse(source))), source
+        assert len(source.splitlines()) <= 12, source
+
+
+def test_named_in_readme(notebook):
+    assert notebook[0].stem in (ROOT / "README.md").read_text()

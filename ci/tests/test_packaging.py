@@ -1,0 +1,61 @@
+"""One set of pins: the lock, environment.yml and pyproject.toml agree."""
+
+import tomllib
+from pathlib import Path
+
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import igd_lib
+from ci.make_environment import environment
+
+ROOT = Path(__file__).parents[2]
+LOCK = (ROOT / "requirements.lock").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def pins(lines):
+    found = {}
+    for line in lines:
+        requirement = Requirement(line)
+        (specifier,) = requirement.specifier
+        assert specifier.operator == "==", line
+        found[canonicalize_name(requirement.name)] = specifier.version
+    return found
+
+
+LOCKED = pins(line for line in LOCK.splitlines() if line and not line.startswith("#"))
+
+
+def test_environment_has_the_same_pins():
+    written = yaml.safe_load((ROOT / "environment.yml").read_text())
+    packages = written["dependencies"][-1]["pip"]
+    assert packages[-1] == "-e ."
+    assert pins(packages[:-1]) == LOCKED
+    assert (ROOT / "environment.yml").read_text() == environment(LOCK), "run python ci/make_environment.py"
+
+
+def test_torch_is_pinned_everywhere():
+    assert LOCKED["torch"] == "2.14.1"
+    assert LOCKED["torchvision"] == "0.29.1"
+    assert "torch==2.14.1" in PROJECT["dependencies"]
+    assert "torchvision==0.29.1" in PROJECT["dependencies"]
+
+
+def test_lock_satisfies_every_dependency():
+    extras = PROJECT["optional-dependencies"]
+    for line in PROJECT["dependencies"] + extras["dev"] + extras["bench"]:
+        requirement = Requirement(line)
+        assert LOCKED[canonicalize_name(requirement.name)] in requirement.specifier, line
+
+
+def test_running_versions_are_the_locked_ones():
+    from importlib.metadata import version
+
+    for name in ("torch", "torchvision", "diffusers", "timm", "papermill", "nbval"):
+        assert version(name).split("+")[0] == LOCKED[name]
+
+
+def test_version_is_in_the_changelog():
+    assert f"## {igd_lib.__version__}" in (ROOT / "CHANGELOG.md").read_text()

@@ -1,0 +1,95 @@
+"""Files that are whole or absent: atomic writes and safetensors training states.
+
+Every tensor the project stores is safetensors. A writer fills a temporary file beside the target,
+flushes it to disk and renames it, so a crash, a full disk or a kill never leaves half a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as _parse
+from safetensors.torch import save as _serialise
+from torch import Tensor, nn
+
+
+def write(path: str | Path, content: bytes | str | Callable[[Path], None]) -> Path:
+    """Write `content` (bytes, text, or a function that writes to the path it is given) atomically.
+
+    Raises OSError with the path and the cause in plain words when the folder cannot be written or
+    the disk is full; nothing is left behind.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        if callable(content):
+            content(temporary)
+        else:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        reason = error.strerror or str(error)
+        raise OSError(error.errno, f"cannot write {path}: {reason}. Free space or choose another folder") from error
+    except BaseException:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], **metadata: Any) -> Path:
+    """Write named tensors and JSON-able metadata as one safetensors file, atomically."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return write(path, _serialise(plain, metadata={"igd": json.dumps(metadata, sort_keys=True)}))
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote: (tensors, metadata). Raises ValueError naming a damaged file."""
+    path = Path(path)
+    raw = path.read_bytes()
+    try:
+        tensors = _parse(raw)
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    except Exception as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
+    return tensors, json.loads(header.get("__metadata__", {}).get("igd", "{}"))
+
+
+def save_training(path: str | Path, step: int, optimizer: torch.optim.Optimizer, **models: nn.Module) -> Path:
+    """Write the models, the optimiser's state and the number of finished steps."""
+    tensors = {f"{name}/{key}": value for name, model in models.items() for key, value in model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(value) for key, value in state.items() if value is not None}
+    # Shared storage cannot be written; copies can.
+    return save_tensors(path, {name: tensor.clone() for name, tensor in tensors.items()}, step=step)
+
+
+def load_training(path: str | Path, optimizer: torch.optim.Optimizer, **models: nn.Module) -> int:
+    """Restore what `save_training` wrote, in place; returns the number of finished steps, 0 without a file."""
+    if not Path(path).is_file():
+        return 0
+    tensors, metadata = load_tensors(path)
+    for name, model in models.items():
+        model.load_state_dict({key.split("/", 1)[1]: value for key, value in tensors.items() if key.startswith(f"{name}/")})
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer/"):
+            _, index, field = key.split("/")
+            state.setdefault(int(index), {})[field] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(metadata["step"])

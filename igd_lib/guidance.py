@@ -1,0 +1,71 @@
+"""The two guidance losses and the adaptive scale, as pure functions of tensors (Eq. 7, 8 and 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from igd_lib.surrogate import Checkpoints
+
+
+def sample_gradients(model: nn.Module, state: dict[str, Tensor], images: Tensor, targets: Tensor) -> Tensor:
+    """Each sample's own cross-entropy gradient: (B, P), in `model.parameters()` order; differentiable in images.
+
+    images: (B, 3, H, W) in [-1, 1]; targets: (B,) labels of `model`; state: a state dict of `model`.
+    """
+
+    def loss(parameters: dict[str, Tensor], image: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(model, (parameters, buffers), (image[None],)), target[None])
+
+    names = [name for name, _ in model.named_parameters()]
+    parameters = {name: state[name] for name in names}
+    buffers = {name: state[name] for name, _ in model.named_buffers()}
+    per_sample = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, images, targets)
+    return torch.cat([per_sample[name].flatten(1) for name in names], dim=1)
+
+
+def influence_loss(
+    images: Tensor, targets: Tensor, checkpoints: Checkpoints, gradients: Tensor, *, weights: Sequence[float] | None = None
+) -> Tensor:
+    """G_I (Eq. 7): one minus the cosine of a sample's and its class's gradients, averaged over checkpoints.
+
+    images: (B, 3, H, W) in [-1, 1]; targets: (B,) surrogate labels; gradients: (E, B, P), each sample's
+    own class average; weights: one a checkpoint (Eq. 7's learning rates), 1 by default. Returns (B,),
+    in [0, 2] for weights of mean 1. Raises ValueError when E differs between the arguments.
+    """
+    if len(gradients) != len(checkpoints.states):
+        raise ValueError(f"{len(checkpoints.states)} checkpoints, but class gradients of {len(gradients)}")
+    total = images.new_zeros(len(images))
+    for index, state in enumerate(checkpoints.states):
+        own = sample_gradients(checkpoints.model, state, images, targets)
+        weight = 1.0 if weights is None else weights[index]
+        total = total + weight * (1 - F.cosine_similarity(own, gradients[index], dim=1))
+    return total / len(checkpoints.states)
+
+
+def deviation_loss(latents: Tensor, memory: Sequence[Tensor]) -> Tensor:
+    """G_D (Eq. 8): cosine to the most similar earlier latent of the class; 0 for an empty memory.
+
+    latents: (B, C, h, w); memory: B tensors (M_b, C, h, w). Returns (B,) in [-1, 1].
+    """
+    losses = [
+        F.cosine_similarity(latent.flatten()[None], earlier.flatten(1), dim=1).max() if len(earlier) else latent.sum() * 0
+        for latent, earlier in zip(latents, memory, strict=True)
+    ]
+    return torch.stack(losses)
+
+
+def influence_scale(k: float, alpha_bar: float | Tensor, eps: Tensor, grad: Tensor, *, factor: float) -> Tensor:
+    """rho_t (Eq. 9): k * factor * sqrt(1 - alpha_bar) * ||eps|| / ||grad||, a value a sample.
+
+    eps, grad: (B, C, h, w). Returns (B, 1, 1, 1); 0 where the gradient is 0, so no guidance there.
+    """
+    norm = grad.flatten(1).norm(dim=1)
+    ratio = torch.where(norm > 0, eps.flatten(1).norm(dim=1) / norm.where(norm > 0, torch.ones_like(norm)), torch.zeros_like(norm))
+    return (k * factor * (1 - torch.as_tensor(alpha_bar)) ** 0.5 * ratio).reshape(-1, 1, 1, 1)

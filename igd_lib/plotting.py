@@ -1,0 +1,99 @@
+"""One style for every figure: fixed colours and markers a method, seeds as dots, mean and sd with n."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+from torch import Tensor
+
+STYLE = Path(__file__).parents[1] / "paper_figures" / "igd.mplstyle"
+# Okabe and Ito's colour-blind-safe palette.
+COLOURS = {
+    "Random": "#000000",
+    "DiT": "#0072B2",
+    "DiT, best cfg": "#56B4E9",
+    "DiT + G_I": "#CC79A7",
+    "DiT + G_D": "#009E73",
+    "DiT-IGD": "#D55E00",
+}
+MARKERS = {"Random": "s", "DiT": "o", "DiT, best cfg": "D", "DiT + G_I": "v", "DiT + G_D": "^", "DiT-IGD": "*"}
+
+
+def use_style() -> None:
+    """Apply the project's matplotlib style."""
+    if STYLE.is_file():
+        plt.style.use(STYLE)
+
+
+def save(figure: Figure, path: str | Path) -> list[Path]:
+    """Write PDF, SVG and PNG beside each other with reproducible bytes; returns the three paths."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = []
+    for suffix, metadata in (("pdf", {"CreationDate": None}), ("svg", {"Date": None}), ("png", {"Software": None})):
+        written.append(path.with_suffix(f".{suffix}"))
+        figure.savefig(written[-1], metadata=metadata)
+    return written
+
+
+def keep(figure: Figure, folder: str, name: str) -> Figure:
+    """Save a figure as `folder/name` when a folder is given; returns it for display and closes it."""
+    if folder:
+        save(figure, Path(folder) / name)
+    plt.close(figure)
+    return figure
+
+
+def scores(rows: pd.DataFrame, *, title: str, label: str = "top-1 accuracy (%)") -> Figure:
+    """Every seed as a dot, mean and sd beside them, a column a method."""
+    methods = list(dict.fromkeys(rows.method))
+    figure, axes = plt.subplots(figsize=(1.1 * len(methods) + 1.2, 3.2), layout="constrained")
+    for position, method in enumerate(methods):
+        values = rows[rows.method == method].value
+        colour, marker = COLOURS.get(method, "#777777"), MARKERS.get(method, "o")
+        axes.plot([position - 0.13] * len(values), values, marker, color=colour, alpha=0.45, markersize=5, linestyle="none")
+        sd = values.std() if len(values) > 1 else 0.0
+        axes.errorbar(position + 0.13, values.mean(), yerr=sd, fmt=marker, color=colour, markersize=8, capsize=3)
+    axes.set_xticks(range(len(methods)), methods)
+    axes.set_xlim(-0.5, len(methods) - 0.5)
+    axes.set_ylabel(label)
+    counts = sorted({int((rows.method == method).sum()) for method in methods})
+    axes.set_title(f"{title}\n(mean and sd over n = {', '.join(map(str, counts))} generation seeds)")
+    return figure
+
+
+def gallery(columns: Mapping[str, Tensor], *, titles: Sequence[str], title: str) -> Figure:
+    """A row a method, a column a noise: `columns[method]` is uint8 (n, 3, H, W), `titles` one a column."""
+    count = len(titles)
+    figure, axes = plt.subplots(len(columns), count, figsize=(0.72 * count + 1.3, 0.78 * len(columns) + 0.55), layout="constrained", squeeze=False)
+    for row, (method, images) in zip(axes, columns.items(), strict=True):
+        for index, axis in enumerate(row):
+            axis.imshow(images[index].permute(1, 2, 0).numpy(), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            if row is axes[0]:
+                axis.set_title(titles[index], fontsize=7)
+        row[0].set_ylabel(method, rotation=0, ha="right", va="center", color=COLOURS.get(method, "#333333"))
+    figure.suptitle(title)
+    return figure
+
+
+def similarities(epochs: Sequence[float], curves: Mapping[str, Sequence[float]], *, threshold: float) -> Figure:
+    """Algorithm 2's similarity to the last kept checkpoint; kept checkpoints are filled."""
+    figure, axes = plt.subplots(figsize=(5.2, 3.0), layout="constrained")
+    for (name, values), colour, marker in zip(curves.items(), ("#D55E00", "#0072B2"), ("o", "s"), strict=False):
+        kept = [value < threshold for value in values]
+        shown = [1.0 if value == float("-inf") else value for value in values]  # the first has nothing to compare with
+        axes.plot(epochs[1:], shown[1:], color=colour, linewidth=1, label=name)
+        for epoch, value, keep in list(zip(epochs, shown, kept, strict=True))[1:]:
+            axes.plot(epoch, value, marker, color=colour, markerfacecolor=colour if keep else "white", markersize=5)
+    axes.axhline(threshold, color="#777777", linewidth=0.8, linestyle="--")
+    axes.annotate(f"threshold {threshold}", (epochs[-1], threshold), textcoords="offset points", xytext=(0, 3), ha="right", fontsize=7)
+    axes.set(xlabel="epoch", ylabel="cosine to the last kept")
+    axes.set_title("Algorithm 2: filled = kept (epoch 0 always is)")
+    axes.legend(frameon=False)
+    return figure

@@ -1,0 +1,34 @@
+"""Progress that suits where it is shown: a bar in JupyterLab, plain lines in a headless run."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+def progress(items: Sequence[Item], label: str, every: float = 10.0) -> Iterator[Item]:
+    """Iterate, saying how far it is: `label 3/10, 12 s, 28 s left`, at most one line in `every` seconds.
+
+    A terminal gets a bar. `IGD_QUIET=1` silences it.
+    """
+    if os.environ.get("IGD_QUIET"):
+        yield from items
+        return
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(items, desc=label, leave=False)
+        return
+    started = said = time.monotonic()
+    for index, item in enumerate(items):
+        yield item
+        now = time.monotonic()
+        if now - said >= every:
+            said = now
+            done, spent = index + 1, now - started
+            print(f"{label} {done}/{len(items)}, {spent:.0f} s, {spent / done * (len(items) - done):.0f} s left", flush=True)
