@@ -121,13 +121,15 @@ def distill(
     ids = list(range(len(dataset.classes))) if label_ids is None else [int(i) for i in label_ids]
     if len(ids) != len(dataset.classes):
         raise ValueError(f"label_ids has one id a class: {len(dataset.classes)}, got {len(ids)}")
+    remember = guidance is not None and guidance.gamma > 0
+    influence = guidance is not None and guidance.k > 0
     settings = {
         "guidance": None if guidance is None else asdict(guidance),
         "fidelity": asdict(fidelity),
         "cfg_scale": cfg_scale,
         "num_steps": num_steps,
         "jacobian": jacobian,
-        "checkpoint_epochs": None if checkpoints is None or guidance is None else list(checkpoints.epochs),
+        "checkpoint_epochs": list(checkpoints.epochs) if influence and checkpoints is not None else None,
         "scheduler": type(pipe.scheduler_for(fidelity)).__name__,
         "model": {key: value for key, value in pipe.transformer.config.items() if not key.startswith("_")},
     }
@@ -144,8 +146,6 @@ def distill(
             "settings": json.loads(json.dumps(settings)),
         },
     )
-    remember = guidance is not None and guidance.gamma > 0
-    influence = guidance is not None and guidance.k > 0
     together = batch_classes or max(1, min(len(selected), 50))
     chunks = [selected[i : i + together] for i in range(0, len(selected), together)]
     rounds = 1 if remember else max(1, 100 // together)  # without a memory, images of a class are independent too

@@ -32,16 +32,25 @@ class Score:
 
 
 def evaluate(
-    distilled: DistilledSet | ImageData, dataset: ImageData, *, network: str, protocol: Protocol, seed: int, device: str | None = None
+    distilled: DistilledSet | ImageData,
+    dataset: ImageData,
+    *,
+    network: str,
+    protocol: Protocol,
+    seed: int,
+    device: str | None = None,
+    mixed_precision: bool | None = None,
 ) -> Score:
     """Train `network` on `distilled` under `protocol`, test on `dataset`; both best and last top-1.
 
+    mixed_precision: bfloat16 autocast; by default where the processor multiplies bfloat16 natively.
     Raises ValueError when the two class orders differ (naming the first difference) and
     FloatingPointError on a non-finite loss.
     """
     train = distilled.data() if isinstance(distilled, DistilledSet) else distilled
     check_class_order(train.classes, dataset.classes)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    mixed = has_bfloat16(device) if mixed_precision is None else mixed_precision
     started = time.monotonic()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -58,7 +67,8 @@ def evaluate(
         for images, labels in train.batches(protocol.batch_size, generator):
             inputs = augment(_pixels(images, protocol.image_size, device), protocol, generator)
             inputs, other, share = cutmix(_normalise(inputs, protocol), labels.to(device), protocol.cutmix, generator)
-            logits = model(inputs)
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed):
+                logits = model(inputs).float()
             loss = share * F.cross_entropy(logits, labels.to(device)) + (1 - share) * F.cross_entropy(logits, other)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"{network}: loss is {loss.item()} in epoch {epoch}; lower lr ({protocol.lr})")
@@ -67,12 +77,21 @@ def evaluate(
             optimizer.step()
         schedule.step()
         if epoch in tests or epoch == epochs:
-            last = accuracy(model, dataset, protocol)
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed):
+                last = accuracy(model, dataset, protocol)
             if last > best:
                 best, best_epoch = last, epoch
     seconds = time.monotonic() - started
     reported = best if protocol.reported == "best" else last
     return Score(last, best, best_epoch, epochs, seconds, protocol.name, network, seed, reported)
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether the device has bfloat16 matrix products, which make training two to three times as fast."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def check_class_order(ours: tuple[str, ...], theirs: tuple[str, ...]) -> None:
