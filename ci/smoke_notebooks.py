@@ -15,7 +15,7 @@ import nbformat
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from igd_lib.data import fashion_mnist_folder
+from igd_lib.config import data_dir
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,13 +25,15 @@ def main(arguments: list[str]) -> int:
     if not notebooks:
         print(f"no notebooks in {ROOT / 'notebooks'}", file=sys.stderr)
         return 1
-    data = fashion_mnist_folder().parent  # before the cache moves
+    data = data_dir().resolve()  # before the cache moves
     with tempfile.TemporaryDirectory() as scratch:
         for path in notebooks:
             notebook = parameterize_notebook(load_notebook_node(str(path)), {"scale": "smoke"})
             nbformat.write(notebook, Path(scratch) / path.name)
         environment = {**os.environ, "IGD_DATA": str(data), "IGD_CACHE": f"{scratch}/cache", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-        command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-cell-timeout", "600", "-q", "-p", "no:cacheprovider", "--rootdir", scratch, scratch]
+        # The kernel is this Python's own, whatever other kernelspecs the machine has.
+        nbval = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout", "600"]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *nbval, "--rootdir", scratch, scratch]
         return subprocess.run([*command, *arguments], cwd=scratch, env=environment, check=False).returncode
 
 

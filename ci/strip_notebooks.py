@@ -15,6 +15,7 @@ def stripped(text: str) -> str:
     notebook = json.loads(text)
     notebook["metadata"] = METADATA
     for cell in notebook["cells"]:
+        cell["source"] = "".join(cell["source"]).splitlines(keepends=True)
         tags = cell["metadata"].get("tags")
         cell["metadata"] = {"tags": tags} if tags else {}
         if cell["cell_type"] == "code":

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from ci.strip_notebooks import stripped
@@ -31,6 +32,12 @@ def test_stripped(notebook):
     assert path.read_text() == stripped(path.read_text()), "run python ci/strip_notebooks.py"
 
 
+def test_valid_with_unique_cell_ids(notebook):
+    nbformat.validate(notebook[1])
+    ids = [cell.get("id") for cell in notebook[1]["cells"]]
+    assert all(ids) and len(set(ids)) == len(ids)
+
+
 def test_kernel(notebook):
     assert notebook[1]["metadata"]["kernelspec"]["name"] == "python3"
 
@@ -41,7 +48,7 @@ def test_one_parameters_cell_first(notebook):
 
 
 def test_parameters_are_commented_literals(notebook):
-    lines = [line.rstrip("\n") for line in code_cells(notebook[1])[0]["source"]]
+    lines = "".join(code_cells(notebook[1])[0]["source"]).splitlines()
     names = {}
     for line in lines:
         assert re.search(r"  # \S", line), f"no trailing comment: {line}"
@@ -63,4 +70,4 @@ def test_no_logic(notebook):
 
 
 def test_named_in_readme(notebook):
-    assert notebook[0].stem in (ROOT / "README.md").read_text()
+    assert notebook[0].name in (ROOT / "README.md").read_text()

@@ -41,6 +41,12 @@ def test_torch_is_pinned_everywhere():
     assert LOCKED["torchvision"] == "0.29.1"
     assert "torch==2.14.1" in PROJECT["dependencies"]
     assert "torchvision==0.29.1" in PROJECT["dependencies"]
+    environment_yml = (ROOT / "environment.yml").read_text()
+    assert "'torch==2.14.1'" in environment_yml and "'torchvision==0.29.1'" in environment_yml
+
+
+def test_lock_names_no_place():
+    assert not [line for line in LOCK.splitlines() if line.startswith("-") or "://" in line or " @ " in line]
 
 
 def test_lock_satisfies_every_dependency():
