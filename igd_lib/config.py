@@ -149,7 +149,9 @@ class Protocol:
         if self.epochs is not None:
             return self.epochs
         epochs = next(count for limit, count in self.epochs_by_ipc if ipc <= limit)
-        return epochs * 2 // 3 // 100 * 100 if num_classes == 100 else epochs
+        if num_classes != 100:
+            return epochs
+        return epochs * 2 // 3 // 100 * 100 or epochs * 2 // 3
 
 
 _HALF = (0.5, 0.5, 0.5)

@@ -177,6 +177,8 @@ def read_image(path: str | Path, size: int) -> Tensor:
     """
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I;16"):  # PIL would clip 16 bits to white
+                image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
             image = image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"cannot read the image {path}: {error}; replace or remove it") from error
@@ -206,7 +208,7 @@ def fashion_mnist_folder(root: str | Path | None = None) -> Path:
     downloaded and unpacked with apt-get and dpkg-deb, torchvision's download.
     """
     own = Path(root) if root is not None else data_dir() / "fashion-mnist"
-    for folder in (own, own.parent / "FashionMNIST" / "raw", FASHION_SYSTEM):
+    for folder in (own,) if root is not None else (own, own.parent / "FashionMNIST" / "raw", FASHION_SYSTEM):
         if all(_idx_file(folder, name) for name in FASHION_FILES):
             return folder
     if root is not None:

@@ -118,11 +118,17 @@ def distill(
     selected = list(range(len(dataset.classes))) if classes is None else [int(c) for c in classes]
     if not selected or min(selected) < 0 or max(selected) >= len(dataset.classes):
         raise ValueError(f"classes are labels 0 ... {len(dataset.classes) - 1}, got {selected}")
+    if len(set(selected)) < len(selected):
+        raise ValueError(f"classes names a label twice: {selected}")
     ids = list(range(len(dataset.classes))) if label_ids is None else [int(i) for i in label_ids]
     if len(ids) != len(dataset.classes):
         raise ValueError(f"label_ids has one id a class: {len(dataset.classes)}, got {len(ids)}")
     remember = guidance is not None and guidance.gamma > 0
     influence = guidance is not None and guidance.k > 0
+    if influence and checkpoints is None:
+        raise ValueError("k > 0 needs checkpoints")
+    if guidance is not None and guidance.guided_range[0] >= num_steps:
+        raise ValueError(f"guided_range {guidance.guided_range} lies outside the {num_steps} steps: nothing would be guided")
     settings = {
         "guidance": None if guidance is None else asdict(guidance),
         "fidelity": asdict(fidelity),
@@ -151,7 +157,7 @@ def distill(
     rounds = 1 if remember else max(1, 100 // together)  # without a memory, images of a class are independent too
     for number, chunk in enumerate(chunks):
         finished = {label: out.finished(label) for label in chunk}
-        memory = {label: list(out.latents(label, finished[label])) if remember else [] for label in chunk}
+        memory = {label: list(out.latents(label, finished[label]).to(pipe._execution_device)) if remember else [] for label in chunk}
         if all(count == ipc for count in finished.values()):
             continue
         if not influence:

@@ -25,6 +25,7 @@ class Score:
     best_epoch: int
     epochs: int
     seconds: float
+    precision: str  # "bfloat16" where the forward pass was autocast, else "float32"
     protocol: str
     network: str
     seed: int
@@ -60,7 +61,8 @@ def evaluate(
     epochs = protocol.epochs_for(ipc, len(dataset.classes))
     optimizer = make_optimizer(model, protocol)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [int(epochs * share) for share in protocol.milestones], protocol.lr_decay)
-    tests = {round(epochs * (i + 1) / protocol.evaluations) for i in range(min(protocol.evaluations, epochs))}
+    count = min(protocol.evaluations, epochs)
+    tests = {round(epochs * (i + 1) / count) for i in range(count)}
     best, best_epoch, last = -1.0, 0, 0.0
     for epoch in range(1, epochs + 1):
         model.train()
@@ -83,13 +85,13 @@ def evaluate(
                 best, best_epoch = last, epoch
     seconds = time.monotonic() - started
     reported = best if protocol.reported == "best" else last
-    return Score(last, best, best_epoch, epochs, seconds, protocol.name, network, seed, reported)
+    return Score(last, best, best_epoch, epochs, seconds, "bfloat16" if mixed else "float32", protocol.name, network, seed, reported)
 
 
 def has_bfloat16(device: str) -> bool:
     """Whether the device has bfloat16 matrix products, which make training two to three times as fast."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
@@ -151,7 +153,8 @@ def augment(pixels: Tensor, protocol: Protocol, generator: torch.Generator) -> T
 
     # RandomResizedCrop: area share in crop_scale, aspect ratio log-uniform in [3/4, 4/3].
     area, ratio = uniform(*protocol.crop_scale), uniform(-0.28768, 0.28768).exp()
-    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    ratio = torch.minimum(torch.maximum(ratio, area), 1 / area)  # neither side longer than the image's, at the drawn area
+    width, height = (area * ratio).sqrt(), (area / ratio).sqrt()
     x, y = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
     mirror = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0) if protocol.flip else torch.ones(count, device=device)
     zero = torch.zeros_like(x)

@@ -205,10 +205,11 @@ class Experiment:
 
     def accuracy_rows(self, sets: Mapping[tuple[str, int], Any], ipc: int, network: str) -> pd.DataFrame:
         """Top-1 of a network trained on every set (training seed = generation seed), a row a set."""
-        rows = []
+        rows = []  # the device names the precision too: it depends on the processor
         for (method, seed), images in progress(list(sets.items()), "evaluate, set", every=20):
             score: Score = evaluate(images, self.test, network=network, protocol=self.protocol, seed=seed, device=self.device)
-            rows.append(self.row(method, ipc, seed, "top1", score.reported, score.seconds, network))
+            row = self.row(method, ipc, seed, "top1", score.reported, score.seconds, network)
+            rows.append(replace(row, device=f"{row.device}, {score.precision}"))
         return results.frame(rows)
 
     def save(self, *frames: pd.DataFrame, folder: str = "") -> None:
@@ -243,6 +244,8 @@ def prepare(artefact: str, dataset: str, scale: str = "auto", *, fidelity: Fidel
     """
     if scale not in SCALES:
         raise ValueError(f"scale is one of {', '.join(SCALES)}, got {scale!r}")
+    if dataset not in DATASETS:
+        raise ValueError(f"unknown data set {dataset!r}; known: {', '.join(sorted(DATASETS))}")
     missing = missing_for_paper(dataset)
     if scale == "paper" and missing:
         raise FileNotFoundError("scale='paper' lacks:\n" + "\n".join(f"- {line}" for line in missing))

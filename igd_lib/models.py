@@ -85,6 +85,8 @@ def network(name: str, *, num_classes: int, image_size: int, in_channels: int = 
     """
     if match := re.fullmatch(r"convnet(\d+)", name):
         return ConvNet(int(match[1]), num_classes, image_size, in_channels)
+    if name in ("resnetap10", "resnet18") and (image_size < 64 if name == "resnetap10" else image_size <= 32):
+        raise ValueError(f"{name} shrinks the image 32 times, so that its last normalisation sees one pixel; {image_size} px are too few")
     if name == "resnetap10":
         return ResNet((1, 1, 1, 1), True, num_classes, in_channels)
     if name == "resnet18":

@@ -119,7 +119,7 @@ def sample_igd(
             else:
                 eps, _, _, variance = denoise(z_t, timestep)
 
-            if guided and guidance.gamma > 0 and memory is not None:
+            if guided and guidance.gamma > 0:
                 with torch.enable_grad():
                     z = z_t.detach().requires_grad_()
                     deviation = deviation_loss(z, memory)
@@ -158,8 +158,8 @@ def _check(transformer, scheduler, latents, labels, targets, guidance, checkpoin
                 f"targets are ({size},) and gradients ({len(checkpoints.states)}, {size}, P), "
                 f"got {tuple(targets.shape)} and {tuple(gradients.shape)}"
             )
-    if guidance.gamma > 0 and memory is not None and len(memory) != size:
-        raise ValueError(f"memory has one entry a sample: {size}, got {len(memory)}")
+    if guidance.gamma > 0 and (memory is None or len(memory) != size):
+        raise ValueError(f"gamma > 0 needs memory, one tensor (M, C, h, w) a sample (M = 0 at first): {size}, got {memory and len(memory)}")
 
 
 @contextmanager

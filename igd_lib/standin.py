@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -216,6 +217,7 @@ def build(name: str, out: str | Path, *, recipe: StandIn | None = None, root: st
         "id2label": {str(label): name for label, name in enumerate(data.classes)},
     }
     files.write(out / "model_index.json", json.dumps(index, indent=2) + "\n")
+    shutil.rmtree(work)
     files.write(out / "training.json", json.dumps({"recipe": asdict(recipe), "images": len(data), "last_loss": loss}, indent=2) + "\n")
     return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -150,6 +151,8 @@ def checkpoint_similarities(
     reference: Tensor | None = None
     for gradient in gradients:
         value = float("-inf") if reference is None else _similarity(gradient, reference, similarity)
+        if math.isnan(value):
+            raise FloatingPointError(f"Algorithm 2: the similarity at checkpoint {len(values)} is not a number; its gradients are not finite")
         values.append(value)
         if value < threshold:
             reference = gradient

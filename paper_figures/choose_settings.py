@@ -24,8 +24,8 @@ def candidates(stage: str, setup: experiment.Experiment) -> list[experiment.Meth
         return [experiment.Method(f"cfg {cfg}", cfg_scale=cfg) for cfg in (1.0, 1.5, 2.0, 3.0, 4.0)]
     if stage == "gamma":
         scale = 256 / 4096
-        return [experiment.Method(f"gamma {gamma}", replace(guidance, k=0.0, gamma=gamma * scale)) for gamma in (30, 60, 120, 240)]
-    return [experiment.Method(f"k {k}", replace(guidance, k=k)) for k in (0.0, 1.0, 5.0, 15.0)]
+        return [experiment.Method(f"gamma {gamma}", replace(guidance, k=0.0, gamma=gamma * scale)) for gamma in (60, 120, 240)]
+    return [experiment.Method(f"k {k}", replace(guidance, k=k)) for k in (1.0, 5.0, 20.0)]
 
 
 def main() -> None:

@@ -1,0 +1,158 @@
+"""Fixtures of the whole suite: folders of its own, real images, the stand-in, and tiny random models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
+
+import reference
+from igd_lib import data, standin
+from igd_lib.config import cache_dir, data_dir
+from igd_lib.models import ConvNet
+from igd_lib.sampler import IGDPipeline
+from igd_lib.surrogate import Checkpoints
+
+FOUND_DATA, FOUND_CACHE = data_dir(), cache_dir()  # before any test redirects them
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory) -> Path:
+    """Nothing a test writes reaches the user's cache; data sets are still found where they were."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("IGD_CACHE", str(folder))
+    monkeypatch.setenv("IGD_DATA", str(FOUND_DATA))
+    monkeypatch.setenv("IGD_QUIET", "1")
+    return folder
+
+
+# --- real images and the stand-in
+
+
+@pytest.fixture(scope="session")
+def fashion_folder() -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IGD_DATA", str(FOUND_DATA))
+        return data.fashion_mnist_folder()
+
+
+def _fashion(folder: Path, split: str) -> data.ImageData:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IGD_DATA", str(FOUND_DATA))
+        return data.load("fashion-mnist", split)
+
+
+@pytest.fixture(scope="session")
+def fashion_train(fashion_folder):
+    return _fashion(fashion_folder, "train")
+
+
+@pytest.fixture(scope="session")
+def fashion_test(fashion_folder):
+    return _fashion(fashion_folder, "test")
+
+
+@pytest.fixture
+def only_fashion(monkeypatch, tmp_path, fashion_folder) -> None:
+    """A machine with Fashion-MNIST and nothing of the paper's: no images, no weights, no GPU."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def absent(*_, **__):
+        raise LocalEntryNotFoundError("not here")
+
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "fashion-mnist").symlink_to(fashion_folder)
+    monkeypatch.setenv("IGD_DATA", str(folder))
+    monkeypatch.delenv("IGD_ALLOW_CPU", raising=False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(scope="session")
+def standin_pipe() -> IGDPipeline:
+    pipe = IGDPipeline.from_pretrained(standin.path("fashion-mnist"))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+# --- tiny random models
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Factory: a random two-layer DiT, a random autoencoder (latents 4 x 8 x 8 of 16 px) and schedulers."""
+
+    def make(num_classes: int = 1000, out_channels: int = 4, dtype: torch.dtype = torch.float32) -> SimpleNamespace:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            transformer = DiTTransformer2DModel(
+                num_attention_heads=2,
+                attention_head_dim=8,
+                in_channels=4,
+                out_channels=out_channels,
+                num_layers=2,
+                sample_size=8,
+                patch_size=2,
+                num_embeds_ada_norm=num_classes,
+            )
+            vae = AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2,
+                block_out_channels=(8, 8),
+                layers_per_block=1,
+                latent_channels=4,
+                norm_num_groups=4,
+                sample_size=16,
+                scaling_factor=0.7,  # not 1, so that a forgotten factor shows
+            )
+        if dtype == torch.float64:
+            transformer, vae = transformer.double(), vae.double()
+        # A weak noise schedule (alpha_bar_T = 0.08): a random model's latents then stay of order 1.
+        schedule = dict(beta_schedule="linear", beta_end=0.005, clip_sample=False)
+        return SimpleNamespace(
+            transformer=transformer.eval(),
+            vae=vae.eval(),
+            ddim=DDIMScheduler(**schedule),
+            ddpm=DDPMScheduler(timestep_spacing="linspace", **schedule),
+        )
+
+    return make
+
+
+@pytest.fixture
+def tiny_pipe(tiny) -> IGDPipeline:
+    """The tiny models as a pipeline of 10 classes."""
+    models = tiny(num_classes=10)
+    pipe = IGDPipeline(models.transformer, models.vae, models.ddpm)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def toy():
+    """Factory: three checkpoints of a ConvNet of 3 classes at 16 px, with unequal rates, and (3, 3, P) class gradients."""
+
+    def make(dtype: torch.dtype = torch.float32) -> SimpleNamespace:
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            models = [ConvNet(2, 3, 16, width=8).to(dtype).eval() for _ in range(3)]
+            images = torch.rand(3, 4, 3, 16, 16, dtype=dtype) * 2 - 1  # four images of each class
+        states = [model.state_dict() for model in models]
+        checkpoints = Checkpoints(models[0], [dict(state) for state in states], [0.0, 1.0, 2.0], [0.01, 0.02, 0.03])
+        gradients = [[reference.class_gradient(models[0], state, images[c], c) for c in range(3)] for state in states]
+        return SimpleNamespace(checkpoints=checkpoints, gradients=torch.stack([torch.stack(row) for row in gradients]))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def toy_data() -> data.ImageData:
+    """Random images at 16 px: 3 classes, 6 each."""
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randint(0, 256, (18, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    return data.from_tensors("toy", "train", ("a", "b", "c"), images, torch.arange(3).repeat(6))

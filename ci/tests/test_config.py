@@ -1,0 +1,131 @@
+"""Settings check themselves, and agree with the paper and its released code."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from igd_lib.config import (
+    DATASETS,
+    IGD_HARD,
+    PAPER,
+    RELEASED,
+    Fidelity,
+    Guidance,
+    Protocol,
+    cache_dir,
+    data_dir,
+    preset,
+)
+
+
+def test_guided_range_covers_16_of_50_steps():
+    assert [i for i in range(50) if Guidance().covers(i)] == list(range(30, 46))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guided_range": (45, 30)}, "did you swap"),
+        ({"guided_range": (-1, 30)}, "guided_range"),
+        ({"k": -1.0}, "at least 0"),
+        ({"gamma": -0.1}, "at least 0"),
+    ],
+)
+def test_bad_guidance_raises(options, message):
+    with pytest.raises(ValueError, match=message):
+        Guidance(**options)
+
+
+def test_guidance_read_from_json_is_equal():
+    assert Guidance(5.0, 120.0, [30, 45]) == Guidance()
+
+
+def test_gamma_scales_with_the_latents():
+    """The gradient of a cosine shrinks like 1 / ||z||, so gamma goes with the number of latent values."""
+    assert Guidance(5.0, 120.0, (1, 2)).for_latents(256) == Guidance(5.0, 7.5, (1, 2))
+    assert Guidance().for_latents(4096) == Guidance()
+
+
+@pytest.mark.parametrize("field", ["cfg_channels", "memory_size", "gradient_images"])
+def test_bad_fidelity_raises(field):
+    with pytest.raises(ValueError, match=field):
+        Fidelity(**{field: 0})
+
+
+def test_paper_and_released_code():
+    assert Fidelity() == RELEASED
+    assert Fidelity("ddpm", "linspace", 3, 0.0015, "combined", False, 64, 200, "per_class") == RELEASED
+    assert Fidelity("ddim", "leading", None, 1.0, "conditional", False, None, None, "mean") == PAPER
+
+
+@pytest.mark.parametrize(
+    ("dataset", "backbone", "expected"),
+    [
+        ("imagenette", "dit", [(5, 50), (5, 120), (5, 120)]),
+        ("imagewoof", "dit", [(5, 50), (5, 120), (5, 120)]),
+        ("imagenet", "dit", [(5, 120), (5, 120), (5, 120)]),
+        ("imagenette", "minimax", [(15, 10), (15, 10), (15, 10)]),
+        ("imagewoof", "minimax", [(10, 50), (10, 100), (10, 100)]),
+        ("imagenet", "minimax", [(10, 100), (10, 100), (10, 100)]),
+    ],
+)
+def test_table_12(dataset, backbone, expected):
+    assert [preset(dataset, backbone, ipc) for ipc in (10, 50, 100)] == [Guidance(float(k), float(gamma)) for k, gamma in expected]
+    assert preset(dataset, backbone, 1) == preset(dataset, backbone, 10)
+    assert preset(dataset, backbone, 99) == preset(dataset, backbone, 50)
+
+
+def test_no_preset_raises():
+    with pytest.raises(KeyError, match="imagenette"):
+        preset("cifar10")
+
+
+# --- protocols
+
+
+@pytest.mark.parametrize(
+    ("ipc", "ten", "hundred"),
+    [(1, 3000, 2000), (10, 2000, 1300), (20, 1500, 1000), (50, 1500, 1000), (100, 1000, 600), (200, 1000, 600), (500, 500, 300), (1000, 300, 200)],
+)
+def test_epochs_by_ipc(ipc, ten, hundred):
+    """Minimax's table; at 100 classes two thirds of it, rounded down to hundreds."""
+    assert IGD_HARD.epochs_for(ipc, 10) == ten
+    assert IGD_HARD.epochs_for(ipc, 100) == hundred
+    assert IGD_HARD.epochs_for(ipc, 1000) == ten
+
+
+def test_fixed_epochs_win():
+    assert replace(IGD_HARD, epochs=7).epochs_for(10, 100) == 7
+
+
+@pytest.mark.parametrize("epochs", [3000, 2000, 1500, 1300, 1000, 600, 500, 300, 200, 120])
+def test_milestones_at_two_thirds_and_five_sixths(epochs):
+    """No rounding of 2/3 or 5/6 moves a milestone by an epoch."""
+    assert [int(epochs * share) for share in IGD_HARD.milestones] == [epochs * 2 // 3, epochs * 5 // 6]
+
+
+def test_igd_protocol():
+    assert Protocol(
+        "igd-hard", 256, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "adamw", 1e-3, 0.01, batch_size=64, crop_scale=(0.5, 1.0), flip=True,
+        jitter=0.4, lighting=0.1, cutmix=1.0, evaluations=100, reported="best",
+    ) == IGD_HARD  # fmt: skip
+
+
+# --- data sets and folders
+
+
+def test_data_specs_are_consistent():
+    for name, spec in DATASETS.items():
+        assert spec.name == name
+        assert not spec.classes or len(spec.classes) == len(spec.label_ids) == len(set(spec.label_ids))
+
+
+def test_folders_come_from_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("IGD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("IGD_DATA")
+    assert (cache_dir(), data_dir()) == (tmp_path / "cache", tmp_path / "cache" / "data")
+    monkeypatch.setenv("IGD_DATA", "~/pictures")
+    assert data_dir() == Path.home() / "pictures"
+    monkeypatch.delenv("IGD_CACHE")
+    assert cache_dir() == Path.home() / ".cache" / "igd"

@@ -1,0 +1,325 @@
+"""The class x IPC loop: resume, memory, batches of classes, and refusals."""
+
+import errno
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from igd_lib import distill as module
+from igd_lib.config import RELEASED, Guidance
+from igd_lib.data import to_uint8
+from igd_lib.distill import DistilledSet, distill, image_generator
+from igd_lib.surrogate import all_class_gradients, class_gradients
+
+GUIDANCE = Guidance(k=5.0, gamma=30.0, guided_range=(1, 4))
+
+
+@pytest.fixture
+def run(tiny_pipe, toy, toy_data, tmp_path):
+    """Factory: distil 3 images of each of the toy's 3 classes into a folder of `tmp_path`, in 6 steps."""
+
+    def run(folder="set", **changes):
+        options = dict(ipc=3, guidance=GUIDANCE, checkpoints=toy().checkpoints, num_steps=6, label_ids=(4, 0, 9))
+        return distill(tiny_pipe, toy_data, out_dir=tmp_path / folder, **(options | changes))
+
+    return run
+
+
+def pixels(found: DistilledSet):
+    return torch.stack([found.images(label) for label in found.selected])
+
+
+def latents(found: DistilledSet):
+    return torch.stack([found.latents(label) for label in found.selected])
+
+
+def assert_same_pixels(a: DistilledSet, b: DistilledSet) -> None:
+    """Equal but for the rounding of a few pixels, since sums in other batches end in other last bits."""
+    difference = (pixels(a).int() - pixels(b).int()).abs()
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
+
+
+def temporary_files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
+
+
+# --- what is on disk
+
+
+def test_a_finished_set(run, tiny_pipe, tmp_path):
+    found = run()
+    assert [found.finished(label) for label in range(3)] == [3, 3, 3]
+    data = found.data()
+    assert data.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] and data.classes == ("a", "b", "c")
+    images = data.fetch(torch.arange(9))
+    assert images.shape == (9, 3, 16, 16) and images.dtype == torch.uint8
+    assert len({image.numpy().tobytes() for image in images}) == 9
+    # Pixels are the decoded latents; PNG keeps them exactly.
+    torch.testing.assert_close(images[3:6].int(), to_uint8(tiny_pipe.decode(found.latents(1))).int(), rtol=0, atol=1)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "set/images/00001/00002.png")), images[5].permute(1, 2, 0).numpy())
+    assert not temporary_files(tmp_path)
+
+
+def test_the_manifest_says_how_it_was_made(run):
+    manifest = run(seed=3).manifest
+    assert manifest["classes"] == ["a", "b", "c"] and manifest["label_ids"] == [4, 0, 9] and manifest["seed"] == 3
+    assert manifest["settings"]["guidance"] == {"k": 5.0, "gamma": 30.0, "guided_range": [1, 4]}
+    assert manifest["settings"]["fidelity"]["rho_factor"] == RELEASED.rho_factor
+    assert {"igd_lib", "torch", "diffusers"} <= manifest["versions"].keys()
+
+
+def test_each_image_has_its_own_generator():
+    draws = {
+        tuple(torch.randn(3, generator=image_generator(seed, label, index)).tolist()) for seed in range(3) for label in range(3) for index in range(3)
+    }
+    assert len(draws) == 27
+    assert torch.equal(*(torch.randn(3, generator=image_generator(1, 2, 3)) for _ in range(2)))
+
+
+def test_each_image_starts_from_its_own_generator(run, tiny_pipe):
+    """Image `index` of a class is what the pipeline makes of that image's generator and the diffusion model's class id."""
+    found = run(guidance=None, checkpoints=None, seed=5)
+    for label, index in ((0, 0), (1, 2), (2, 1)):
+        options = dict(num_inference_steps=6, output_type="latent", generator=[image_generator(5, (4, 0, 9)[label], index)])
+        expected = tiny_pipe([(4, 0, 9)[label]], **options).images
+        torch.testing.assert_close(found.latents(label)[index], expected[0], rtol=1e-3, atol=1e-4)
+
+
+def test_each_class_is_guided_by_its_own_gradients_and_label(run, tiny_pipe, toy, toy_data):
+    """The first image of a class is the guided pipeline's, with that class's target and class gradients."""
+    found, checkpoints = run(), toy().checkpoints
+    for label in range(3):
+        expected = tiny_pipe(
+            [(4, 0, 9)[label]], num_inference_steps=6, output_type="latent", generator=[image_generator(0, (4, 0, 9)[label], 0)],
+            guidance=GUIDANCE, checkpoints=checkpoints, targets=torch.tensor([label]),
+            gradients=class_gradients(checkpoints, toy_data.of_class(label), label)[:, None],
+        ).images  # fmt: skip
+        torch.testing.assert_close(found.latents(label)[0], expected[0], rtol=1e-3, atol=2e-4)
+
+
+def test_noise_is_the_same_for_every_method(run):
+    """Vanilla, guided and deviation-only sets start from the same noise: k = gamma = 0 is vanilla."""
+    vanilla, zero = run("vanilla", guidance=None, checkpoints=None), run("zero", guidance=Guidance(0.0, 0.0, (1, 4)))
+    torch.testing.assert_close(latents(zero), latents(vanilla), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(latents(run("guided")), latents(vanilla), rtol=1e-3)
+
+
+# --- resume
+
+
+@pytest.mark.parametrize("guidance", [GUIDANCE, None], ids=["guided", "vanilla"])
+@pytest.mark.parametrize("batch_classes", [1, 2, None])
+def test_a_run_cut_short_resumes_to_the_same_images(run, monkeypatch, tmp_path, batch_classes, guidance):
+    options = dict(batch_classes=batch_classes, guidance=guidance)
+    whole = run("whole", **options)
+    real, written = module.files.write, []
+
+    def write_until_the_power_fails(path, content):
+        if path.suffix == ".png":
+            written.append(path)
+            if len(written) == 5:
+                raise KeyboardInterrupt
+        return real(path, content)
+
+    monkeypatch.setattr(module.files, "write", write_until_the_power_fails)
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", **options)
+    cut = DistilledSet(tmp_path / "cut")
+    assert sum(cut.finished(label) for label in range(3)) == 4
+    monkeypatch.setattr(module.files, "write", real)
+    resumed = run("cut", **options)
+    assert_same_pixels(resumed, whole)
+    if batch_classes == 1 and guidance is not None:  # one image at a time, before and after
+        assert torch.equal(pixels(resumed), pixels(whole)) and torch.equal(latents(resumed), latents(whole))
+    torch.testing.assert_close(latents(resumed), latents(whole), rtol=1e-3, atol=1e-4)
+
+
+def test_only_missing_images_are_sampled_again(run, monkeypatch, tmp_path):
+    whole = pixels(run(batch_classes=1))
+    folder = tmp_path / "set" / "images"
+    (folder / "00001" / "00001.png").unlink()  # the first gap: images 1 and 2 follow from image 0
+    (folder / "00002" / "00002.png").unlink()
+    kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
+    sampled, real = [], module._sample
+
+    def spy(pipe, out, items, *rest):
+        sampled.extend(items)
+        return real(pipe, out, items, *rest)
+
+    monkeypatch.setattr(module, "_sample", spy)
+    assert torch.equal(pixels(run(batch_classes=1)), whole)
+    assert sorted(sampled) == [(1, 1), (1, 2), (2, 2)]
+    changed = {path.parent.name + "/" + path.name for path, time in kept.items() if path.stat().st_mtime_ns != time}
+    assert changed <= {"00001/00002.png"}
+    sampled.clear()
+    run()
+    assert not sampled
+
+
+def test_more_classes_together_give_the_same_latents(run):
+    one, two, three = (run(f"{n}", batch_classes=n) for n in (1, 2, 3))
+    for other in (two, three):
+        assert (latents(other) - latents(one)).norm() < 1e-3 * latents(one).norm()
+
+
+def test_a_part_of_the_classes_gives_the_same_images(run):
+    whole, part = run("whole"), run("part", classes=[2, 0])
+    for label in (2, 0):
+        torch.testing.assert_close(part.latents(label), whole.latents(label), rtol=1e-3, atol=1e-4)
+    assert part.data().labels.tolist() == [2, 2, 2, 0, 0, 0]
+
+
+def test_given_gradients_equal_computed_ones(run, toy, toy_data):
+    given = run("given", gradients=all_class_gradients(toy().checkpoints, toy_data))
+    torch.testing.assert_close(latents(given), latents(run("computed")), rtol=1e-3, atol=1e-4)
+
+
+# --- memory
+
+
+def test_later_images_depend_on_earlier_ones(run):
+    """Image 0 of a class equals the memoryless run's; images 1, 2 do not, and lie further from their predecessors."""
+    alone, remembered = (latents(run(name, guidance=Guidance(0.0, gamma, (1, 4)))) for name, gamma in (("alone", 0.0), ("memory", 30.0)))
+    torch.testing.assert_close(remembered[:, 0], alone[:, 0], rtol=1e-3, atol=1e-4)
+    for j in (1, 2):
+        assert ((remembered[:, j] - alone[:, j]).flatten(1).norm(dim=1) > 1e-2).all()
+
+    def nearest(z):  # mean over classes of image 1's cosine to image 0
+        return torch.nn.functional.cosine_similarity(z[:, 1].flatten(1), z[:, 0].flatten(1)).mean()
+
+    assert nearest(remembered) < nearest(alone)
+
+
+def test_classes_do_not_share_their_memory(run, tiny_pipe, toy_data):
+    """Class b alone equals class b beside the others."""
+    torch.testing.assert_close(run("alone", classes=[1]).latents(1), run("beside").latents(1), rtol=1e-3, atol=1e-4)
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (dict(ipc=4), "ipc = 3, wanted 4"),
+        (dict(seed=1), "seed = 0, wanted 1"),
+        (dict(guidance=replace(GUIDANCE, gamma=31.0)), r"settings\.guidance\.gamma = 30\.0, wanted 31\.0"),
+        (dict(guidance=None), "settings.guidance"),
+        (dict(fidelity=replace(RELEASED, memory_size=None)), r"settings\.fidelity\.memory_size = 64, wanted None"),
+        (dict(cfg_scale=1.5), r"settings\.cfg_scale = 4\.0, wanted 1\.5"),
+        (dict(num_steps=7), "num_steps = 6, wanted 7"),
+        (dict(jacobian="decoder"), "jacobian = full, wanted decoder"),
+        (dict(label_ids=(4, 0, 8)), "label_ids"),
+        (dict(classes=[0]), "selected"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_other_settings_into_the_same_folder_are_refused(run, tmp_path, changes, named):
+    run(classes=None)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=named):
+        run(**changes)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_other_checkpoints_into_the_same_folder_are_refused(run, toy):
+    run()
+    with pytest.raises(ValueError, match="checkpoint_epochs"):
+        run(checkpoints=toy().checkpoints.keep([0, 2]))
+
+
+def test_checkpoints_do_not_matter_without_influence_guidance(run):
+    """Deviation guidance alone uses none, so the set is the same with and without a surrogate at hand."""
+    only_deviation = replace(GUIDANCE, k=0.0)
+    run(guidance=only_deviation)
+    run(guidance=only_deviation, checkpoints=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(ipc=0), "ipc is at least 1, got 0"),
+        (dict(classes=[0, 3]), r"labels 0 \.\.\. 2, got \[0, 3\]"),
+        (dict(classes=[-1]), r"labels 0 \.\.\. 2"),
+        (dict(classes=[]), r"labels 0 \.\.\. 2"),
+        (dict(classes=[1, 1]), "twice"),
+        (dict(label_ids=(1, 2)), "one id a class: 3, got 2"),
+        (dict(checkpoints=None), "needs checkpoints"),
+        (dict(guidance=Guidance(5.0, 30.0, (30, 45))), "nothing would be guided"),
+    ],
+)
+def test_bad_arguments_raise_before_anything_is_written(run, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(**changes)
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"classes": 3, "selected": [], "ipc": 1}'])
+def test_a_damaged_manifest_is_named(run, tmp_path, damage):
+    run()
+    (tmp_path / "set" / "manifest.json").write_text(damage)
+    for attempt in (run, lambda: DistilledSet(tmp_path / "set")):
+        with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+            attempt()
+
+
+def test_a_damaged_latent_is_named(run, tmp_path):
+    run()
+    (tmp_path / "set" / "images" / "00000" / "00002.png").unlink()
+    (tmp_path / "set" / "latents" / "00000" / "00000.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"00000\.safetensors is damaged"):
+        run()
+
+
+def test_a_folder_without_a_set_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no manifest\.json"):
+        DistilledSet(tmp_path)
+
+
+def test_an_unfinished_class_is_named(run, tmp_path):
+    found = run()
+    (tmp_path / "set" / "images" / "00001" / "00002.png").unlink()
+    with pytest.raises(ValueError, match="class 1 has 2 of 3 images; run distill again"):
+        found.data()
+
+
+def test_a_folder_that_cannot_be_written_is_named(run, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="cannot write .*manifest.*choose another folder"):
+        run("file/set")
+
+
+@pytest.mark.parametrize("where", ["fsync", "write_bytes"])
+def test_a_full_disk_leaves_only_whole_files_and_can_be_resumed(run, monkeypatch, tmp_path, where):
+    whole = run("whole")
+    owner, name = (os, "fsync") if where == "fsync" else (Path, "write_bytes")
+    real, calls = getattr(owner, name), []
+
+    def fills_up(*arguments):
+        calls.append(1)
+        if len(calls) > 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, name, fills_up)
+    with pytest.raises(OSError, match=r"cannot write .*No space left on device\. Free space"):
+        run("full")
+    monkeypatch.setattr(owner, name, real)
+    assert not temporary_files(tmp_path / "full")
+    for path in (tmp_path / "full").rglob("*.png"):
+        Image.open(path).load()
+    assert json.loads((tmp_path / "full" / "manifest.json").read_text())["ipc"] == 3
+    assert_same_pixels(run("full"), whole)
+
+
+def test_a_set_can_be_moved(run, tmp_path):
+    before = pixels(run())
+    shutil.move(tmp_path / "set", tmp_path / "elsewhere")
+    assert torch.equal(pixels(DistilledSet(tmp_path / "elsewhere")), before)

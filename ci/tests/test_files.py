@@ -1,0 +1,131 @@
+"""Files are whole or absent, and training states bring a run back exactly."""
+
+import copy
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from igd_lib import files
+
+
+def everything_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("content", [b"new", "new", lambda path: path.write_text("new")], ids=["bytes", "text", "function"])
+def test_write_replaces_the_old_content(tmp_path, content):
+    target = tmp_path / "folder" / "file.txt"
+    target.parent.mkdir()
+    target.write_text("old, and longer")
+    assert files.write(target, content) == target
+    assert target.read_text() == "new"
+    assert everything_in(tmp_path) == ["file.txt", "folder"]
+    assert target.stat().st_mode & 0o777 == 0o644  # mkstemp's 0600 would lock out a group
+
+
+def test_write_makes_the_folders(tmp_path):
+    assert files.write(tmp_path / "a" / "b" / "c", "x").read_text() == "x"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("half way"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_a_failing_writer_keeps_the_old_content(tmp_path, error):
+    target = tmp_path / "file"
+    target.write_text("old")
+
+    def writer(path):
+        path.write_text("ne")
+        raise error
+
+    with pytest.raises(type(error)):
+        files.write(target, writer)
+    assert target.read_text() == "old"
+    assert everything_in(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("where", ["fsync", "write_bytes"])
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch, where):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full) if where == "fsync" else monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"cannot write .*file: No space left") as caught:
+        files.write(tmp_path / "file", b"content")
+    assert caught.value.errno == errno.ENOSPC
+    assert everything_in(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="cannot write .*choose another folder"):
+        files.write(tmp_path / "file" / "inside", "x")
+
+
+def test_tensors_round_trip_with_metadata(tmp_path):
+    tensors = {
+        "a": torch.randn(2, 3).half(),
+        "b/c": torch.arange(6).reshape(2, 3).T,  # not contiguous
+        "scalar": torch.tensor(2.5, dtype=torch.float64),
+        "grad": torch.ones(2, requires_grad=True),
+    }
+    path = files.save_tensors(tmp_path / "x.safetensors", tensors, step=3, note=["é", None])
+    found, metadata = files.load_tensors(path)
+    assert metadata == {"step": 3, "note": ["é", None]}
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor.detach())
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "empty"])
+def test_a_damaged_file_is_named(tmp_path, damage):
+    path = files.save_tensors(tmp_path / "x.safetensors", {"a": torch.ones(100)})
+    raw = path.read_bytes()
+    path.write_bytes({"cut": raw[:-50], "garbage": b"\xff" * 100, "empty": b""}[damage])
+    with pytest.raises(ValueError, match=r"x\.safetensors is damaged.*run again"):
+        files.load_tensors(path)
+
+
+# --- training states
+
+
+def parts(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+    average = copy.deepcopy(model)
+    return model, average, torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def train(model, average, optimizer, steps):
+    for step in steps:
+        inputs = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+        loss = model(inputs).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for ours, theirs in zip(average.parameters(), model.parameters(), strict=True):
+            ours.data.lerp_(theirs.data, 0.1)
+
+
+def test_resumed_training_equals_uninterrupted_training(tmp_path):
+    model, average, optimizer = parts()
+    train(model, average, optimizer, range(6))
+
+    first = parts()
+    train(*first, range(3))
+    files.save_training(tmp_path / "state", 3, first[2], model=first[0], average=first[1])
+    second = parts(seed=1)  # other weights, all of which must be replaced
+    step = files.load_training(tmp_path / "state", second[2], model=second[0], average=second[1])
+    assert step == 3
+    train(*second, range(step, 6))
+    for ours, theirs in ((second[0], model), (second[1], average)):
+        for name, value in theirs.state_dict().items():
+            assert torch.equal(ours.state_dict()[name], value), name
+
+
+def test_no_training_state_starts_at_zero(tmp_path):
+    model, _, optimizer = parts()
+    assert files.load_training(tmp_path / "none", optimizer, model=model) == 0

@@ -1,0 +1,441 @@
+"""Algorithm 1: equal to diffusers without guidance, equal to a straight-line reference with it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline, EulerDiscreteScheduler
+
+import reference
+from igd_lib.config import PAPER, RELEASED, Fidelity, Guidance
+from igd_lib.distill import image_generator
+from igd_lib.guidance import influence_loss
+from igd_lib.models import network
+from igd_lib.sampler import IGDPipeline, make_scheduler, sample_igd
+from igd_lib.surrogate import class_gradients, train_surrogate
+
+GUIDANCE = Guidance(k=5.0, gamma=7.5, guided_range=(3, 6))  # gamma 120 for 256 latent values instead of 4096
+DDIM_PAPER = replace(PAPER, rho_factor=0.0015)  # with the literal factor 1, latents fly off
+LABELS, TARGETS = torch.tensor([7, 985, 7]), torch.tensor([0, 2, 0])
+
+
+def generators(count=3):
+    return [image_generator(0, 0, index) for index in range(count)]
+
+
+def noise(count=3, dtype=torch.float32):
+    return torch.stack([torch.randn(4, 8, 8, dtype=dtype, generator=torch.Generator().manual_seed(index)) for index in range(count)])
+
+
+def scheduler_of(models, fidelity):
+    return make_scheduler(fidelity, models.ddim.config, learned_variance=models.transformer.config.out_channels == 8)
+
+
+@pytest.fixture(scope="module")
+def guided(toy):
+    """Factory: the keywords of a guided run of three images; the second has no earlier images, the others three."""
+
+    def make(dtype=torch.float32):
+        case = toy(dtype)
+        own = case.gradients[:, TARGETS]
+        z = noise(dtype=dtype)
+        others = torch.randn(2, 2, 4, 8, 8, dtype=dtype, generator=torch.Generator().manual_seed(9))
+        # The oldest memory of a sample is its own noise: by far the nearest, unless the FIFO drops it.
+        memory = [torch.cat([z[:1], others[0]]), z[:0], torch.cat([z[2:], others[1]])]
+        return dict(targets=TARGETS, guidance=GUIDANCE, checkpoints=case.checkpoints, gradients=own, memory=memory, num_steps=10)
+
+    return make
+
+
+def rows(options, chosen):
+    """The keywords of some of the three images."""
+    chosen = list(chosen)
+    return options | dict(targets=TARGETS[chosen], gradients=options["gradients"][:, chosen], memory=[options["memory"][i] for i in chosen])
+
+
+# --- without guidance
+
+
+@pytest.mark.parametrize("out_channels", [4, 8])
+def test_unguided_equals_diffusers_pipeline(tiny, out_channels):
+    models = tiny(out_channels=out_channels)
+    fidelity = Fidelity(solver="configured", cfg_channels=None)
+    theirs = DiTPipeline(models.transformer, models.vae, models.ddim)
+    theirs.set_progress_bar_config(disable=True)
+    options = dict(guidance_scale=4.0, num_inference_steps=6, output_type="np")
+    expected = theirs([7, 985, 7], generator=generators(), **options).images
+    ours = IGDPipeline(models.transformer, models.vae, models.ddim)
+    found = ours([7, 985, 7], generator=generators(), fidelity=fidelity, **options).images
+    assert expected.std() > 0.01
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    # The function itself, on the same noise and scheduler.
+    latents = sample_igd(
+        models.transformer, models.vae, models.ddim, ours.latent_noise(generators()), LABELS, num_steps=6, fidelity=fidelity
+    )
+    np.testing.assert_allclose((ours.decode(latents) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy(), expected, atol=1e-4)
+
+
+def test_unguided_equals_diffusers_pipeline_on_the_stand_in(standin_pipe):
+    """At cfg 1, since diffusers' pipeline hard-codes the null class of 1000 classes."""
+    scheduler = DDIMScheduler.from_config(standin_pipe.scheduler.config, clip_sample=False)
+    theirs = DiTPipeline(standin_pipe.transformer, standin_pipe.vae, scheduler)
+    theirs.set_progress_bar_config(disable=True)
+    ours = IGDPipeline(standin_pipe.transformer, standin_pipe.vae, scheduler)
+    options = dict(guidance_scale=1.0, num_inference_steps=8, output_type="np")
+    expected = theirs([0, 5, 9], generator=generators(), **options).images
+    found = ours([0, 5, 9], generator=generators(), fidelity=Fidelity(solver="configured"), **options).images
+    assert expected.std() > 0.1
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("fidelity", [RELEASED, DDIM_PAPER], ids=["ddpm", "ddim"])
+def test_zero_guidance_is_exactly_unguided(tiny, guided, fidelity):
+    models = tiny()
+    scheduler = scheduler_of(models, fidelity)
+    plain = sample_igd(models.transformer, models.vae, scheduler, noise(), LABELS, num_steps=10, fidelity=fidelity, generator=generators())
+    options = guided() | dict(guidance=Guidance(0.0, 0.0, (3, 6)))
+    zero = sample_igd(models.transformer, models.vae, scheduler, noise(), LABELS, fidelity=fidelity, generator=generators(), **options)
+    assert torch.equal(plain, zero)
+
+
+def test_cfg_channels_leave_the_rest_conditional(tiny):
+    """One DDIM step: with 3 guided channels the 4th comes from the conditional prediction alone."""
+    models, z = tiny(dtype=torch.float64), noise(dtype=torch.float64)
+    scheduler = DDIMScheduler.from_config(models.ddim.config, timestep_spacing="trailing")
+
+    def one_step(cfg_scale, cfg_channels):
+        fidelity = Fidelity(solver="ddim", cfg_channels=cfg_channels)
+        return sample_igd(models.transformer, models.vae, scheduler, z, LABELS, num_steps=1, cfg_scale=cfg_scale, fidelity=fidelity)
+
+    released, everything, conditional = one_step(4.0, 3), one_step(4.0, None), one_step(1.0, None)
+    torch.testing.assert_close(released[:, :3], everything[:, :3], rtol=0, atol=0)
+    torch.testing.assert_close(released[:, 3], conditional[:, 3])
+    assert not torch.allclose(released[:, 3], everything[:, 3])
+
+
+def test_the_label_and_the_null_class_matter(tiny):
+    models = tiny()
+    found = sample_igd(models.transformer, models.vae, models.ddim, noise(1).expand(2, -1, -1, -1), torch.tensor([1, 2]), num_steps=4)
+    assert not torch.allclose(found[0], found[1], rtol=1e-2)
+
+
+@pytest.mark.parametrize("num_classes", [10, 1000])
+def test_the_null_class_is_the_transformers_own(tiny, guided, num_classes):
+    """Unguided sampling of a transformer of any number of classes, against the reference."""
+    models, options = tiny(num_classes=num_classes, dtype=torch.float64), guided(torch.float64)
+    z = noise(dtype=torch.float64)
+    found = sample_igd(models.transformer, models.vae, models.ddim, z, torch.tensor([7, 3, 7]), num_steps=5, fidelity=PAPER)
+    expected = reference.trajectory(
+        models, models.ddim, z[1], 3, 0, options["checkpoints"], None, z[:0], Guidance(0.0, 0.0, (99, 99)), PAPER, cfg=4.0, steps=5
+    )
+    torch.testing.assert_close(found[1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ddpm_noise_comes_from_each_sample_own_generator(tiny):
+    models = tiny()
+
+    def run(order):
+        own = [generators()[index] for index in order]
+        return sample_igd(models.transformer, models.vae, models.ddpm, noise()[order], LABELS[order], num_steps=5, generator=own)
+
+    torch.testing.assert_close(run([2, 0, 1]), run([0, 1, 2])[[2, 0, 1]], rtol=1e-3, atol=1e-4)
+
+
+# --- the whole guided trajectory
+
+CASES = {
+    "released": (RELEASED, 4, "full"),
+    "paper, small factor": (DDIM_PAPER, 4, "full"),
+    "learned variance": (RELEASED, 8, "full"),
+    "both halves, short memory": (replace(RELEASED, both_halves=True, memory_size=2), 4, "full"),
+    "decoder Jacobian": (DDIM_PAPER, 4, "decoder"),
+    "conditional eps, all channels": (replace(RELEASED, eps="conditional", cfg_channels=None), 4, "full"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_guided_trajectory_equals_the_reference(tiny, guided, name):
+    """In double precision, image by image, from the paper's formulas; the noise schedule is shared."""
+    fidelity, out_channels, jacobian = CASES[name]
+    models, options = tiny(out_channels=out_channels, dtype=torch.float64), guided(torch.float64)
+    scheduler = scheduler_of(models, fidelity)
+    z = noise(dtype=torch.float64)
+    found = sample_igd(
+        models.transformer, models.vae, scheduler, z, LABELS, fidelity=fidelity, jacobian=jacobian, generator=generators(), **options
+    )
+    plain = sample_igd(models.transformer, models.vae, scheduler, z, LABELS, fidelity=fidelity, generator=generators(), num_steps=10)
+    for b in range(3):
+        expected = reference.trajectory(
+            models, scheduler, z[b], int(LABELS[b]), int(TARGETS[b]), options["checkpoints"], options["gradients"][:, b],
+            options["memory"][b], GUIDANCE, fidelity, cfg=4.0, steps=10, jacobian=jacobian, generator=generators()[b],
+        )  # fmt: skip
+        torch.testing.assert_close(found[b], expected, rtol=1e-4, atol=1e-5)
+        # The guidance is far larger than that tolerance.
+        effect = (found[b] - plain[b]).abs().max()
+        assert effect > 0.02 and (found[b] - expected).abs().max() < 1e-3 * effect
+
+
+def test_each_fidelity_field_changes_the_result(tiny, guided):
+    """So the reference test above would notice a field that is ignored."""
+    models, options = tiny(dtype=torch.float64), guided(torch.float64)
+
+    def run(**changes):
+        fidelity = replace(RELEASED, **changes)
+        return sample_igd(
+            models.transformer, models.vae, scheduler_of(models, fidelity), noise(dtype=torch.float64), LABELS,
+            fidelity=fidelity, generator=generators(), **options,
+        )  # fmt: skip
+
+    base = run()
+    for change in (
+        {"solver": "ddim"}, {"timestep_spacing": "leading"}, {"cfg_channels": None}, {"rho_factor": 0.01}, {"eps": "conditional"},
+        {"both_halves": True}, {"memory_size": 2},
+    ):  # fmt: skip
+        assert (run(**change) - base).abs().max() > 1e-3, change
+
+
+def test_memory_keeps_the_last_entries(tiny, guided):
+    models, options = tiny(), guided()
+    fidelity = replace(RELEASED, memory_size=2)
+    runs = [
+        sample_igd(models.transformer, models.vae, scheduler_of(models, RELEASED), noise(), LABELS, fidelity=f, generator=generators(), **o)
+        for f, o in ((fidelity, options), (RELEASED, options | dict(memory=[m[-2:] for m in options["memory"]])))
+    ]
+    assert torch.equal(*runs)
+
+
+def test_decoder_jacobian_differs_from_full(tiny, guided):
+    models, options = tiny(), guided()
+    found = [
+        sample_igd(models.transformer, models.vae, models.ddpm, noise(), LABELS, jacobian=j, generator=generators(), **options)
+        for j in ("full", "decoder")
+    ]
+    assert (found[0] - found[1]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="'full' or 'decoder'"):
+        sample_igd(models.transformer, models.vae, models.ddpm, noise(), LABELS, jacobian="none", **options)
+
+
+@pytest.mark.parametrize("fidelity", [RELEASED, DDIM_PAPER], ids=["ddpm", "ddim"])
+def test_guided_result_does_not_depend_on_the_batch(tiny, guided, fidelity):
+    models, options = tiny(), guided()
+    scheduler = scheduler_of(models, fidelity)
+    together = sample_igd(models.transformer, models.vae, scheduler, noise(), LABELS, fidelity=fidelity, generator=generators(), **options)
+    for b in range(3):
+        alone = sample_igd(
+            models.transformer, models.vae, scheduler, noise()[b : b + 1], LABELS[b : b + 1], fidelity=fidelity,
+            generator=generators()[b : b + 1], **rows(options, [b]),
+        )  # fmt: skip
+        assert (alone[0] - together[b]).norm() < 1e-3 * together[b].norm()
+
+
+def test_guidance_acts_only_inside_the_guided_range(tiny, guided):
+    """The latents before the range equal the unguided ones; one-step ranges at both ends are reached."""
+    models, options = tiny(), guided()
+
+    def latents_by_index(guidance):
+        seen = {}
+        run = options | dict(guidance=guidance)
+        sample_igd(
+            models.transformer, models.vae, models.ddim, noise(), LABELS, callback=lambda i, t, info: seen.update({i: info["latents"]}), **run
+        )
+        return seen
+
+    plain = latents_by_index(None)
+    assert list(plain) == list(range(9, -1, -1))
+    for index in (9, 4, 0):
+        found = latents_by_index(Guidance(5.0, 7.5, (index, index)))
+        same = [i for i in range(10) if torch.equal(found[i], plain[i])]
+        assert same == list(range(index + 1, 10))
+
+
+def test_callback_reports_the_losses_of_guided_steps(tiny, guided):
+    models, options = tiny(), guided()
+    seen = {}
+    sample_igd(models.transformer, models.vae, models.ddpm, noise(), LABELS, callback=lambda i, t, info: seen.update({i: (t, info)}), **options)
+    assert [seen[i][0] for i in range(9, -1, -1)] == models.ddpm.timesteps.tolist()
+    for index, (_, info) in seen.items():
+        assert ("influence_loss" in info) == ("deviation_loss" in info) == (3 <= index <= 6)
+    assert seen[6][1]["influence_loss"].shape == seen[6][1]["deviation_loss"].shape == (3,)
+    assert seen[6][1]["deviation_loss"][1] == 0  # an empty memory
+
+
+# --- direction, on the stand-in
+
+
+def test_more_guidance_lowers_the_influence_loss(standin_pipe, fashion_train):
+    """Finished images of the same noise come nearer to their class's gradient; the flipped sign would raise the loss."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = network("convnet3", num_classes=10, image_size=32)
+    few = fashion_train.per_class(40, seed=0)
+    trajectory = train_surrogate(model, few, epochs=1, saves_in_first_epoch=3)
+    checkpoints = trajectory.keep([0, 2])
+    gradients = torch.stack([class_gradients(checkpoints, few.of_class(label), label) for label in range(10)], dim=1)
+    labels = torch.arange(10)
+    fidelity = replace(RELEASED, rho_factor=1.0)
+    scheduler = standin_pipe.scheduler_for(fidelity)
+
+    def loss(k):
+        own = [image_generator(0, label, 0) for label in range(10)]
+        latents = sample_igd(
+            standin_pipe.transformer, standin_pipe.vae, scheduler, standin_pipe.latent_noise(own), labels, targets=labels,
+            guidance=Guidance(k, 0.0, (4, 11)), checkpoints=checkpoints, gradients=gradients, num_steps=16, cfg_scale=1.5,
+            fidelity=fidelity, generator=own,
+        )  # fmt: skip
+        images = standin_pipe.decode(latents).clamp(-1, 1)
+        with torch.no_grad():
+            return influence_loss(images, labels, checkpoints, gradients).mean().item()
+
+    none, small, medium = loss(0.0), loss(0.01), loss(0.04)
+    assert small < 0.98 * none
+    assert medium < 0.98 * small
+
+
+# --- what it leaves behind, and errors
+
+
+def test_parameters_are_left_as_they_were(tiny, guided):
+    models, options = tiny(), guided()
+    first, *_, last = models.transformer.parameters()
+    first.requires_grad_(False)
+    before = [p.requires_grad for p in models.transformer.parameters()]
+    sample_igd(models.transformer, models.vae, models.ddpm, noise(), LABELS, **options)
+    assert [p.requires_grad for p in models.transformer.parameters()] == before and last.requires_grad
+    modules = (models.transformer, models.vae, options["checkpoints"].model)
+    assert all(p.grad is None for module in modules for p in module.parameters())
+    # Also when the run fails.
+    with pytest.raises(FloatingPointError, match="lower k or gamma"):
+        sample_igd(models.transformer, models.vae, models.ddpm, noise() * float("nan"), LABELS, **options)
+    assert [p.requires_grad for p in models.transformer.parameters()] == before
+
+
+def test_training_mode_raises(tiny):
+    models = tiny()
+    with pytest.raises(ValueError, match=r"\.eval\(\)"):
+        sample_igd(models.transformer.train(), models.vae, models.ddim, noise(), LABELS)
+
+
+BAD = {
+    "range outside": (dict(guidance=Guidance(5.0, 7.5, (30, 45))), r"\(30, 45\).*10 steps"),
+    "no checkpoints": (dict(checkpoints=None), "needs checkpoints"),
+    "no gradients": (dict(gradients=None), "needs checkpoints"),
+    "no targets": (dict(targets=None), "needs checkpoints"),
+    "targets of another batch": (dict(targets=TARGETS[:2]), r"targets are \(3,\)"),
+    "gradients of another batch": (dict(gradients=torch.zeros(3, 2, 5)), r"gradients \(3, 3, P\)"),
+    "gradients of other checkpoints": (dict(gradients=torch.zeros(2, 3, 5)), r"gradients \(3, 3, P\)"),
+    "memory of another batch": (dict(memory=[noise()]), "memory has one entry a sample: 3, got 1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_inputs_that_do_not_fit_raise(tiny, guided, name):
+    changes, message = BAD[name]
+    models = tiny()
+    with pytest.raises(ValueError, match=message):
+        sample_igd(models.transformer, models.vae, models.ddim, noise(), LABELS, **(guided() | changes))
+
+
+def test_other_number_of_labels_raises(tiny):
+    models = tiny()
+    with pytest.raises(ValueError, match="labels are"):
+        sample_igd(models.transformer, models.vae, models.ddim, noise(), LABELS[:2])
+
+
+def test_a_rescaling_scheduler_raises(tiny):
+    """Eq. 9 assumes a variance-preserving process."""
+    models = tiny()
+    with pytest.raises(ValueError, match="EulerDiscreteScheduler"):
+        sample_igd(models.transformer, models.vae, EulerDiscreteScheduler(), noise(), LABELS)
+
+
+# --- schedulers
+
+
+@pytest.mark.parametrize(
+    ("solver", "spacing", "first", "last"), [("ddpm", "linspace", 999, 0), ("ddim", "leading", 980, 0), ("ddim", "trailing", 999, 19)]
+)
+def test_scheduler_steps_to_its_own_next_timestep(tiny, solver, spacing, first, last):
+    """With the true noise as prediction, DDIM lands on the forward process, and so does DDPM's mean."""
+    scheduler = make_scheduler(Fidelity(solver=solver, timestep_spacing=spacing), tiny().ddim.config)
+    scheduler.set_timesteps(50)
+    timesteps = scheduler.timesteps.tolist()
+    assert (timesteps[0], timesteps[-1], len(timesteps)) == (first, last, 50)
+    alphas = scheduler.alphas_cumprod.double()
+    clean, eps = noise(2, torch.float64)
+    for t, following in zip(timesteps[:-1], timesteps[1:], strict=True):
+        z = alphas[t].sqrt() * clean + (1 - alphas[t]).sqrt() * eps
+        extra = {"generator": torch.Generator().manual_seed(t)} if solver == "ddpm" else {}
+        found = scheduler.step(eps[None], t, z[None], **extra).prev_sample[0]
+        a = alphas[following]
+        if solver == "ddim":
+            expected = a.sqrt() * clean + (1 - a).sqrt() * eps
+        else:  # Ho et al., Eq. 7, with variance fixed_small
+            beta = 1 - alphas[t] / a
+            expected = (a.sqrt() * beta * clean + (1 - beta).sqrt() * (1 - a) * z) / (1 - alphas[t])
+            own = torch.randn(1, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(t))[0]
+            expected += (beta * (1 - a) / (1 - alphas[t])).sqrt() * own
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_make_scheduler_never_clips_latents():
+    for fidelity in (RELEASED, PAPER):
+        scheduler = make_scheduler(fidelity, DDPMScheduler(clip_sample=True, thresholding=True).config)
+        assert not scheduler.config.clip_sample and not scheduler.config.thresholding
+    assert make_scheduler(RELEASED, DDPMScheduler().config, learned_variance=True).config.variance_type == "learned_range"
+    assert make_scheduler(RELEASED, DDPMScheduler().config).config.variance_type == "fixed_small"
+
+
+# --- the pipeline
+
+
+def test_pipeline_round_trip_gives_the_same_images(tiny_pipe, tmp_path):
+    options = dict(num_inference_steps=4, output_type="np")
+    expected = tiny_pipe([0, 3], generator=generators(2), **options).images
+    tiny_pipe.save_pretrained(tmp_path / "pipe")
+    again = IGDPipeline.from_pretrained(tmp_path / "pipe")
+    again.set_progress_bar_config(disable=True)
+    np.testing.assert_allclose(again([0, 3], generator=generators(2), **options).images, expected, atol=1e-6)
+
+
+def test_pipeline_output_types_agree(tiny_pipe):
+    found = {kind: tiny_pipe([0, 3], generator=generators(2), num_inference_steps=3, output_type=kind).images for kind in ("pil", "np", "pt", "latent")}
+    assert found["pt"].shape == (2, 3, 16, 16) and found["np"].shape == (2, 16, 16, 3) and found["latent"].shape == (2, 4, 8, 8)
+    assert found["np"].min() >= 0 and found["np"].max() <= 1
+    np.testing.assert_array_equal(found["pt"].permute(0, 2, 3, 1).numpy(), found["np"])
+    np.testing.assert_array_equal(np.stack([np.asarray(image) for image in found["pil"]]), (found["np"] * 255).round().astype(np.uint8))
+    decoded = (tiny_pipe.decode(found["latent"]) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(decoded, found["pt"], rtol=0, atol=1e-6)
+    (images,) = tiny_pipe([0, 3], generator=generators(2), num_inference_steps=3, output_type="pt", return_dict=False)
+    assert torch.equal(images, found["pt"])
+
+
+def test_pipeline_takes_guidance_and_calls_back_each_step(tiny_pipe, guided):
+    seen = []
+
+    def callback(pipe, step, timestep, info):
+        seen.append((pipe is tiny_pipe, step, timestep, "influence_loss" in info))
+
+    options = guided()
+    steps = options.pop("num_steps")
+    run = dict(generator=generators(), num_inference_steps=steps, output_type="latent")
+    found = tiny_pipe([7, 3, 7], callback_on_step_end=callback, **run, **options).images
+    timesteps = tiny_pipe.scheduler_for(RELEASED)
+    timesteps.set_timesteps(steps)
+    assert seen == [(True, i, t, 3 <= 9 - i <= 6) for i, t in enumerate(timesteps.timesteps.tolist())]
+    own = generators()
+    expected = sample_igd(
+        tiny_pipe.transformer, tiny_pipe.vae, tiny_pipe.scheduler_for(RELEASED), tiny_pipe.latent_noise(own), torch.tensor([7, 3, 7]),
+        num_steps=steps, generator=own, **options,
+    )  # fmt: skip
+    assert torch.equal(found, expected)
+
+
+def test_pipeline_scheduler_follows_the_fidelity(tiny):
+    models = tiny(out_channels=8)
+    pipe = IGDPipeline(models.transformer, models.vae, models.ddim)
+    assert pipe.scheduler_for(Fidelity(solver="configured")) is models.ddim
+    assert isinstance(pipe.scheduler_for(PAPER), DDIMScheduler)
+    released = pipe.scheduler_for(RELEASED)
+    assert isinstance(released, DDPMScheduler)
+    assert (released.config.variance_type, released.config.timestep_spacing) == ("learned_range", "linspace")

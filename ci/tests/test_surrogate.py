@@ -1,0 +1,179 @@
+"""Training trajectory, class-averaged gradients and Algorithm 2."""
+
+import copy
+
+import pytest
+import torch
+
+import reference
+from igd_lib.data import to_float
+from igd_lib.models import ConvNet
+from igd_lib.surrogate import (
+    all_class_gradients,
+    checkpoint_similarities,
+    class_gradients,
+    select_checkpoints,
+    similarity,
+    train_surrogate,
+)
+
+# Two classes, two parameters, five epochs; every cosine below can be done in the head.
+TRAJECTORY = torch.tensor(
+    [
+        [[1.0, 0.0], [1.0, 0.0]],
+        [[1.0, 0.0], [0.0, 1.0]],  # to epoch 0: per class 1 and 0; means (1, 0) and (1/2, 1/2)
+        [[0.0, 1.0], [0.0, 1.0]],  # to epoch 0: orthogonal
+        [[1.0, 0.0], [1.0, 0.0]],  # like epoch 0, orthogonal to epoch 2
+        [[1.0, 0.0], [1.0, 1.0]],  # to epoch 3: per class 1 and 0.707; means (1, 0) and (1, 1/2)
+    ]
+)
+
+
+def test_selection_by_per_class_cosines():
+    # Epoch 1 lies exactly at the threshold: not kept. Epoch 3 is kept because the reference is epoch 2.
+    assert select_checkpoints(TRAJECTORY, threshold=0.5, similarity="per_class") == [0, 2, 3]
+    values = checkpoint_similarities(TRAJECTORY, threshold=0.5, similarity="per_class")
+    assert values == pytest.approx([float("-inf"), 0.5, 0, 0, (1 + 0.5**0.5) / 2])
+
+
+def test_selection_by_the_mean_gradient():
+    assert select_checkpoints(TRAJECTORY, threshold=0.5, similarity="mean") == [0, 2, 3]
+    values = checkpoint_similarities(TRAJECTORY, threshold=0.5, similarity="mean")
+    assert values == pytest.approx([float("-inf"), 0.5**0.5, 0, 0, 2 / 5**0.5])
+    # Orthogonal means lie exactly at the threshold 0: nothing after the first is kept.
+    assert select_checkpoints(TRAJECTORY, threshold=0.0, similarity="mean") == [0]
+    # At 0.8 the paper's similarity keeps epoch 1 (0.707), and then compares epoch 2 with it (0.707).
+    assert select_checkpoints(TRAJECTORY, threshold=0.8, similarity="mean") == [0, 1, 2, 3]
+
+
+def test_the_two_similarities_differ_where_classes_cancel():
+    """Classes that disagree: per-class cosines are 1 and -1; the class means are orthogonal."""
+    a, b = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, -1.0]])
+    assert similarity(a, b, "per_class") == pytest.approx(0)
+    assert similarity(a, b, "mean") == pytest.approx(0)
+    c = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    assert similarity(a, c, "per_class") == pytest.approx(1)
+    assert similarity(a, c, "mean") == pytest.approx(4 / (2**0.5 * 10**0.5))
+
+
+def test_selection_reads_an_iterable_once():
+    seen = []
+
+    def one_by_one():
+        for epoch, gradient in enumerate(TRAJECTORY):
+            seen.append(epoch)
+            yield gradient
+
+    assert select_checkpoints(one_by_one(), threshold=0.5, similarity="per_class") == [0, 2, 3]
+    assert seen == [0, 1, 2, 3, 4]
+
+
+def test_selection_errors():
+    with pytest.raises(ValueError, match="no gradients"):
+        select_checkpoints([])
+    with pytest.raises(ValueError, match="'mean' or 'per_class'"):
+        select_checkpoints(TRAJECTORY, similarity="cosine")
+
+
+# --- class gradients
+
+
+def test_class_gradients_equal_autograd_of_the_mean_loss(toy, toy_data):
+    """In double precision by a loop over images; the library computes in single precision."""
+    single, double = toy().checkpoints, toy(torch.float64).checkpoints
+    for label in range(3):
+        images = toy_data.of_class(label)
+        found = class_gradients(single, images, label)
+        exact = images.double() / 127.5 - 1
+        expected = torch.stack([reference.class_gradient(double.model, state, exact, label) for state in double.states])
+        assert found.shape == expected.shape == (3, sum(p.numel() for p in single.model.parameters()))
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 5])
+def test_class_gradients_do_not_depend_on_the_batch_size(toy, toy_data, batch_size):
+    images = toy_data.of_class(1)  # 6 images, so 4 and 5 leave an unequal rest
+    found, whole = (class_gradients(toy().checkpoints, images, 1, batch_size=size) for size in (batch_size, 6))
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_class_gradients_leave_the_model_alone(toy, toy_data):
+    checkpoints = toy().checkpoints
+    before = copy.deepcopy(checkpoints.model.state_dict())
+    class_gradients(checkpoints, toy_data.of_class(0), 0)
+    assert all(p.grad is None for p in checkpoints.model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in checkpoints.model.state_dict().items())
+
+
+def test_all_class_gradients_takes_the_first_images(toy, toy_data):
+    checkpoints = toy().checkpoints
+    found = all_class_gradients(checkpoints, toy_data, images=2)
+    expected = torch.stack([class_gradients(checkpoints, toy_data.of_class(label)[:2], label) for label in range(3)], dim=1)
+    assert torch.equal(found, expected)
+
+
+def test_a_class_without_images_raises(toy, toy_data):
+    with pytest.raises(ValueError, match="class 7"):
+        class_gradients(toy().checkpoints, toy_data.of_class(0)[:0], 7)
+
+
+# --- training
+
+
+def fresh_model():
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return ConvNet(2, 3, 16, width=8)
+
+
+def test_trajectory_starts_at_the_initialisation(toy_data):
+    model = fresh_model()
+    initial = copy.deepcopy(model.state_dict())
+    checkpoints = train_surrogate(model, toy_data, epochs=2, batch_size=4, saves_in_first_epoch=3)
+    # 18 images in batches of 4 are 5 steps; thirds of an epoch are rounded to steps 2, 3 and 5.
+    assert checkpoints.epochs == pytest.approx([0, 2 / 5, 3 / 5, 1, 2])
+    assert checkpoints.learning_rates == [1e-2] * 5 and len(checkpoints) == 5
+    assert all(torch.equal(initial[name], value) for name, value in checkpoints.states[0].items())
+    last = model.state_dict()
+    assert all(torch.equal(last[name], value) for name, value in checkpoints.states[-1].items())
+    assert not torch.equal(checkpoints.states[0]["classifier.weight"], checkpoints.states[1]["classifier.weight"])
+    assert not model.training
+
+
+def test_first_step_is_sgd_by_hand(toy_data):
+    """One batch of everything: w - lr (grad + weight decay w)."""
+    model = fresh_model()
+    expected = copy.deepcopy(model).double()
+    loss = torch.nn.functional.cross_entropy(expected(to_float(toy_data.fetch(torch.arange(18))).double()), toy_data.labels)
+    loss.backward()
+    checkpoints = train_surrogate(model, toy_data, epochs=1, lr=0.1, weight_decay=0.5, batch_size=18)
+    for name, parameter in expected.named_parameters():
+        by_hand = parameter - 0.1 * (parameter.grad + 0.5 * parameter)
+        torch.testing.assert_close(checkpoints.states[1][name].double(), by_hand, rtol=1e-4, atol=1e-5)
+
+
+def test_training_is_deterministic_in_the_seed(toy_data):
+    runs = [train_surrogate(fresh_model(), toy_data, epochs=2, batch_size=4, seed=seed).states[-1] for seed in (0, 0, 1)]
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+    assert not torch.equal(runs[0]["classifier.weight"], runs[2]["classifier.weight"])
+
+
+def test_a_non_finite_loss_raises(toy_data):
+    model = fresh_model()
+    with torch.no_grad():
+        model.classifier.bias[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="epoch 1"):
+        train_surrogate(model, toy_data, epochs=1)
+
+
+@pytest.mark.parametrize("options", [{"epochs": 0}, {"saves_in_first_epoch": 0}])
+def test_bad_training_options_raise(toy_data, options):
+    with pytest.raises(ValueError, match="at least 1"):
+        train_surrogate(fresh_model(), toy_data, **options)
+
+
+def test_keep(toy):
+    checkpoints = toy().checkpoints
+    kept = checkpoints.keep([0, 2])
+    assert kept.epochs == [0.0, 2.0] and kept.learning_rates == [0.01, 0.03]
+    assert kept.states[0] is checkpoints.states[0] and kept.states[1] is checkpoints.states[2]
