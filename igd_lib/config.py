@@ -158,7 +158,7 @@ _HALF = (0.5, 0.5, 0.5)
 IGD_HARD = Protocol("igd-hard", 256, _HALF, _HALF, "adamw", 1e-3, 0.01)
 # For the stand-ins: IGD_HARD's training, shorter, without the colour changes that grey images do not have.
 SMALL_HARD = Protocol(
-    "small-hard", 32, _HALF, _HALF, "adamw", 1e-3, 0.01, epochs_by_ipc=((10, 120), (float("inf"), 60)),
+    "small-hard", 32, _HALF, _HALF, "adamw", 1e-3, 0.01, epochs_by_ipc=((10, 50), (float("inf"), 30)),
     jitter=0.0, lighting=0.0, evaluations=1, reported="last",
 )  # fmt: skip
 PROTOCOLS = {protocol.name: protocol for protocol in (IGD_HARD, SMALL_HARD)}

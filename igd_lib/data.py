@@ -67,6 +67,11 @@ class ImageData:
             lambda wanted: self.fetch(indices[wanted]),
         )  # fmt: skip
 
+    def first(self, count: int) -> ImageData:
+        """The first `count` images of each class in file order (all where a class has fewer)."""
+        chosen = torch.cat([self.class_indices(label)[:count] for label in range(len(self.classes))])
+        return self.subset(chosen, f"{self.split}, first {count} a class")
+
     def per_class(self, count: int, seed: int) -> ImageData:
         """A random draw of `count` images a class, without replacement: the Random baseline.
 

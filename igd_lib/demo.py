@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     print("Influence-guided diffusion on Fashion-MNIST: about 10 minutes on 2 cores.", flush=True)
     papermill.execute_notebook(
         str(ROOT / "notebooks" / "00_quickstart.ipynb"), str(notebook), {"scale": arguments.scale, "save_to": str(pictures)},
-        kernel_name="python3", progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
+        kernel_name="python3", extra_arguments=["--log-level=ERROR"], progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
     )  # fmt: skip
     rows = pd.read_csv(pictures / "rows.csv")
     accuracy, influence = rows[rows.metric == "top1"], rows[rows.metric == "influence_loss"]

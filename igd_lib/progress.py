@@ -28,7 +28,7 @@ def progress(items: Sequence[Item], label: str, every: float = 10.0) -> Iterator
     for index, item in enumerate(items):
         yield item
         now = time.monotonic()
-        if now - said >= every:
+        if now - said >= every and index + 1 < len(items):
             said = now
             done, spent = index + 1, now - started
             print(f"{label} {done}/{len(items)}, {spent:.0f} s, {spent / done * (len(items) - done):.0f} s left", flush=True)

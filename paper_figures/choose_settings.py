@@ -25,7 +25,7 @@ def candidates(stage: str, setup: experiment.Experiment) -> list[experiment.Meth
     if stage == "gamma":
         scale = 256 / 4096
         return [experiment.Method(f"gamma {gamma}", replace(guidance, k=0.0, gamma=gamma * scale)) for gamma in (60, 120, 240)]
-    return [experiment.Method(f"k {k}", replace(guidance, k=k)) for k in (1.0, 5.0, 20.0)]
+    return [experiment.Method(f"k {k}", replace(guidance, k=k)) for k in (1.0, 5.0, 15.0)]
 
 
 def main() -> None:
@@ -35,9 +35,9 @@ def main() -> None:
     parser.add_argument("--ipc", type=int, default=10)
     arguments = parser.parse_args()
     setup = experiment.prepare("choose_settings", "fashion-mnist", "small", ipc=arguments.ipc)
-    setup.test = load("fashion-mnist", "validation").per_class(300, seed=0)
+    setup.test = load("fashion-mnist", "validation").first(200)
     if arguments.stage == "k":
-        setup.fit_surrogate()
+        print("kept checkpoints, in epochs:", setup.fit_surrogate().epochs, flush=True)
     cells = [(method, 100 + seed) for method in candidates(arguments.stage, setup) for seed in range(arguments.seeds)]
     sets = {(method.name, seed): setup.distilled(method, arguments.ipc, seed) for method, seed in progress(cells, "sets")}
     rows = setup.accuracy_rows(sets, arguments.ipc, "convnet3")
