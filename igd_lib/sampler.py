@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
@@ -180,6 +181,15 @@ class IGDPipeline(DiTPipeline):
 
     Loading `facebook/DiT-XL-2-256` fetches weights under CC-BY-NC 4.0 (no commercial use).
     """
+
+    def __init__(
+        self,
+        transformer: DiTTransformer2DModel,
+        vae: AutoencoderKL,
+        scheduler: KarrasDiffusionSchedulers,
+        id2label: dict[str, str] | None = None,  # JSON's keys are strings
+    ):
+        super().__init__(transformer, vae, scheduler, id2label)
 
     def scheduler_for(self, fidelity: Fidelity) -> Any:
         """The scheduler to sample with: the pipeline's own where `fidelity.solver` is "configured"."""

@@ -214,6 +214,7 @@ def build(name: str, out: str | Path, *, recipe: StandIn | None = None, root: st
         "transformer": ["diffusers", "DiTTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "scheduler": ["diffusers", "DDPMScheduler"],
+        "id2label": {str(label): name for label, name in enumerate(data.classes)},
     }
     files.write(out / "model_index.json", json.dumps(index, indent=2) + "\n")
     shutil.rmtree(work)

@@ -98,7 +98,7 @@ def test_each_class_is_guided_by_its_own_gradients_and_label(run, tiny_pipe, toy
     for label in range(3):
         expected = tiny_pipe(
             [(4, 0, 9)[label]], num_inference_steps=6, output_type="latent", generator=[image_generator(0, (4, 0, 9)[label], 0)],
-            guidance=GUIDANCE, checkpoints=checkpoints, targets=torch.tensor([label]),
+            guidance=GUIDANCE, checkpoints=checkpoints, targets=torch.tensor([label]), memory=[torch.empty(0, 4, 8, 8)],
             gradients=class_gradients(checkpoints, toy_data.of_class(label), label)[:, None],
         ).images  # fmt: skip
         torch.testing.assert_close(found.latents(label)[0], expected[0], rtol=1e-3, atol=2e-4)

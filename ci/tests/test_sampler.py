@@ -324,7 +324,8 @@ BAD = {
     "targets of another batch": (dict(targets=TARGETS[:2]), r"targets are \(3,\)"),
     "gradients of another batch": (dict(gradients=torch.zeros(3, 2, 5)), r"gradients \(3, 3, P\)"),
     "gradients of other checkpoints": (dict(gradients=torch.zeros(2, 3, 5)), r"gradients \(3, 3, P\)"),
-    "memory of another batch": (dict(memory=[noise()]), "memory has one entry a sample: 3, got 1"),
+    "memory of another batch": (dict(memory=[noise()]), "needs memory, .* a sample .*: 3, got 1"),
+    "no memory": (dict(memory=None), "gamma > 0 needs memory"),
 }
 
 
