@@ -1,7 +1,7 @@
 """Chooses a stand-in's cfg, gamma and k on its validation split; the test set is never touched.
 
 Generation seeds 100, 101, ... differ from the notebooks' 0, 1, ...; rows go to data/standin_settings_STAGE.csv.
-Each stage takes the winners before it from `experiment.STAND_IN_SETTINGS`.
+k was chosen at gamma 120; everything else is `experiment.STAND_IN_SETTINGS`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def candidates(stage: str, setup: experiment.Experiment) -> list[experiment.Meth
         return [experiment.Method(f"cfg {cfg}", cfg_scale=cfg) for cfg in (1.0, 1.5, 2.0, 3.0, 4.0)]
     if stage == "gamma":
         scale = 256 / 4096
-        return [experiment.Method(f"gamma {gamma}", replace(guidance, k=0.0, gamma=gamma * scale)) for gamma in (60, 120, 240)]
+        return [experiment.Method(f"gamma {gamma}", replace(guidance, k=0.0, gamma=gamma * scale)) for gamma in (60, 120, 240, 480)]
     return [experiment.Method(f"k {k}", replace(guidance, k=k)) for k in (1.0, 5.0, 15.0)]
 
 
