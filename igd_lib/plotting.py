@@ -95,5 +95,5 @@ def similarities(epochs: Sequence[float], curves: Mapping[str, Sequence[float]],
     axes.annotate(f"threshold {threshold}", (epochs[-1], threshold), textcoords="offset points", xytext=(0, 3), ha="right", fontsize=7)
     axes.set(xlabel="epoch", ylabel="cosine to the last kept")
     axes.set_title("Algorithm 2: filled = kept (epoch 0 always is)")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
