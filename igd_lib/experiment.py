@@ -34,14 +34,14 @@ from igd_lib.config import (
     data_dir,
     preset,
 )
-from igd_lib.data import ImageData, load
+from igd_lib.data import ImageData, load, to_float
 from igd_lib.distill import DistilledSet, distill
 from igd_lib.evaluate import Score, evaluate
 from igd_lib.guidance import influence_loss
 from igd_lib.models import network
 from igd_lib.progress import progress
 from igd_lib.sampler import IGDPipeline
-from igd_lib.surrogate import Checkpoints, all_class_gradients, checkpoint_similarities, train_surrogate
+from igd_lib.surrogate import Checkpoints, all_class_gradients, checkpoint_similarities, select_checkpoints, train_surrogate
 
 PAPER_REPORTED = Path(__file__).parents[1] / "paper_figures" / "data" / "paper_reported.csv"
 SCALES = ("auto", "smoke", "small", "paper")
@@ -152,8 +152,7 @@ class Experiment:
             label: checkpoint_similarities(gradients, threshold=self.threshold, similarity=kind)
             for label, kind in (("mean of per-class cosines (released)", "per_class"), ("cosine of the mean gradient (paper)", "mean"))
         }
-        values = checkpoint_similarities(gradients, threshold=self.threshold, similarity=self.fidelity.similarity)
-        kept = [index for index, value in enumerate(values) if value < self.threshold]
+        kept = select_checkpoints(gradients, threshold=self.threshold, similarity=self.fidelity.similarity)
         self.checkpoints, self.gradients = trajectory.keep(kept), gradients[kept]
         return self.checkpoints
 
@@ -195,11 +194,11 @@ class Experiment:
         """The mean influence loss (Eq. 7) of every sampled set's finished images, a row a set."""
         rows = []
         for (method, seed), images in progress(list(sets.items()), "influence loss, set"):
-            data = images.data() if isinstance(images, DistilledSet) else images
+            data = _loaded(images)
             losses = []
             with torch.no_grad():
                 for pictures, labels in data.batches(50):
-                    inputs = (pictures.float() / 127.5 - 1).to(self.device)
+                    inputs = to_float(pictures).to(self.device)
                     losses.append(influence_loss(inputs, labels.to(self.device), self.checkpoints, self.gradients[:, labels], weights=self.checkpoints.weights))
             rows.append(self.row(method, ipc, seed, "influence_loss", torch.cat(losses).mean().item()))
         return results.frame(rows)
@@ -224,7 +223,8 @@ class Experiment:
     def across_classes(self, sets: Mapping[tuple[str, int], Any], classes: int = 10) -> dict[str, Tensor]:
         """Per method, uint8 (n, 3, H, W): the first image of each of the first classes, seed 0."""
         labels = (self.classes or list(range(len(self.train.classes))))[:classes]
-        parts = [self.images_of(sets, label, seeds=1) for label in labels]
+        once = {cell: _loaded(images) for cell, images in sets.items() if cell[1] == 0}
+        parts = [self.images_of(once, label, seeds=1) for label in labels]
         return {method: torch.cat([part[method] for part in parts]) for method in parts[0]}
 
     def images_of(self, sets: Mapping[tuple[str, int], Any], label: int, seeds: int, first: int = 1) -> dict[str, Tensor]:
@@ -232,9 +232,13 @@ class Experiment:
         found: dict[str, list[Tensor]] = {}
         for (method, seed), images in sets.items():
             if seed < seeds:
-                data = images.data() if isinstance(images, DistilledSet) else images
-                found.setdefault(method, []).append(data.of_class(label, first))
+                found.setdefault(method, []).append(_loaded(images).of_class(label, first))
         return {method: torch.cat(parts) for method, parts in found.items()}
+
+
+def _loaded(images: ImageData | DistilledSet) -> ImageData:
+    """A set's images in memory, whichever way it was made."""
+    return images.data() if isinstance(images, DistilledSet) else images
 
 
 def prepare(artefact: str, dataset: str, scale: str = "auto", *, fidelity: Fidelity = RELEASED, ipc: int = 10, stand_in: str = "fashion-mnist") -> Experiment:
