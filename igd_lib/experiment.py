@@ -350,7 +350,7 @@ class StandInSettings:
 
 STAND_IN_SETTINGS = {
     "fashion-mnist": StandInSettings(
-        guidance=Guidance(15.0, 480.0, (15, 22)),
+        guidance=Guidance(30.0, 480.0, (15, 22)),
         best_cfg=1.5,
         surrogate_name="convnet3",
         surrogate=dict(epochs=2, train_images=1000, saves_in_first_epoch=6),
