@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from igd_lib.config import RELEASED, Fidelity, Guidance
 from igd_lib.guidance import deviation_loss, influence_loss, influence_scale
 from igd_lib.surrogate import Checkpoints
+from igd_lib.weights import match_original
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -189,6 +190,8 @@ class IGDPipeline(DiTPipeline):
         scheduler: KarrasDiffusionSchedulers,
         id2label: dict[str, str] | None = None,  # JSON's keys are strings
     ):
+        if transformer.config.get("timestep_frequencies") == "original":
+            match_original(transformer)
         super().__init__(transformer, vae, scheduler, id2label)
 
     def scheduler_for(self, fidelity: Fidelity) -> Any:
