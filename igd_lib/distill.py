@@ -25,7 +25,7 @@ from igd_lib import files
 from igd_lib.config import RELEASED, Fidelity, Guidance
 from igd_lib.data import ImageData, from_tensors, to_uint8
 from igd_lib.progress import progress
-from igd_lib.sampler import IGDPipeline, sample_igd
+from igd_lib.sampler import IGDPipeline, check_range, sample_igd
 from igd_lib.surrogate import Checkpoints, class_gradients
 
 
@@ -127,8 +127,8 @@ def distill(
     influence = guidance is not None and guidance.k > 0
     if influence and checkpoints is None:
         raise ValueError("k > 0 needs checkpoints")
-    if guidance is not None and guidance.guided_range[0] >= num_steps:
-        raise ValueError(f"guided_range {guidance.guided_range} lies outside the {num_steps} steps: nothing would be guided")
+    if guidance is not None:
+        check_range(guidance, num_steps, fidelity)
     settings = {
         "guidance": None if guidance is None else asdict(guidance),
         "fidelity": asdict(fidelity),
