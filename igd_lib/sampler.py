@@ -135,7 +135,8 @@ def sample_igd(
     def is_guided(step: int) -> bool:
         return guidance is not None and guidance.covers(num_steps - 1 - step + fidelity.range_counts_from)
 
-    with _uncorrected(scheduler, filter(is_guided, range(num_steps))), _frozen(transformer, vae, *([checkpoints.model] if checkpoints else [])), torch.no_grad():
+    models = [transformer, vae, *([checkpoints.model] if checkpoints else [])]
+    with _uncorrected(scheduler, filter(is_guided, range(num_steps))), _frozen(*models), torch.no_grad():
         z_t = latents * scheduler.init_noise_sigma
         for step, timestep in enumerate(steps):
             index = len(steps) - 1 - step

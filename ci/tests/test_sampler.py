@@ -434,9 +434,10 @@ def test_multistep_solvers_unguided_equal_diffusers_pipeline(tiny, solver, out_c
     theirs.set_progress_bar_config(disable=True)
     if out_channels == 8:  # its pipeline hands the variance to any scheduler: give it a model without
         narrow = tiny(out_channels=4)
-        keep = {name: value[: len(own)] for (name, value), own in zip(models.transformer.state_dict().items(), narrow.transformer.state_dict().values(), strict=True)}
+        wide, own = models.transformer.state_dict(), narrow.transformer.state_dict()
+        keep = {name: value[: len(own[name])] for name, value in wide.items()}
         order = torch.arange(32).reshape(4, 8)[:, :4].flatten()  # proj_out_2 holds 2 x 2 pixels of 8 channels
-        keep |= {f"proj_out_2.{part}": models.transformer.state_dict()[f"proj_out_2.{part}"][order] for part in ("weight", "bias")}
+        keep |= {f"proj_out_2.{part}": wide[f"proj_out_2.{part}"][order] for part in ("weight", "bias")}
         narrow.transformer.load_state_dict(keep)
         theirs = DiTPipeline(narrow.transformer, models.vae, make_scheduler(fidelity, base))
         theirs.set_progress_bar_config(disable=True)
