@@ -7,9 +7,9 @@ a run before it starts.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 
 def data_dir() -> Path:
@@ -70,9 +70,9 @@ class Guidance:
         if self.k < 0 or self.gamma < 0:
             raise ValueError(f"k and gamma are at least 0, got k={self.k}, gamma={self.gamma}")
 
-    def covers(self, index: int) -> bool:
-        """Whether the step with respaced index `index` (T-1 first, 0 last) is guided."""
-        return self.guided_range[0] <= index <= self.guided_range[1]
+    def covers(self, number: int) -> bool:
+        """Whether the step of this number (T-1 first, 0 last; with `Fidelity.range_counts_from=1`, T ... 1) is guided."""
+        return self.guided_range[0] <= number <= self.guided_range[1]
 
     def for_latents(self, dimension: int) -> Guidance:
         """The same guidance for latents of `dimension` values instead of the paper's 4096."""
@@ -83,37 +83,81 @@ class Guidance:
 class Fidelity:
     """Each known difference between the paper and its released code, one field each.
 
-    The defaults are the released code's; `PAPER` is the paper read to the letter.
+    The defaults are the released code's; `PAPER` is the paper read to the letter. Sources: [P] the paper,
+    [O] the released code, [C] a later public copy of parts of it, [D] DiT's code, which [O] samples with.
+    Not here because they have names elsewhere: the training protocol, optimiser and which accuracy is
+    reported (`Protocol`), and the generation seed (`distill`).
     """
 
-    solver: Literal["ddpm", "ddim", "configured"] = "ddpm"  # paper: DDIM; released: DDPM; configured: the pipeline's own
-    timestep_spacing: Literal["linspace", "leading", "trailing"] = "linspace"  # released: 0 ... 999, both ends
-    cfg_channels: int | None = 3  # latent channels that CFG mixes; None = all (paper); DiT's code: the first 3
-    rho_factor: float = 0.0015  # released: rho_t times 0.0015; the paper's Eq. 9 has no factor (1.0)
-    eps: Literal["conditional", "combined"] = "combined"  # rho_t's eps: conditional (paper) or after CFG (released)
-    both_halves: bool = False  # released: G_I averaged over both CFG halves, decoded; paper: the sample alone
-    memory_size: int | None = 64  # released: FIFO of the last 64 latents of a class; None = all (paper)
-    gradient_images: int | None = 200  # released: class gradient over the first 200 images; None = all (paper)
-    similarity: Literal["mean", "per_class"] = "per_class"  # Algorithm 2: cosine of the mean gradient (paper) or mean of per-class cosines
+    solver: Literal["ddpm", "ddim", "dpmsolver++", "unipc", "configured"] = "ddpm"  # [O] DDPM; [P] DDIM, Table 10: DPM-Solver++; configured: the pipeline's own
+    timestep_spacing: Literal["linspace", "leading", "trailing"] = "linspace"  # [D] 0 ... 999 with both ends; [P] 50 of 1000, not said which
+    timestep_frequencies: Literal["original", "diffusers"] = "original"  # [D] 10000^(-i/128); diffusers' port of the model: 10000^(-i/127)
+    cfg_channels: int | None = 3  # [D] CFG mixes the first 3 latent channels; [P] all (None)
+    range_counts_from: Literal[0, 1] = 0  # the last step's number in guided_range: [O, C] 0; [P] Algorithm 1 counts T ... 1
+    rho_factor: float = 0.0015  # [C] rho_t times 0.0015; [P] Eq. 9 has no factor (1.0)
+    eps: Literal["conditional", "combined"] = "combined"  # rho_t's eps: [C] after CFG; [P] the conditional prediction
+    both_halves: bool = False  # [C] G_I averaged over both CFG halves, decoded (True); [P] the sample alone
+    backward: Literal["once", "per_checkpoint"] = "once"  # [C] once a checkpoint; [P] once. The same result, so the quick one
+    clamp_images: bool = False  # decoded images cut to [-1, 1] before the surrogate; [C] not; [P] does not say
+    memory_size: int | None = 64  # [O, C] G_D against the last 64 latents of a class; [P] all (None)
+    gradient_images: int | None = 200  # [O] class gradient over the first 200 images; [P] all (None)
+    checkpoints: Literal["fixed", "similarity"] = "fixed"  # [O] fixed lists where it has one (`fixed_checkpoints`); [P] Algorithm 2
+    similarity: Literal["mean", "per_class"] = "per_class"  # Algorithm 2: [O] mean of per-class cosines; [P] cosine of the mean gradient
+    surrogate: Literal["released", "paper"] = "released"  # training (`surrogate_training`): [C] other rates for over 100 classes; [P] lr 0.01
+    vae: str = "stabilityai/sd-vae-ft-mse"  # [O]; [P] "from Stable Diffusion", not said which
 
     def __post_init__(self) -> None:
         for field in ("cfg_channels", "memory_size", "gradient_images"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"Fidelity.{field} is at least 1, or None for all, got {value}")
+        for field in fields(self):  # the Literals, checked: a misspelt choice must not pass for another
+            allowed = get_args(get_type_hints(type(self))[field.name])
+            if get_origin(get_type_hints(type(self))[field.name]) is Literal and getattr(self, field.name) not in allowed:
+                raise ValueError(f"Fidelity.{field.name} is one of {allowed}, got {getattr(self, field.name)!r}")
 
 
-RELEASED = Fidelity()
+RELEASED = Fidelity()  # but for `both_halves`, off because it doubles the guidance's price: replace(RELEASED, both_halves=True) is all of it
 PAPER = Fidelity(
     solver="ddim",
     timestep_spacing="leading",
     cfg_channels=None,
+    range_counts_from=1,
     rho_factor=1.0,
     eps="conditional",
     memory_size=None,
     gradient_images=None,
+    checkpoints="similarity",
     similarity="mean",
+    surrogate="paper",
 )
+
+# The released code's epochs, by (data set, surrogate). Its list for ImageNet-1K ends with 52, beyond the paper's 50 epochs.
+_FIXED = {
+    ("imagenette", "convnet6"): (0, 2, 11, 40),
+    ("imagewoof", "convnet6"): (0, 5, 16, 40),
+    ("imagenet", "convnet6"): (0, 5, 18, 52),
+    ("imagenette", "resnetap10"): (0, 6, 16, 39),
+    ("imagewoof", "resnetap10"): (0, 6, 16, 39),
+    ("imagenette", "resnet18"): (0, 8, 27),
+    ("imagewoof", "resnet18"): (0, 16, 33),
+}
+
+
+def fixed_checkpoints(dataset: str, surrogate: str) -> tuple[int, ...] | None:
+    """The epochs that the released code keeps, or None where it has no list."""
+    return _FIXED.get((dataset, surrogate))
+
+
+def surrogate_training(fidelity: Fidelity, num_classes: int) -> dict[str, float]:
+    """`train_surrogate`'s options at the paper's scale.
+
+    The paper says 50 epochs at a rate of 0.01; momentum 0.9, weight decay and batch size are the released
+    code's, which takes other values for more than 100 classes. Keeps all 53 checkpoints where its list needs them.
+    """
+    many = num_classes > 100 and fidelity.surrogate == "released"
+    epochs = 52 if many and fidelity.checkpoints == "fixed" else 50
+    return dict(epochs=epochs, lr=0.1 if many else 0.01, momentum=0.9, weight_decay=1e-4 if many else 5e-4, batch_size=128 if many else 64)
 
 
 @dataclass(frozen=True)

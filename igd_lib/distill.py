@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from igd_lib import files
 from igd_lib.config import RELEASED, Fidelity, Guidance
 from igd_lib.data import ImageData, from_tensors, to_uint8
 from igd_lib.progress import progress
-from igd_lib.sampler import IGDPipeline, sample_igd
+from igd_lib.sampler import IGDPipeline, check_range, sample_igd
 from igd_lib.surrogate import Checkpoints, class_gradients
 
 
@@ -99,7 +99,7 @@ def distill(
     classes: Sequence[int] | None = None,
     label_ids: Sequence[int] | None = None,
     batch_classes: int | None = None,
-    gradients: Tensor | None = None,
+    gradients: Tensor | Callable[[int], Tensor] | None = None,
     cfg_scale: float = 4.0,
     num_steps: int = 50,
     fidelity: Fidelity = RELEASED,
@@ -109,7 +109,8 @@ def distill(
 
     dataset: the training images, for class order and class gradients; classes: which of its labels
     (default all); label_ids: the diffusion model's id of every class (default 0 ... C-1); gradients:
-    (E, C, P) of all classes if already at hand, else computed a batch of classes at a time;
+    (E, C, P) of all classes, or a function of the label that gives (E, P), such as `ClassGradients`; else
+    computed a batch of classes at a time;
     batch_classes: classes sampled side by side. Raises ValueError when `out_dir` holds a set of other
     settings (the first difference is named) or ipc < 1, OSError when it cannot be written.
     """
@@ -127,8 +128,8 @@ def distill(
     influence = guidance is not None and guidance.k > 0
     if influence and checkpoints is None:
         raise ValueError("k > 0 needs checkpoints")
-    if guidance is not None and guidance.guided_range[0] >= num_steps:
-        raise ValueError(f"guided_range {guidance.guided_range} lies outside the {num_steps} steps: nothing would be guided")
+    if guidance is not None:
+        check_range(guidance, num_steps, fidelity)
     settings = {
         "guidance": None if guidance is None else asdict(guidance),
         "fidelity": asdict(fidelity),
@@ -163,7 +164,7 @@ def distill(
         if not influence:
             own = {}
         elif gradients is not None:
-            own = {label: gradients[:, label] for label in chunk}
+            own = {label: gradients(label) if callable(gradients) else gradients[:, label] for label in chunk}
         else:
             own = {label: class_gradients(checkpoints, dataset.of_class(label, fidelity.gradient_images), label) for label in chunk}
         first = range(min(finished.values()), ipc, rounds)

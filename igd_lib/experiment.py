@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +32,9 @@ from igd_lib.config import (
     Protocol,
     cache_dir,
     data_dir,
+    fixed_checkpoints,
     preset,
+    surrogate_training,
 )
 from igd_lib.data import ImageData, load, to_float
 from igd_lib.distill import DistilledSet, distill
@@ -41,7 +43,15 @@ from igd_lib.guidance import influence_loss
 from igd_lib.models import network
 from igd_lib.progress import progress
 from igd_lib.sampler import IGDPipeline
-from igd_lib.surrogate import Checkpoints, all_class_gradients, checkpoint_similarities, select_checkpoints, train_surrogate
+from igd_lib.surrogate import (
+    Checkpoints,
+    ClassGradients,
+    checkpoint_similarities,
+    epoch_gradients,
+    select_checkpoints,
+    train_surrogate,
+)
+from igd_lib.weights import match_original
 
 PAPER_REPORTED = Path(__file__).parents[1] / "paper_figures" / "data" / "paper_reported.csv"
 SCALES = ("auto", "smoke", "small", "paper")
@@ -111,7 +121,7 @@ class Experiment:
     banner: str  # Markdown, shown first
     classes: list[int] | None = None
     checkpoints: Checkpoints | None = None  # the retained ones, after `fit_surrogate`
-    gradients: Tensor | None = None  # (E, C, P) of the retained ones
+    gradients: Callable[[int], Tensor] | None = None  # of the retained ones: (E, P) of a class
     trajectory_epochs: list[float] = field(default_factory=list)
     similarity_curves: dict[str, list[float]] = field(default_factory=dict)
 
@@ -137,23 +147,53 @@ class Experiment:
         """`name`, or for "auto" the network of the paper's table, ConvNet-3 on the stand-in."""
         return name if name != "auto" else "resnet18" if self.scale == "paper" else "convnet3"
 
-    def fit_surrogate(self) -> Checkpoints:
-        """Train the surrogate, run Algorithm 2 in both similarities, keep the checkpoints of `fidelity.similarity`."""
+    def trajectory(self) -> Checkpoints:
+        """The surrogate's training trajectory, trained once and then read from `$IGD_CACHE/surrogates`."""
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = network(self.surrogate_name, num_classes=len(self.train.classes), image_size=self.train.image_size)
         options = dict(self.surrogate_options)
         count = options.pop("train_images", None)
         data = self.train.per_class(count, seed=0) if count else self.train
-        trajectory = train_surrogate(model.to(self.device), data, **options)
-        gradients = all_class_gradients(trajectory, self.train, images=self.fidelity.gradient_images)
+        return train_surrogate(model.to(self.device), data, folder=self._surrogate_folder(), **options)
+
+    def _surrogate_folder(self, *parts: object) -> Path:
+        settings = [self.train.name, self.surrogate_name, self.surrogate_options, str(self.device)]
+        return cache_dir() / "surrogates" / results.settings_hash(settings) / "-".join(str(part) for part in parts)
+
+    def fit_surrogate(self) -> Checkpoints:
+        """Train the surrogate and keep the checkpoints that `fidelity` asks for: a fixed list, or Algorithm 2's choice.
+
+        Away from the paper's scale, Algorithm 2 runs in both similarities, for `similarity_curves`.
+        """
+        trajectory = self.trajectory()
         self.trajectory_epochs = trajectory.epochs
-        self.similarity_curves = {
-            label: checkpoint_similarities(gradients, threshold=self.threshold, similarity=kind)
-            for label, kind in (("mean of per-class cosines (released)", "per_class"), ("cosine of the mean gradient (paper)", "mean"))
-        }
-        kept = select_checkpoints(gradients, threshold=self.threshold, similarity=self.fidelity.similarity)
-        self.checkpoints, self.gradients = trajectory.keep(kept), gradients[kept]
+        images = self.fidelity.gradient_images
+        fixed = fixed_checkpoints(self.dataset, self.surrogate_name) if self.fidelity.checkpoints == "fixed" else None
+        if self.scale != "paper":
+            whole = ClassGradients(trajectory, self.train, self._surrogate_folder("gradients", images), images)
+            labels = progress(range(len(self.train.classes)), "class gradients, class")
+            gradients = torch.stack([whole(label) for label in labels], dim=1).to(self.device)
+            self.similarity_curves = {
+                label: checkpoint_similarities(gradients, threshold=self.threshold, similarity=kind)
+                for label, kind in (("mean of per-class cosines (released)", "per_class"), ("cosine of the mean gradient (paper)", "mean"))
+            }
+            return self.keep(trajectory, select_checkpoints(gradients, threshold=self.threshold, similarity=self.fidelity.similarity), gradients)
+        if fixed is not None:
+            return self.keep(trajectory, [trajectory.epochs.index(epoch) for epoch in fixed])
+        stream = epoch_gradients(trajectory, self.train, images=images)
+        return self.keep(trajectory, select_checkpoints(stream, threshold=self.threshold, similarity=self.fidelity.similarity))
+
+    def keep(self, trajectory: Checkpoints, indices: Sequence[int], gradients: Tensor | None = None) -> Checkpoints:
+        """Guide with these checkpoints from now on; gradients (E, C, P) of the whole trajectory if they are at hand."""
+        indices = list(indices)
+        self.checkpoints = trajectory.keep(indices)
+        if gradients is not None:
+            self.gradients = lambda label: gradients[indices, label]
+        else:
+            images = self.fidelity.gradient_images
+            folder = self._surrogate_folder("gradients", images, *(f"{epoch:g}" for epoch in self.checkpoints.epochs))
+            self.gradients = ClassGradients(self.checkpoints, self.train, folder, images)
         return self.checkpoints
 
     def distilled(self, method: Method, ipc: int, seed: int) -> ImageData | DistilledSet:
@@ -174,7 +214,7 @@ class Experiment:
         """Short sums over the weights that a set depends on, so that other weights get another folder."""
         sums = [sum(p.detach().double().abs().sum().item() for p in module.parameters()) for module in (self.pipe.transformer, self.pipe.vae)]
         if method.guidance is not None and method.guidance.k > 0:
-            sums += [self.gradients.double().abs().sum().item()]
+            sums += [parameter.double().abs().sum().item() for state in self.checkpoints.states for parameter in state.values()]
         return [f"{value:.6g}" for value in sums]
 
     def all_sets(self, ipc: int, seeds: int) -> dict[tuple[str, int], ImageData | DistilledSet]:
@@ -198,8 +238,9 @@ class Experiment:
             losses = []
             with torch.no_grad():
                 for pictures, labels in data.batches(50):
-                    inputs = to_float(pictures).to(self.device)
-                    losses.append(influence_loss(inputs, labels.to(self.device), self.checkpoints, self.gradients[:, labels], weights=self.checkpoints.weights))
+                    inputs, own = to_float(pictures).to(self.device), {label: self.gradients(label) for label in labels.unique().tolist()}
+                    gradients = torch.stack([own[label] for label in labels.tolist()], dim=1).to(self.device)
+                    losses.append(influence_loss(inputs, labels.to(self.device), self.checkpoints, gradients, weights=self.checkpoints.weights))
             rows.append(self.row(method, ipc, seed, "influence_loss", torch.cat(losses).mean().item()))
         return results.frame(rows)
 
@@ -252,7 +293,7 @@ def prepare(artefact: str, dataset: str, scale: str = "auto", *, fidelity: Fidel
         raise ValueError(f"scale is one of {', '.join(SCALES)}, got {scale!r}")
     if dataset not in DATASETS:
         raise ValueError(f"unknown data set {dataset!r}; known: {', '.join(sorted(DATASETS))}")
-    missing = missing_for_paper(dataset)
+    missing = missing_for_paper(dataset, fidelity)
     if scale == "paper" and missing:
         raise FileNotFoundError("scale='paper' lacks:\n" + "\n".join(f"- {line}" for line in missing))
     if scale == "paper" or (scale == "auto" and not missing):
@@ -260,7 +301,7 @@ def prepare(artefact: str, dataset: str, scale: str = "auto", *, fidelity: Fidel
     return _small(artefact, dataset, stand_in, fidelity, "small" if scale == "auto" else scale, ipc)
 
 
-def missing_for_paper(dataset: str) -> list[str]:
+def missing_for_paper(dataset: str, fidelity: Fidelity = RELEASED) -> list[str]:
     """What the paper's scale still needs on this machine, a line a piece with how to get it; empty if nothing."""
     lines = []
     if dataset in standin.STANDINS:
@@ -270,22 +311,25 @@ def missing_for_paper(dataset: str) -> list[str]:
     folder = data_dir() / (DATASETS[dataset].folder or dataset)
     if not ((folder / "train").is_dir() and any((folder / name).is_dir() for name in ("test", "val"))):
         lines.append(f"the images of {dataset}: put them into {folder}/train and {folder}/val, one folder a class (set IGD_DATA to change the place)")
-    for repository, revision in (DIT, SD_VAE):
+    for repository, revision in (DIT, _vae(fidelity)):
         if _model_folder(repository, revision) is None:
-            lines.append(
-                f"the weights {repository}: hf download {repository} --revision {revision}, "
-                f"or copy the folder to {cache_dir() / 'models' / repository.split('/')[1]}"
-            )
+            download = f"hf download {repository} --revision {revision}, or " if revision else ""
+            lines.append(f"the weights {repository}: {download}copy the folder to {cache_dir() / 'models' / repository.split('/')[-1]}")
     if not torch.cuda.is_available() and not os.environ.get("IGD_ALLOW_CPU"):
         lines.append("a CUDA GPU: none was found (set IGD_ALLOW_CPU=1 to run the paper's scale on a CPU all the same, very slowly)")
     return lines
 
 
-def _model_folder(repository: str, revision: str) -> Path | None:
+def _vae(fidelity: Fidelity) -> tuple[str, str | None]:
+    """The autoencoder and its pinned revision; one without a pin is taken from a local folder only."""
+    return SD_VAE if fidelity.vae == SD_VAE[0] else (fidelity.vae, None)
+
+
+def _model_folder(repository: str, revision: str | None) -> Path | None:
     """A model's folder under `$IGD_CACHE/models`, or in the Hugging Face cache at the pinned revision."""
-    own = cache_dir() / "models" / repository.split("/")[1]
-    if own.is_dir():
-        return own
+    own = cache_dir() / "models" / repository.split("/")[-1]
+    if own.is_dir() or revision is None:
+        return own if own.is_dir() else None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -297,14 +341,14 @@ def _model_folder(repository: str, revision: str) -> Path | None:
 
 def _paper(artefact: str, dataset: str, fidelity: Fidelity, ipc: int) -> Experiment:
     spec = DATASETS[dataset]
-    vae = AutoencoderKL.from_pretrained(_model_folder(*SD_VAE))
+    vae = AutoencoderKL.from_pretrained(_model_folder(*_vae(fidelity)))
     pipe = IGDPipeline.from_pretrained(_model_folder(*DIT), vae=vae).to("cuda" if torch.cuda.is_available() else "cpu")
-    many = len(spec.label_ids) > 100
-    surrogate = dict(epochs=50, lr=0.1 if many else 1e-2, weight_decay=1e-4 if many else 5e-4, batch_size=128 if many else 64)
+    if fidelity.timestep_frequencies == "original":
+        match_original(pipe.transformer)
     return Experiment(
-        artefact, dataset, "paper", pipe, load(dataset, "train"), load(dataset, "test"), spec.label_ids, "convnet6", surrogate,
-        0.7, fidelity, preset(dataset, "dit", ipc), 1.5, IGD_HARD, 50,
-        f"**Scale: paper.** {dataset}, {DIT[0]} (CC-BY-NC 4.0) and {SD_VAE[0]}.",
+        artefact, dataset, "paper", pipe, load(dataset, "train"), load(dataset, "test"), spec.label_ids, "convnet6",
+        surrogate_training(fidelity, len(spec.label_ids)), 0.7, fidelity, preset(dataset, "dit", ipc), 1.5, IGD_HARD, 50,
+        f"**Scale: paper.** {dataset}, {DIT[0]} (CC-BY-NC 4.0) and {fidelity.vae}.",
     )  # fmt: skip
 
 

@@ -70,16 +70,20 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(header.get("__metadata__", {}).get("igd", "{}"))
 
 
-def save_training(path: str | Path, step: int, optimizer: torch.optim.Optimizer, **models: nn.Module) -> Path:
-    """Write the models, the optimiser's state and the number of finished steps."""
+def save_training(
+    path: str | Path, step: int, optimizer: torch.optim.Optimizer, *, generator: torch.Generator | None = None, **models: nn.Module
+) -> Path:
+    """Write the models, the optimiser's state, the number of finished steps and, if given, the generator's state."""
     tensors = {f"{name}/{key}": value for name, model in models.items() for key, value in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(value) for key, value in state.items() if value is not None}
+    if generator is not None:
+        tensors["generator"] = generator.get_state()
     # Shared storage cannot be written; copies can.
     return save_tensors(path, {name: tensor.clone() for name, tensor in tensors.items()}, step=step)
 
 
-def load_training(path: str | Path, optimizer: torch.optim.Optimizer, **models: nn.Module) -> int:
+def load_training(path: str | Path, optimizer: torch.optim.Optimizer, *, generator: torch.Generator | None = None, **models: nn.Module) -> int:
     """Restore what `save_training` wrote, in place; returns the number of finished steps, 0 without a file."""
     if not Path(path).is_file():
         return 0
@@ -91,5 +95,7 @@ def load_training(path: str | Path, optimizer: torch.optim.Optimizer, **models: 
         if key.startswith("optimizer/"):
             _, index, field = key.split("/")
             state.setdefault(int(index), {})[field] = value
+    if generator is not None:
+        generator.set_state(tensors["generator"])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return int(metadata["step"])

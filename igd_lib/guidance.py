@@ -18,7 +18,14 @@ def sample_gradients(model: nn.Module, state: dict[str, Tensor], images: Tensor,
     """Each sample's own cross-entropy gradient: (B, P), in `model.parameters()` order; differentiable in images.
 
     images: (B, 3, H, W) in [-1, 1]; targets: (B,) labels of `model`; state: a state dict of `model`.
+    Raises ValueError for a model in training mode with batch normalisation: there a sample's gradient
+    depends on the other samples, and has no meaning of its own.
     """
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in model.modules()):
+        raise ValueError(
+            "this surrogate normalises over the batch, so a sample has no gradient of its own; "
+            "use a network with instance, group or layer normalisation (all of the protocol's are), or call .eval()"
+        )
 
     def loss(parameters: dict[str, Tensor], image: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(model, (parameters, buffers), (image[None],)), target[None])

@@ -3,33 +3,69 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from igd_lib.config import RELEASED, Fidelity, Guidance
 from igd_lib.guidance import deviation_loss, influence_loss, influence_scale
 from igd_lib.surrogate import Checkpoints
+from igd_lib.weights import match_original
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+class ListedDDIMScheduler(DDIMScheduler):
+    """Deterministic DDIM (Song et al., Eq. 12) from each listed timestep to the next.
+
+    diffusers' own steps to t - 1000 // T, which is not the next one when they are spaced "linspace".
+    """
+
+    def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True, **_: Any) -> Any:
+        """One step; model_output: noise, with or without a predicted variance. Other keywords are ignored."""
+        eps = model_output[:, : sample.shape[1]]
+        position = int((self.timesteps == timestep).nonzero()[0])
+        alpha_bar = self.alphas_cumprod[int(timestep)].to(sample)
+        last = position + 1 == len(self.timesteps)
+        following = (self.final_alpha_cumprod if last else self.alphas_cumprod[int(self.timesteps[position + 1])]).to(sample)
+        clean = (sample - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+        moved = following.sqrt() * clean + (1 - following).sqrt() * eps
+        return DDIMSchedulerOutput(prev_sample=moved, pred_original_sample=clean) if return_dict else (moved, clean)
 
 
 def make_scheduler(fidelity: Fidelity, base_config: Any, *, learned_variance: bool = False) -> Any:
     """The scheduler that `fidelity` asks for, on the noise schedule of `base_config`.
 
-    learned_variance: whether the transformer also predicts a variance range, as DiT-XL/2 does.
+    learned_variance: whether the transformer also predicts a variance range, as DiT-XL/2 does; only
+    DDPM uses it. DPM-Solver++ and UniPC are of second order.
     """
-    options: dict[str, Any] = {"timestep_spacing": fidelity.timestep_spacing, "clip_sample": False, "thresholding": False}
+    options: dict[str, Any] = {"timestep_spacing": fidelity.timestep_spacing, "thresholding": False}
     if fidelity.solver == "ddim":
-        return DDIMScheduler.from_config(base_config, **options)
-    return DDPMScheduler.from_config(base_config, variance_type="learned_range" if learned_variance else "fixed_small", **options)
+        kind = ListedDDIMScheduler if fidelity.timestep_spacing == "linspace" else DDIMScheduler
+        return kind.from_config(base_config, clip_sample=False, **options)
+    if fidelity.solver == "dpmsolver++":
+        # With a variance type, diffusers' DPM-Solver++ would keep the first 3 channels of the noise only.
+        return DPMSolverMultistepScheduler.from_config(base_config, algorithm_type="dpmsolver++", solver_order=2, variance_type=None, **options)
+    if fidelity.solver == "unipc":
+        return UniPCMultistepScheduler.from_config(base_config, solver_order=2, **options)
+    variance = "learned_range" if learned_variance else "fixed_small"
+    return DDPMScheduler.from_config(base_config, variance_type=variance, clip_sample=False, **options)
 
 
 def sample_igd(
@@ -49,7 +85,7 @@ def sample_igd(
     fidelity: Fidelity = RELEASED,
     jacobian: Literal["full", "decoder"] = "full",
     generator: Generators = None,
-    callback: Callable[[int, int, dict[str, Any]], None] | None = None,
+    callback: Callable[[int, int, dict[str, Any]], dict[str, Any] | None] | None = None,
 ) -> Tensor:
     """Algorithm 1: denoise `latents`, guided by G_I and G_D while the step index is in the guided range.
 
@@ -58,16 +94,19 @@ def sample_igd(
     memory: B tensors (M_b, C, h, w) of earlier final latents of the same class, oldest first.
     `guidance=None` is the scheduler's own sampling. `scheduler` is used as configured. jacobian:
     "full" differentiates through the transformer (the paper), "decoder" holds its output constant.
-    callback(index, timestep, info) after each step; info has latents and, when guided, the losses.
+    Any variance-preserving scheduler with one evaluation a step will do; multistep ones see the guided
+    latents, and UniPC does not correct a step that guidance has moved (its corrector would undo it).
+    callback(index, timestep, info) after each step; info has latents and, when guided, the losses; a
+    dict with "latents" that it returns replaces them.
     Returns final latents (B, C, h, w), scaled as the transformer's. Raises ValueError on inputs that
     do not fit, FloatingPointError when guidance is not finite.
     """
-    _check(transformer, scheduler, latents, labels, targets, guidance, checkpoints, gradients, memory, num_steps)
+    _check(transformer, scheduler, latents, labels, targets, guidance, checkpoints, gradients, memory, num_steps, fidelity)
     if jacobian not in ("full", "decoder"):
         raise ValueError(f"jacobian is 'full' or 'decoder', got {jacobian!r}")
     channels = latents.shape[1]
     accepts_generator = "generator" in inspect.signature(scheduler.step).parameters
-    learned = getattr(scheduler.config, "variance_type", None) in ("learned", "learned_range")
+    learned = _learned_variance(scheduler)
     memory = None if memory is None else [m[-fidelity.memory_size :] if fidelity.memory_size else m for m in memory]
     null = torch.full_like(labels, transformer.config.num_embeds_ada_norm)
 
@@ -90,11 +129,18 @@ def sample_igd(
 
     scheduler.set_timesteps(num_steps, device=latents.device)
     steps = scheduler.timesteps
-    with _frozen(transformer, vae, *([checkpoints.model] if checkpoints else [])), torch.no_grad():
+    if len(steps) != num_steps:
+        raise ValueError(f"{type(scheduler).__name__} evaluates the model {len(steps)} times in {num_steps} steps; Algorithm 1 needs one a step")
+
+    def is_guided(step: int) -> bool:
+        return guidance is not None and guidance.covers(num_steps - 1 - step + fidelity.range_counts_from)
+
+    models = [transformer, vae, *([checkpoints.model] if checkpoints else [])]
+    with _uncorrected(scheduler, filter(is_guided, range(num_steps))), _frozen(*models), torch.no_grad():
         z_t = latents * scheduler.init_noise_sigma
         for step, timestep in enumerate(steps):
             index = len(steps) - 1 - step
-            guided = guidance is not None and guidance.covers(index)
+            guided = is_guided(step)
             influence = guided and guidance.k > 0
             alpha_bar = scheduler.alphas_cumprod[int(timestep)].to(z_t)
             info: dict[str, Any] = {}
@@ -105,18 +151,25 @@ def sample_igd(
                     z_t = z_t.detach().requires_grad_()
                     with torch.set_grad_enabled(jacobian == "full"):
                         eps, conditional, other, variance = denoise(z_t, timestep)
-                    losses = []
+                    images = []
                     for noise in [eps, other] if fidelity.both_halves else [eps]:
                         clean = (z_t - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
-                        images = vae.decode(clean.to(vae.dtype) / vae.config.scaling_factor).sample.to(z_t.dtype)
-                        losses.append(influence_loss(images, targets, checkpoints, gradients, weights=checkpoints.weights))
-                    loss = torch.stack(losses).mean(0)
-                    (gradient,) = torch.autograd.grad(loss.sum(), z_t)
+                        image = vae.decode(clean.to(vae.dtype) / vae.config.scaling_factor).sample.to(z_t.dtype)
+                        images.append(image.clamp(-1, 1) if fidelity.clamp_images else image)
+                    # Eq. 7, all checkpoints in one piece or each in its own: their sum is the same.
+                    pieces = [[e] for e in range(len(checkpoints))] if fidelity.backward == "per_checkpoint" else [list(range(len(checkpoints)))]
+                    loss, gradient = 0.0, 0.0
+                    for number, piece in enumerate(pieces, start=1):
+                        part, weights = checkpoints.keep(piece), [checkpoints.weights[e] for e in piece]
+                        values = [influence_loss(image, targets, part, gradients[piece], weights=weights) for image in images]
+                        term = torch.stack(values).mean(0) * len(piece) / len(checkpoints)
+                        loss = loss + term.detach()
+                        gradient = gradient + torch.autograd.grad(term.sum(), z_t, retain_graph=number < len(pieces))[0]
                 z_t, eps, conditional = z_t.detach(), eps.detach(), conditional.detach()
                 variance = None if variance is None else variance.detach()
                 scaled = conditional if fidelity.eps == "conditional" else eps
                 shift = influence_scale(guidance.k, alpha_bar, scaled, gradient, factor=fidelity.rho_factor) * gradient
-                info |= {"influence_loss": loss.detach(), "influence_shift": shift}
+                info |= {"influence_loss": loss, "influence_shift": shift}
             else:
                 eps, _, _, variance = denoise(z_t, timestep)
 
@@ -135,22 +188,38 @@ def sample_igd(
             if guided and not torch.isfinite(z_t).all():
                 raise FloatingPointError(f"latents are not finite after guided step {index}; lower k or gamma ({guidance})")
             if callback is not None:
-                callback(index, int(timestep), {"latents": z_t, **info})
+                z_t = (callback(index, int(timestep), {"latents": z_t, **info}) or {}).get("latents", z_t)
     return z_t
 
 
-def _check(transformer, scheduler, latents, labels, targets, guidance, checkpoints, gradients, memory, num_steps) -> None:
+def _learned_variance(scheduler: Any) -> bool:
+    """Whether the scheduler takes the variance that the transformer predicts; a config may carry a type it does not know."""
+    known = "variance_type" in inspect.signature(type(scheduler).__init__).parameters
+    return known and scheduler.config.variance_type in ("learned", "learned_range")
+
+
+def check_range(guidance: Guidance, num_steps: int, fidelity: Fidelity) -> None:
+    """Raise ValueError unless the whole guided range lies within the steps."""
+    first = fidelity.range_counts_from
+    if not first <= guidance.guided_range[0] <= guidance.guided_range[1] < num_steps + first:
+        raise ValueError(f"guided_range {guidance.guided_range} is not within the {num_steps} steps {first} ... {num_steps - 1 + first}")
+
+
+def _check(transformer, scheduler, latents, labels, targets, guidance, checkpoints, gradients, memory, num_steps, fidelity) -> None:
     size = len(latents)
     if transformer.training:
         raise ValueError("the transformer is in training mode and would drop labels at random; call .eval()")
     if labels.shape != (size,):
         raise ValueError(f"labels are ({size},), one a latent, got {tuple(labels.shape)}")
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(f"{type(scheduler).__name__} has no alphas_cumprod; Algorithm 1 needs a discrete noise schedule")
     if abs(float(scheduler.init_noise_sigma) - 1) > 1e-6:
         raise ValueError(f"{type(scheduler).__name__} rescales its samples; Algorithm 1 needs a variance-preserving one (DDPM, DDIM, DPM-Solver++, UniPC)")
+    if _learned_variance(scheduler) and not isinstance(scheduler, DDPMScheduler | DDIMScheduler):
+        raise ValueError(f"{type(scheduler).__name__} with variance_type={scheduler.config.variance_type!r} drops latent channels; set variance_type=None")
     if guidance is None:
         return
-    if guidance.guided_range[0] >= num_steps:
-        raise ValueError(f"guided_range {guidance.guided_range} lies outside the {num_steps} steps 0 ... {num_steps - 1}: nothing would be guided")
+    check_range(guidance, num_steps, fidelity)
     if guidance.k > 0:
         if checkpoints is None or gradients is None or targets is None:
             raise ValueError("k > 0 needs checkpoints, gradients and targets")
@@ -176,6 +245,20 @@ def _frozen(*modules: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+@contextmanager
+def _uncorrected(scheduler: Any, steps: Iterable[int]) -> Iterator[None]:
+    """UniPC recomputes a step's result from its start; inside, not that of `steps`, where guidance was added to it."""
+    if not hasattr(scheduler, "disable_corrector"):
+        yield
+        return
+    configured = scheduler.disable_corrector
+    scheduler.disable_corrector = [*configured, *steps]
+    try:
+        yield
+    finally:
+        scheduler.disable_corrector = configured
+
+
 class IGDPipeline(DiTPipeline):
     """A diffusers `DiTPipeline` whose sampling can be guided; loads the stand-in and DiT-XL/2 alike.
 
@@ -189,7 +272,18 @@ class IGDPipeline(DiTPipeline):
         scheduler: KarrasDiffusionSchedulers,
         id2label: dict[str, str] | None = None,  # JSON's keys are strings
     ):
+        if transformer.config.get("timestep_frequencies") == "original":
+            match_original(transformer)
         super().__init__(transformer, vae, scheduler, id2label)
+
+    def enable_model_cpu_offload(self, *_: Any, **__: Any) -> None:
+        """Not offered: guidance differentiates through transformer and decoder at once, so both stay on the device."""
+        raise NotImplementedError(
+            "IGDPipeline cannot offload models: a guided step differentiates through the decoder and the transformer in one graph, "
+            "which keeps the weights of both. Use bfloat16, a smaller batch or jacobian='decoder'; for vanilla sampling use diffusers' DiTPipeline"
+        )
+
+    enable_sequential_cpu_offload = enable_model_cpu_offload
 
     def scheduler_for(self, fidelity: Fidelity) -> Any:
         """The scheduler to sample with: the pipeline's own where `fidelity.solver` is "configured"."""
@@ -224,15 +318,16 @@ class IGDPipeline(DiTPipeline):
     ) -> ImagePipelineOutput | tuple:
         """As `DiTPipeline`, with `sample_igd`'s keywords (guidance, checkpoints, gradients, targets, memory, jacobian).
 
-        output_type: "pil", "np", "pt" (floats in [0, 1]) or "latent". Returns `ImagePipelineOutput`.
+        output_type: "pil", "np", "pt" (floats in [0, 1]) or "latent". callback_on_step_end(pipe, step,
+        timestep, info) may return {"latents": ...} to replace them. Returns `ImagePipelineOutput`.
         """
         device = self._execution_device
         config = self.transformer.config
         shape = (len(class_labels), config.in_channels, config.sample_size, config.sample_size)
         latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
 
-        def callback(index: int, timestep: int, info: dict[str, Any]) -> None:
-            callback_on_step_end(self, num_inference_steps - 1 - index, timestep, info)
+        def callback(index: int, timestep: int, info: dict[str, Any]) -> dict[str, Any] | None:
+            return callback_on_step_end(self, num_inference_steps - 1 - index, timestep, info)
 
         latents = sample_igd(
             self.transformer, self.vae, self.scheduler_for(fidelity), latents, torch.tensor(class_labels, device=device),

@@ -64,7 +64,7 @@ def trajectory(
     weights = [rate / mean_rate for rate in checkpoints.learning_rates]
     z = noise
     for step, t in enumerate(timesteps):
-        guided = guidance.guided_range[0] <= steps - 1 - step <= guidance.guided_range[1]
+        guided = guidance.guided_range[0] <= steps - 1 - step + fidelity.range_counts_from <= guidance.guided_range[1]
         a = float(scheduler.alphas_cumprod[t])
         a_next = float(scheduler.alphas_cumprod[timesteps[step + 1]]) if step + 1 < steps else 1.0
         z = z.detach().requires_grad_(guided)
@@ -85,6 +85,7 @@ def trajectory(
             for prediction in [eps, eps_other] if fidelity.both_halves else [eps]:
                 clean = (z - math.sqrt(1 - a) * prediction) / math.sqrt(a)
                 image = vae.decode(clean[None] / vae.config.scaling_factor).sample[0]
+                image = image.clamp(-1, 1) if fidelity.clamp_images else image
                 losses.append(influence(image, target, checkpoints, gradients, weights))
             (gradient,) = torch.autograd.grad(sum(losses) / len(losses), z)
             scaled = (conditional if fidelity.eps == "conditional" else eps).detach()

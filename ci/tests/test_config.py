@@ -1,6 +1,6 @@
 """Settings check themselves, and agree with the paper and its released code."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,9 @@ from igd_lib.config import (
     Protocol,
     cache_dir,
     data_dir,
+    fixed_checkpoints,
     preset,
+    surrogate_training,
 )
 
 
@@ -53,10 +55,37 @@ def test_bad_fidelity_raises(field):
         Fidelity(**{field: 0})
 
 
+def test_misspelt_choices_raise():
+    for field, value in (("solver", "DDIM"), ("eps", "cond"), ("range_counts_from", 2), ("checkpoints", "all")):
+        with pytest.raises(ValueError, match=f"Fidelity.{field} is one of"):
+            Fidelity(**{field: value})
+
+
 def test_paper_and_released_code():
+    """The table of differences, by hand: field, released code, paper."""
     assert Fidelity() == RELEASED
-    assert Fidelity("ddpm", "linspace", 3, 0.0015, "combined", False, 64, 200, "per_class") == RELEASED
-    assert Fidelity("ddim", "leading", None, 1.0, "conditional", False, None, None, "mean") == PAPER
+    table = {
+        "solver": ("ddpm", "ddim"), "timestep_spacing": ("linspace", "leading"), "timestep_frequencies": ("original", "original"),
+        "cfg_channels": (3, None), "range_counts_from": (0, 1), "rho_factor": (0.0015, 1.0), "eps": ("combined", "conditional"),
+        "both_halves": (False, False), "backward": ("once", "once"), "clamp_images": (False, False), "memory_size": (64, None),
+        "gradient_images": (200, None), "checkpoints": ("fixed", "similarity"), "similarity": ("per_class", "mean"),
+        "surrogate": ("released", "paper"), "vae": ("stabilityai/sd-vae-ft-mse",) * 2,
+    }  # fmt: skip
+    assert asdict(RELEASED) == {field: values[0] for field, values in table.items()}
+    assert asdict(PAPER) == {field: values[1] for field, values in table.items()}
+
+
+def test_fixed_checkpoints():
+    assert fixed_checkpoints("imagenette", "convnet6") == (0, 2, 11, 40)
+    assert fixed_checkpoints("imagewoof", "resnet18") == (0, 16, 33)
+    assert fixed_checkpoints("fashion-mnist", "convnet3") is None
+
+
+def test_surrogate_training():
+    ten = dict(epochs=50, lr=0.01, momentum=0.9, weight_decay=5e-4, batch_size=64)
+    assert surrogate_training(RELEASED, 10) == surrogate_training(PAPER, 10) == surrogate_training(PAPER, 1000) == ten
+    # The released list for ImageNet-1K asks for epoch 52.
+    assert surrogate_training(RELEASED, 1000) == dict(epochs=52, lr=0.1, momentum=0.9, weight_decay=1e-4, batch_size=128)
 
 
 @pytest.mark.parametrize(

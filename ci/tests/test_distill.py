@@ -252,7 +252,7 @@ def test_checkpoints_do_not_matter_without_influence_guidance(run):
         (dict(classes=[1, 1]), "twice"),
         (dict(label_ids=(1, 2)), "one id a class: 3, got 2"),
         (dict(checkpoints=None), "needs checkpoints"),
-        (dict(guidance=Guidance(5.0, 30.0, (30, 45))), "nothing would be guided"),
+        (dict(guidance=Guidance(5.0, 30.0, (30, 45))), "not within the 6 steps"),
     ],
 )
 def test_bad_arguments_raise_before_anything_is_written(run, tmp_path, changes, message):

@@ -89,6 +89,16 @@ def test_influence_loss_leaves_the_model_alone(case):
     assert all(p.grad is None and p.requires_grad for p in case.checkpoints.model.parameters())
 
 
+def test_batch_statistics_are_refused():
+    """In training mode a sample's gradient depends on its batch; with running statistics it does not."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 3))
+    images, targets = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="normalises over the batch"):
+        sample_gradients(model.train(), model.state_dict(), images, targets)
+    together = sample_gradients(model.eval(), model.state_dict(), images, targets)
+    torch.testing.assert_close(sample_gradients(model, model.state_dict(), images[1:], targets[1:])[0], together[1])
+
+
 def test_other_number_of_class_gradients_raises(case):
     with pytest.raises(ValueError, match="3 checkpoints.*2"):
         influence_loss(case.images, TARGETS, case.checkpoints, case.own[:2])

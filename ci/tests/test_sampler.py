@@ -5,7 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiTPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
 
 import reference
 from igd_lib.config import PAPER, RELEASED, Fidelity, Guidance
@@ -151,6 +159,10 @@ CASES = {
     "both halves, short memory": (replace(RELEASED, both_halves=True, memory_size=2), 4, "full"),
     "decoder Jacobian": (DDIM_PAPER, 4, "decoder"),
     "conditional eps, all channels": (replace(RELEASED, eps="conditional", cfg_channels=None), 4, "full"),
+    "a backward pass a checkpoint, both halves": (replace(RELEASED, backward="per_checkpoint", both_halves=True), 4, "full"),
+    "clamped images": (replace(RELEASED, clamp_images=True), 4, "full"),
+    "DDIM on the released code's timesteps": (replace(RELEASED, solver="ddim"), 4, "full"),
+    "the range counted from 1": (replace(RELEASED, range_counts_from=1), 4, "full"),
 }
 
 
@@ -176,6 +188,26 @@ def test_guided_trajectory_equals_the_reference(tiny, guided, name):
         assert effect > 0.02 and (found[b] - expected).abs().max() < 1e-3 * effect
 
 
+@pytest.mark.parametrize("name", ["released", "paper"])
+def test_guided_trajectory_of_50_steps_equals_the_reference(tiny, guided, name):
+    """The two settings to the letter, at 50 steps and the paper's range; k is what makes PAPER's factor of 1 usable."""
+    fidelity = {"released": replace(RELEASED, both_halves=True, backward="per_checkpoint"), "paper": PAPER}[name]
+    guidance = Guidance(5.0 if name == "released" else 0.0075, 7.5, (30, 45))
+    models, options = tiny(out_channels=8, dtype=torch.float64), guided(torch.float64) | dict(guidance=guidance, num_steps=50)
+    scheduler, z = scheduler_of(models, fidelity), noise(dtype=torch.float64)
+    found, plain = (
+        sample_igd(models.transformer, models.vae, scheduler, z, LABELS, fidelity=fidelity, generator=generators(), **(options | change))
+        for change in ({}, {"guidance": None})
+    )
+    for b in (0, 1):
+        expected = reference.trajectory(
+            models, scheduler, z[b], int(LABELS[b]), int(TARGETS[b]), options["checkpoints"], options["gradients"][:, b],
+            options["memory"][b], guidance, fidelity, cfg=4.0, steps=50, generator=generators()[b],
+        )  # fmt: skip
+        torch.testing.assert_close(found[b], expected, rtol=1e-4, atol=1e-5)
+        assert (found[b] - plain[b]).abs().max() > 0.02
+
+
 def test_each_fidelity_field_changes_the_result(tiny, guided):
     """So the reference test above would notice a field that is ignored."""
     models, options = tiny(dtype=torch.float64), guided(torch.float64)
@@ -190,7 +222,7 @@ def test_each_fidelity_field_changes_the_result(tiny, guided):
     base = run()
     for change in (
         {"solver": "ddim"}, {"timestep_spacing": "leading"}, {"cfg_channels": None}, {"rho_factor": 0.01}, {"eps": "conditional"},
-        {"both_halves": True}, {"memory_size": 2},
+        {"both_halves": True}, {"memory_size": 2}, {"clamp_images": True}, {"range_counts_from": 1}, {"solver": "dpmsolver++"}, {"solver": "unipc"},
     ):  # fmt: skip
         assert (run(**change) - base).abs().max() > 1e-3, change
 
@@ -318,6 +350,8 @@ def test_training_mode_raises(tiny):
 
 BAD = {
     "range outside": (dict(guidance=Guidance(5.0, 7.5, (30, 45))), r"\(30, 45\).*10 steps"),
+    "range partly outside": (dict(guidance=Guidance(5.0, 7.5, (8, 10))), r"\(8, 10\).*10 steps 0 ... 9"),
+    "range from 0 where steps count from 1": (dict(guidance=Guidance(5.0, 7.5, (0, 4)), fidelity=PAPER), r"\(0, 4\).*10 steps 1 ... 10"),
     "no checkpoints": (dict(checkpoints=None), "needs checkpoints"),
     "no gradients": (dict(gradients=None), "needs checkpoints"),
     "no targets": (dict(targets=None), "needs checkpoints"),
@@ -343,18 +377,28 @@ def test_other_number_of_labels_raises(tiny):
         sample_igd(models.transformer, models.vae, models.ddim, noise(), LABELS[:2])
 
 
-def test_a_rescaling_scheduler_raises(tiny):
-    """Eq. 9 assumes a variance-preserving process."""
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (EulerDiscreteScheduler(), "EulerDiscreteScheduler rescales"),  # Eq. 9 assumes a variance-preserving process
+        (FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler"),
+        (PNDMScheduler(), "PNDMScheduler evaluates the model"),
+        (DPMSolverMultistepScheduler(variance_type="learned_range"), "set variance_type=None"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_schedulers_that_do_not_fit_raise(tiny, scheduler, message):
     models = tiny()
-    with pytest.raises(ValueError, match="EulerDiscreteScheduler"):
-        sample_igd(models.transformer, models.vae, EulerDiscreteScheduler(), noise(), LABELS)
+    with pytest.raises(ValueError, match=message):
+        sample_igd(models.transformer, models.vae, scheduler, noise(), LABELS)
 
 
 # --- schedulers
 
 
 @pytest.mark.parametrize(
-    ("solver", "spacing", "first", "last"), [("ddpm", "linspace", 999, 0), ("ddim", "leading", 980, 0), ("ddim", "trailing", 999, 19)]
+    ("solver", "spacing", "first", "last"),
+    [("ddpm", "linspace", 999, 0), ("ddim", "leading", 980, 0), ("ddim", "trailing", 999, 19), ("ddim", "linspace", 999, 0)],
 )
 def test_scheduler_steps_to_its_own_next_timestep(tiny, solver, spacing, first, last):
     """With the true noise as prediction, DDIM lands on the forward process, and so does DDPM's mean."""
@@ -377,6 +421,84 @@ def test_scheduler_steps_to_its_own_next_timestep(tiny, solver, spacing, first, 
             own = torch.randn(1, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(t))[0]
             expected += (beta * (1 - a) / (1 - alphas[t])).sqrt() * own
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("out_channels", [4, 8])
+@pytest.mark.parametrize("solver", ["dpmsolver++", "unipc"])
+def test_multistep_solvers_unguided_equal_diffusers_pipeline(tiny, solver, out_channels):
+    models = tiny(out_channels=out_channels)
+    base = DDPMScheduler(variance_type="learned_range", **{k: models.ddim.config[k] for k in ("beta_schedule", "beta_end")}).config
+    fidelity = Fidelity(solver=solver, cfg_channels=None)
+    options = dict(guidance_scale=4.0, num_inference_steps=8, output_type="np")
+    theirs = DiTPipeline(models.transformer, models.vae, make_scheduler(fidelity, base))
+    theirs.set_progress_bar_config(disable=True)
+    if out_channels == 8:  # its pipeline hands the variance to any scheduler: give it a model without
+        narrow = tiny(out_channels=4)
+        wide, own = models.transformer.state_dict(), narrow.transformer.state_dict()
+        keep = {name: value[: len(own[name])] for name, value in wide.items()}
+        order = torch.arange(32).reshape(4, 8)[:, :4].flatten()  # proj_out_2 holds 2 x 2 pixels of 8 channels
+        keep |= {f"proj_out_2.{part}": wide[f"proj_out_2.{part}"][order] for part in ("weight", "bias")}
+        narrow.transformer.load_state_dict(keep)
+        theirs = DiTPipeline(narrow.transformer, models.vae, make_scheduler(fidelity, base))
+        theirs.set_progress_bar_config(disable=True)
+    expected = theirs([7, 985, 7], generator=generators(), **options).images
+    found = IGDPipeline(models.transformer, models.vae, DDPMScheduler.from_config(base))
+    np.testing.assert_allclose(found([7, 985, 7], generator=generators(), fidelity=fidelity, **options).images, expected, atol=1e-4)
+    assert expected.std() > 0.01
+
+
+def test_dpm_solver_reaches_the_guided_latents_of_its_own_formula(tiny, guided):
+    """DPM-Solver++ 2M (Lu et al., 2022, Algorithm 2) by hand, the shift of each guided step taken from the callback."""
+    models, options = tiny(dtype=torch.float64), guided(torch.float64)
+    fidelity = Fidelity(solver="dpmsolver++", cfg_channels=None)
+    scheduler, z = scheduler_of(models, fidelity), noise(dtype=torch.float64)
+    options["guidance"] = Guidance(5.0, 0.0, (3, 6))
+    shifts, steps, seen = {}, options["num_steps"], {}
+
+    def callback(index, timestep, info):
+        shifts[index], seen[index] = info.get("influence_shift", 0.0), (timestep, info["latents"])
+
+    sample_igd(models.transformer, models.vae, scheduler, z, LABELS, fidelity=fidelity, callback=callback, **options)
+    alphas, before = scheduler.alphas_cumprod.double(), None
+    lam = lambda t: 0.5 * torch.log(alphas[t] / (1 - alphas[t]))  # noqa: E731
+    null = torch.full_like(LABELS, models.transformer.config.num_embeds_ada_norm)
+    for index in range(steps - 1, 0, -1):
+        t, following = seen[index][0], seen[index - 1][0]
+        time = torch.full((3,), t)
+        with torch.no_grad():
+            c, u = (models.transformer(z, timestep=time, class_labels=y).sample for y in (LABELS, null))
+        clean = (z - (1 - alphas[t]).sqrt() * (u + 4 * (c - u))) / alphas[t].sqrt()
+        h = lam(following) - lam(t)
+        if before is None:
+            data = clean
+        else:
+            r = (lam(t) - lam(before[0])) / h
+            data = (1 + 1 / (2 * r)) * clean - 1 / (2 * r) * before[1]
+        before = (t, clean)
+        z = ((1 - alphas[following]) / (1 - alphas[t])).sqrt() * z - alphas[following].sqrt() * torch.expm1(-h) * data - shifts[index]
+        torch.testing.assert_close(z, seen[index][1], rtol=1e-5, atol=1e-6)
+    assert sorted(i for i, shift in shifts.items() if torch.is_tensor(shift) and shift.abs().max() > 1e-3) == [3, 4, 5, 6]
+
+
+def test_unipc_does_not_undo_guidance(tiny, guided):
+    """Its corrector would recompute a guided step from its start; unguided steps keep it."""
+    models, options = tiny(), guided()
+    options["guidance"] = Guidance(0.0, 60.0, (6, 6))
+    fidelity = Fidelity(solver="unipc")
+    scheduler = scheduler_of(models, fidelity)
+
+    def run(**changes):
+        seen = {}
+        sample_igd(
+            models.transformer, models.vae, scheduler, noise(), LABELS, fidelity=fidelity,
+            callback=lambda i, t, info: seen.update({i: info["latents"]}), **(options | changes),
+        )  # fmt: skip
+        return seen
+
+    moved, plain = run(), run(guidance=None)
+    assert scheduler.disable_corrector == []
+    first, second = ((moved[i] - plain[i])[0].norm() for i in (6, 5))
+    assert first > 0.05 and second > 0.7 * first
 
 
 def test_make_scheduler_never_clips_latents():
@@ -430,6 +552,25 @@ def test_pipeline_takes_guidance_and_calls_back_each_step(tiny_pipe, guided):
         num_steps=steps, generator=own, **options,
     )  # fmt: skip
     assert torch.equal(found, expected)
+
+
+def test_pipeline_callback_can_replace_the_latents(tiny_pipe):
+    zero = tiny_pipe(
+        [0, 3], generator=generators(2), num_inference_steps=3, output_type="latent",
+        callback_on_step_end=lambda pipe, step, timestep, info: {"latents": info["latents"] * 0} if step == 2 else {},
+    ).images  # fmt: skip
+    assert zero.abs().max() == 0
+
+
+def test_pipeline_takes_one_generator(tiny_pipe):
+    runs = [tiny_pipe([0, 3], generator=torch.Generator().manual_seed(s), num_inference_steps=3, output_type="latent").images for s in (1, 1, 2)]
+    assert torch.equal(runs[0], runs[1]) and not torch.allclose(runs[0], runs[2])
+
+
+def test_pipeline_refuses_to_offload(tiny_pipe):
+    for method in (tiny_pipe.enable_model_cpu_offload, tiny_pipe.enable_sequential_cpu_offload):
+        with pytest.raises(NotImplementedError, match="one graph"):
+            method()
 
 
 def test_pipeline_scheduler_follows_the_fidelity(tiny):

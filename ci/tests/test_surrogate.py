@@ -1,6 +1,8 @@
 """Training trajectory, class-averaged gradients and Algorithm 2."""
 
 import copy
+import math
+import weakref
 
 import pytest
 import torch
@@ -9,9 +11,13 @@ import reference
 from igd_lib.data import to_float
 from igd_lib.models import ConvNet
 from igd_lib.surrogate import (
+    Checkpoints,
+    ClassGradients,
     all_class_gradients,
     checkpoint_similarities,
     class_gradients,
+    epoch_gradients,
+    regular_checkpoints,
     select_checkpoints,
     similarity,
     train_surrogate,
@@ -170,6 +176,97 @@ def test_a_non_finite_loss_raises(toy_data):
 def test_bad_training_options_raise(toy_data, options):
     with pytest.raises(ValueError, match="at least 1"):
         train_surrogate(fresh_model(), toy_data, **options)
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def test_an_interrupted_training_resumes_to_the_same_trajectory(toy_data, tmp_path, monkeypatch):
+    options = dict(epochs=3, batch_size=4, saves_in_first_epoch=2)
+    whole = train_surrogate(fresh_model(), toy_data, **options)
+    batches, calls = toy_data.batches, []
+
+    def dying(*arguments):  # in the middle of the second epoch, after one of its steps
+        calls.append(1)
+        for number, batch in enumerate(batches(*arguments)):
+            if len(calls) == 2 and number == 2:
+                raise Killed
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(toy_data), "batches", lambda self, *arguments: dying(*arguments))
+        with pytest.raises(Killed):
+            train_surrogate(fresh_model(), toy_data, folder=tmp_path, **options)
+    resumed = train_surrogate(fresh_model(), toy_data, folder=tmp_path, **options)
+    again = train_surrogate(fresh_model(), toy_data, folder=tmp_path, **options)  # all from disk
+    for other in (resumed, again):
+        assert other.epochs == whole.epochs
+        for state, expected in zip(other.states, whole.states, strict=True):
+            assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert sorted(path.name for path in tmp_path.glob("0*.safetensors")) == [f"{i:05d}.safetensors" for i in range(5)]
+    shorter = train_surrogate(fresh_model(), toy_data, folder=tmp_path, **(options | dict(epochs=2)))
+    assert shorter.epochs == whole.epochs[:4]
+    longer = train_surrogate(fresh_model(), toy_data, folder=tmp_path, **(options | dict(epochs=4)))
+    assert longer.epochs == [*whole.epochs, 4.0]
+    with pytest.raises(ValueError, match="lr = 0.01, wanted 0.02"):
+        train_surrogate(fresh_model(), toy_data, folder=tmp_path, lr=0.02, **options)
+
+
+def test_epoch_gradients_stream_into_algorithm_2(toy, toy_data):
+    """The same as all at once, and no more than two checkpoints' gradients alive at a time."""
+    checkpoints = toy().checkpoints
+    everything = all_class_gradients(checkpoints, toy_data, images=4)
+    alive, most = [], []
+
+    def watched():
+        for gradient in epoch_gradients(checkpoints, toy_data, images=4):
+            alive[:] = [*(other for other in alive if other() is not None), weakref.ref(gradient)]
+            most.append(len(alive))
+            yield gradient
+            del gradient
+
+    for kind in ("mean", "per_class"):
+        kept = select_checkpoints(watched(), threshold=-2.0, similarity=kind)
+        assert kept == [0] == select_checkpoints(everything, threshold=-2.0, similarity=kind)
+        assert select_checkpoints(epoch_gradients(checkpoints, toy_data, images=4), threshold=2.0, similarity=kind) == [0, 1, 2]
+    assert len(most) == 6 and max(most) == 2  # the reference and the one to compare
+
+
+def test_class_gradients_are_kept_on_disk_with_their_origin(toy, toy_data, tmp_path, monkeypatch):
+    checkpoints = toy().checkpoints
+    cached = ClassGradients(checkpoints, toy_data, tmp_path, images=4)
+    first = cached(1)
+    torch.testing.assert_close(first, class_gradients(checkpoints, toy_data.of_class(1, 4), 1), rtol=0, atol=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["00001.safetensors"]  # the classes that were asked for
+    monkeypatch.setattr("igd_lib.surrogate.class_gradients", None)
+    assert torch.equal(ClassGradients(checkpoints, toy_data, tmp_path, images=4)(1), first)
+    with pytest.raises(ValueError, match="images = 4, wanted 5"):
+        ClassGradients(checkpoints, toy_data, tmp_path, images=5)(1)
+    with pytest.raises(ValueError, match="epochs = "):
+        ClassGradients(checkpoints.keep([0, 1]), toy_data, tmp_path, images=4)(1)
+    moved = Checkpoints(checkpoints.model, [{n: v + 1 for n, v in s.items()} for s in checkpoints.states], checkpoints.epochs, checkpoints.learning_rates)
+    with pytest.raises(ValueError, match="weights = "):
+        ClassGradients(moved, toy_data, tmp_path, images=4)(1)
+
+
+def test_regular_checkpoints():
+    assert regular_checkpoints(50, 4) == [0, 16, 32, 48]  # the paper's example
+    assert regular_checkpoints(50, 10) == list(range(0, 46, 5))
+    assert regular_checkpoints(3, 4) == [0, 1, 2, 3]
+    for count in (1, 5):
+        with pytest.raises(ValueError, match=f"got {count}"):
+            regular_checkpoints(3, count)
+
+
+def test_selection_at_a_similarity_of_exactly_the_threshold():
+    """Kept only below it: cosine 3/5 is exact in floating point."""
+    gradients = torch.tensor([[[1.0, 0.0]], [[3.0, 4.0]]], dtype=torch.float64)
+    for kind in ("mean", "per_class"):
+        value = checkpoint_similarities(gradients, similarity=kind)[1]
+        assert value == pytest.approx(0.6)
+        assert select_checkpoints(gradients, threshold=value, similarity=kind) == [0]
+        assert select_checkpoints(gradients, threshold=math.nextafter(value, 1), similarity=kind) == [0, 1]
 
 
 def test_keep(toy):
