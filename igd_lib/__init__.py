@@ -18,7 +18,7 @@ _PUBLIC = {
 # `distill` and `evaluate` are modules; their functions are `igd_lib.distill.distill` and `igd_lib.evaluate.evaluate`.
 _MODULES = (
     "config", "data", "distill", "evaluate", "experiment", "files", "guidance", "models", "plotting", "results", "sampler",
-    "standin", "surrogate",
+    "standin", "surrogate", "weights",
 )  # fmt: skip
 __all__ = ["__version__", *_PUBLIC, *_MODULES]  # noqa: PLE0604
 

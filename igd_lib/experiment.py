@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,6 +48,7 @@ from igd_lib.surrogate import (
     ClassGradients,
     checkpoint_similarities,
     epoch_gradients,
+    regular_checkpoints,
     select_checkpoints,
     train_surrogate,
 )
@@ -92,11 +93,21 @@ def read_parameters(namespace: Mapping[str, Any], **types: type) -> SimpleNamesp
 
 @dataclass(frozen=True)
 class Method:
-    """One row of a comparison: `guidance=None` is vanilla sampling; `cfg_scale=None` means real images."""
+    """One row of a comparison: `guidance=None` is vanilla sampling; `cfg_scale=None` means real images.
+
+    fidelity, num_steps and keep (checkpoints, as indices into the trajectory) are the experiment's unless given.
+    """
 
     name: str
     guidance: Guidance | None = None
     cfg_scale: float | None = 4.0
+    fidelity: Fidelity | None = None
+    num_steps: int | None = None
+    keep: tuple[int, ...] | None = None
+
+    @property
+    def influenced(self) -> bool:
+        return self.guidance is not None and self.guidance.k > 0
 
 
 @dataclass
@@ -122,8 +133,6 @@ class Experiment:
     classes: list[int] | None = None
     checkpoints: Checkpoints | None = None  # the retained ones, after `fit_surrogate`
     gradients: Callable[[int], Tensor] | None = None  # of the retained ones: (E, P) of a class
-    trajectory_epochs: list[float] = field(default_factory=list)
-    similarity_curves: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def device(self) -> str:
@@ -137,6 +146,28 @@ class Experiment:
             Method("DiT, best cfg", cfg_scale=self.best_cfg),
             Method("DiT + G_D", replace(self.guidance, k=0.0)),
             Method("DiT-IGD", self.guidance),
+        ]
+
+    def ablation(self) -> list[Method]:
+        """Table 5's rows: neither guidance, each alone, both; and vanilla sampling at its best cfg."""
+        return [
+            Method("DiT"),
+            Method("DiT, best cfg", cfg_scale=self.best_cfg),
+            Method("DiT + G_I", replace(self.guidance, gamma=0.0)),
+            Method("DiT + G_D", replace(self.guidance, k=0.0)),
+            Method("DiT-IGD", self.guidance),
+        ]
+
+    def solvers(self) -> list[Method]:
+        """Table 10's rows: DiT and DiT-IGD by DDIM and by DPM-Solver++ with 20 steps and guided range (12, 18)."""
+        ddim = replace(self.fidelity, solver="ddim")
+        dpm = dict(fidelity=replace(self.fidelity, solver="dpmsolver++"), num_steps=20 if self.scale != "smoke" else self.num_steps)
+        short = replace(self.guidance, guided_range=(12, 18)) if self.scale != "smoke" else self.guidance
+        return [
+            Method(f"DiT, DDIM {self.num_steps}", fidelity=ddim),
+            Method(f"DiT-IGD, DDIM {self.num_steps}", self.guidance, fidelity=ddim),
+            Method("DiT, DPM-Solver++ 20", **dpm),
+            Method("DiT-IGD, DPM-Solver++ 20", short, **dpm),
         ]
 
     def limit(self, ipc: int, seeds: int) -> tuple[int, int]:
@@ -162,64 +193,87 @@ class Experiment:
         return cache_dir() / "surrogates" / results.settings_hash(settings) / "-".join(str(part) for part in parts)
 
     def fit_surrogate(self) -> Checkpoints:
-        """Train the surrogate and keep the checkpoints that `fidelity` asks for: a fixed list, or Algorithm 2's choice.
-
-        Away from the paper's scale, Algorithm 2 runs in both similarities, for `similarity_curves`.
-        """
-        trajectory = self.trajectory()
-        self.trajectory_epochs = trajectory.epochs
-        images = self.fidelity.gradient_images
-        fixed = fixed_checkpoints(self.dataset, self.surrogate_name) if self.fidelity.checkpoints == "fixed" else None
-        if self.scale != "paper":
-            whole = ClassGradients(trajectory, self.train, self._surrogate_folder("gradients", images), images)
-            labels = progress(range(len(self.train.classes)), "class gradients, class")
-            gradients = torch.stack([whole(label) for label in labels], dim=1).to(self.device)
-            self.similarity_curves = {
-                label: checkpoint_similarities(gradients, threshold=self.threshold, similarity=kind)
-                for label, kind in (("mean of per-class cosines (released)", "per_class"), ("cosine of the mean gradient (paper)", "mean"))
-            }
-            return self.keep(trajectory, select_checkpoints(gradients, threshold=self.threshold, similarity=self.fidelity.similarity), gradients)
-        if fixed is not None:
-            return self.keep(trajectory, [trajectory.epochs.index(epoch) for epoch in fixed])
-        stream = epoch_gradients(trajectory, self.train, images=images)
-        return self.keep(trajectory, select_checkpoints(stream, threshold=self.threshold, similarity=self.fidelity.similarity))
-
-    def keep(self, trajectory: Checkpoints, indices: Sequence[int], gradients: Tensor | None = None) -> Checkpoints:
-        """Guide with these checkpoints from now on; gradients (E, C, P) of the whole trajectory if they are at hand."""
-        indices = list(indices)
-        self.checkpoints = trajectory.keep(indices)
-        if gradients is not None:
-            self.gradients = lambda label: gradients[indices, label]
-        else:
-            images = self.fidelity.gradient_images
-            folder = self._surrogate_folder("gradients", images, *(f"{epoch:g}" for epoch in self.checkpoints.epochs))
-            self.gradients = ClassGradients(self.checkpoints, self.train, folder, images)
+        """Train the surrogate and keep the checkpoints that `fidelity` asks for: a fixed list, or Algorithm 2's choice."""
+        self.checkpoints, self.gradients = self.guides(self.fidelity)
         return self.checkpoints
+
+    def whole_gradients(self, images: int | None) -> Tensor:
+        """(E, C, P) of the whole trajectory over each class's first `images` images; for small data only."""
+        whole = ClassGradients(self.trajectory(), self.train, self._surrogate_folder("gradients", images), images)
+        labels = progress(range(len(self.train.classes)), "class gradients, class")
+        return torch.stack([whole(label) for label in labels], dim=1).to(self.device)
+
+    def gradients_in_turn(self, images: int | None) -> Tensor | Iterator[Tensor]:
+        """What Algorithm 2 walks along: the whole trajectory's gradients, or at "paper" one (C, P) after the other, made as it goes."""
+        return epoch_gradients(self.trajectory(), self.train, images=images) if self.scale == "paper" else self.whole_gradients(images)
+
+    def similarities(self) -> dict[str, list[float]]:
+        """Algorithm 2's similarity to the last kept checkpoint, along the trajectory, in both readings."""
+        return {
+            label: checkpoint_similarities(self.gradients_in_turn(self.fidelity.gradient_images), threshold=self.threshold, similarity=kind)
+            for label, kind in (("mean of per-class cosines (released)", "per_class"), ("cosine of the mean gradient (paper)", "mean"))
+        }
+
+    def selections(self, thresholds: Sequence[float]) -> list[Method]:
+        """Table 6's rows: DiT, and DiT-IGD with Algorithm 2's checkpoints by threshold and with as many at regular intervals."""
+        chosen = self.choices(thresholds)
+        found = {}
+        for entry in chosen[chosen.similarity == self.fidelity.similarity].itertuples():
+            found[tuple(entry.kept)] = Method(f"threshold {entry.threshold} ({len(entry.kept)})", self.guidance, keep=tuple(entry.kept))
+            found.setdefault(tuple(entry.regular), Method(f"regular ({len(entry.regular)})", self.guidance, keep=tuple(entry.regular)))
+        return [Method("DiT"), *found.values()]
+
+    def choices(self, thresholds: Sequence[float]) -> pd.DataFrame:
+        """What Algorithm 2 keeps (indices and epochs) by similarity and threshold, and as many at regular intervals."""
+        epochs, rows = self.trajectory().epochs, []
+        for kind in ("per_class", "mean"):
+            for threshold in thresholds:
+                kept = select_checkpoints(self.gradients_in_turn(self.fidelity.gradient_images), threshold=threshold, similarity=kind)
+                regular = regular_checkpoints(len(epochs) - 1, len(kept)) if len(kept) > 1 else [0]
+                rows.append((kind, threshold, kept, [round(epochs[index], 2) for index in kept], regular))
+        return pd.DataFrame(rows, columns=["similarity", "threshold", "kept", "epochs", "regular"])
+
+    def guides(self, fidelity: Fidelity, keep: Sequence[int] | None = None) -> tuple[Checkpoints, Callable[[int], Tensor]]:
+        """The checkpoints to guide with, `keep` or what `fidelity` chooses, and their class gradients (E, P) by label."""
+        trajectory, images = self.trajectory(), fidelity.gradient_images
+        fixed = fixed_checkpoints(self.dataset, self.surrogate_name) if self.scale == "paper" and fidelity.checkpoints == "fixed" else None
+        if self.scale != "paper":
+            gradients = self.whole_gradients(images)
+            chosen = keep or select_checkpoints(gradients, threshold=self.threshold, similarity=fidelity.similarity)
+            return trajectory.keep(chosen), lambda label: gradients[list(chosen), label]
+        if keep is None and fixed is not None:
+            keep = [trajectory.epochs.index(epoch) for epoch in fixed]
+        if keep is None:
+            keep = select_checkpoints(self.gradients_in_turn(images), threshold=self.threshold, similarity=fidelity.similarity)
+        kept = trajectory.keep(keep)
+        folder = self._surrogate_folder("gradients", images, *(f"{epoch:g}" for epoch in kept.epochs))
+        return kept, ClassGradients(kept, self.train, folder, images)
 
     def distilled(self, method: Method, ipc: int, seed: int) -> ImageData | DistilledSet:
         """The method's images for one generation seed: sampled, resumed from disk, or a random draw."""
         if method.cfg_scale is None:
             return self.train.per_class(ipc, seed)
-        if method.guidance is not None and method.guidance.k > 0 and self.checkpoints is None:
-            self.fit_surrogate()
-        settings = [self.dataset, self.scale, method, ipc, self.num_steps, self.fidelity, self._fingerprint(method)]
+        fidelity, num_steps, checkpoints, gradients = method.fidelity or self.fidelity, method.num_steps or self.num_steps, None, None
+        if method.influenced:
+            if self.checkpoints is None:
+                self.fit_surrogate()
+            checkpoints, gradients = self.checkpoints, self.gradients
+            choice = [(f.checkpoints, f.similarity, f.gradient_images) for f in (fidelity, self.fidelity)]
+            if method.keep is not None or choice[0] != choice[1]:
+                checkpoints, gradients = self.guides(fidelity, method.keep)
+        # Everything but the method's name: sets are shared between notebooks.
+        weights = [self.pipe.transformer.state_dict(), self.pipe.vae.state_dict(), *(checkpoints.states if checkpoints else [])]
+        sums = [f"{sum(value.double().abs().sum().item() for value in state.values()):.6g}" for state in weights]
+        settings = [self.train.name, self.scale, method.guidance, method.cfg_scale, ipc, num_steps, fidelity, self.classes, sums]
         return distill(
-            self.pipe, self.train, ipc=ipc, guidance=method.guidance, checkpoints=self.checkpoints, gradients=self.gradients,
-            out_dir=cache_dir() / "runs" / self.artefact / f"{results.settings_hash(settings)}-seed{seed}", seed=seed,
-            classes=self.classes, label_ids=self.label_ids, cfg_scale=method.cfg_scale, num_steps=self.num_steps,
-            fidelity=self.fidelity,
+            self.pipe, self.train, ipc=ipc, guidance=method.guidance, checkpoints=checkpoints, gradients=gradients,
+            out_dir=cache_dir() / "runs" / f"{results.settings_hash(settings)}-seed{seed}", seed=seed,
+            classes=self.classes, label_ids=self.label_ids, cfg_scale=method.cfg_scale, num_steps=num_steps, fidelity=fidelity,
         )  # fmt: skip
 
-    def _fingerprint(self, method: Method) -> list[str]:
-        """Short sums over the weights that a set depends on, so that other weights get another folder."""
-        sums = [sum(p.detach().double().abs().sum().item() for p in module.parameters()) for module in (self.pipe.transformer, self.pipe.vae)]
-        if method.guidance is not None and method.guidance.k > 0:
-            sums += [parameter.double().abs().sum().item() for state in self.checkpoints.states for parameter in state.values()]
-        return [f"{value:.6g}" for value in sums]
-
-    def all_sets(self, ipc: int, seeds: int) -> dict[tuple[str, int], ImageData | DistilledSet]:
+    def all_sets(self, ipc: int, seeds: int, methods: Sequence[Method] | None = None) -> dict[tuple[str, int], ImageData | DistilledSet]:
         """Every method's set for generation seeds 0 ... seeds - 1; the noise is the same for every method."""
-        cells = [(method, seed) for method in self.methods() for seed in range(seeds)]
+        cells = [(method, seed) for method in methods or self.methods() for seed in range(seeds)]
         return {(method.name, seed): self.distilled(method, ipc, seed) for method, seed in progress(cells, "sets", every=20)}
 
     def row(self, method: str, ipc: int, seed: int, metric: str, value: float, seconds: float = 0.0, network: str = "") -> results.Row:

@@ -130,7 +130,7 @@ def test_the_steps_of_a_notebook(small_loads):
     assert after.path == before.path and cache_dir() in before.path.parents
 
     assert len(checkpoints) == len(found.gradients(0)) >= 1 and checkpoints.epochs[0] == 0
-    assert [len(curve) for curve in found.similarity_curves.values()] == [len(found.trajectory_epochs)] * 2
+    assert [len(curve) for curve in found.similarities().values()] == [len(found.trajectory())] * 2
 
     random = found.train.per_class(1, seed=0)
     sets = {("DiT + G_D", 0): after, ("Random", 0): random.subset(torch.tensor([0, 8]))}
