@@ -58,7 +58,7 @@ def scores(rows: pd.DataFrame, *, title: str, label: str = "top-1 accuracy (%)")
         axes.plot([position - 0.13] * len(values), values, marker, color=colour, alpha=0.45, markersize=5, linestyle="none")
         sd = values.std() if len(values) > 1 else 0.0
         axes.errorbar(position + 0.13, values.mean(), yerr=sd, fmt=marker, color=colour, markersize=8, capsize=3)
-    axes.set_xticks(range(len(methods)), methods)
+    axes.set_xticks(range(len(methods)), [method.replace(", ", ",\n").replace(" (", "\n(") for method in methods])
     axes.set_xlim(-0.5, len(methods) - 0.5)
     axes.set_ylabel(label)
     counts = sorted({int((rows.method == method).sum()) for method in methods})
@@ -70,12 +70,12 @@ def gallery(columns: Mapping[str, Tensor], *, titles: Sequence[str], title: str)
     """A row a method, a column a noise: `columns[method]` is uint8 (n, 3, H, W), `titles` one a column."""
     count = len(titles)
     figure, axes = plt.subplots(len(columns), count, figsize=(0.72 * count + 1.3, 0.78 * len(columns) + 0.55), layout="constrained", squeeze=False)
-    for row, (method, images) in zip(axes, columns.items(), strict=True):
+    for position, (row, (method, images)) in enumerate(zip(axes, columns.items(), strict=True)):
         for index, axis in enumerate(row):
             axis.imshow(images[index].permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-            if row is axes[0]:
+            if position == 0:
                 axis.set_title(titles[index], fontsize=7)
         row[0].set_ylabel(method, rotation=0, ha="right", va="center", color=COLOURS.get(method, "#333333"))
     figure.suptitle(title)

@@ -22,6 +22,7 @@ def main() -> None:
     title = f"{first.dataset}, IPC {first.ipc}, {first.network}, scale {first.scale}"
     plotting.keep(plotting.scores(accuracy, title=title), str(HERE), "quickstart")
     table = experiment.accuracy_table(accuracy, influence).rename(columns={"method": "Method"})
+    table["influence loss"] = table["influence loss"].map("{:.4f}".format)
     lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
     lines += ["| " + " | ".join(str(value) for value in entry) + " |" for entry in table.itertuples(index=False)]
     verdicts = experiment.verdict(experiment.differences(accuracy, PAIRS)).replace("\n", "\n- ")
