@@ -7,7 +7,7 @@ a run before it starts.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -131,6 +131,15 @@ PAPER = Fidelity(
     similarity="mean",
     surrogate="paper",
 )
+
+
+
+def flips(fidelity: Fidelity = RELEASED, towards: Fidelity = PAPER) -> dict[str, Fidelity]:
+    """`fidelity` with one field changed at a time, by "field=value": those in which `towards` differs, and both_halves and clamp_images."""
+    changes = {field.name: getattr(towards, field.name) for field in fields(fidelity) if getattr(fidelity, field.name) != getattr(towards, field.name)}
+    changes |= {"both_halves": not fidelity.both_halves, "clamp_images": not fidelity.clamp_images}
+    return {f"{name}={value}": replace(fidelity, **{name: value}) for name, value in changes.items()}
+
 
 # The released code's epochs, by (data set, surrogate). Its list for ImageNet-1K ends with 52, beyond the paper's 50 epochs.
 _FIXED = {

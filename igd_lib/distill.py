@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import platform
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -79,6 +80,12 @@ class DistilledSet:
         count = self.ipc if count is None else count
         found = [files.load_tensors(self.latent_path(label, index))[0]["latent"] for index in range(count)]
         return torch.stack(found) if found else torch.empty(0)
+
+    @property
+    def seconds(self) -> float:
+        """What sampling the finished images took, in all, whether in one run or several."""
+        done = [self.latent_path(label, index) for label in self.selected for index in range(self.finished(label))]
+        return sum(files.load_tensors(path)[1].get("seconds", 0.0) for path in done)
 
     def data(self) -> ImageData:
         """The whole set in memory, class after class, labels in the manifest's class order."""
@@ -178,7 +185,7 @@ def distill(
 
 def _sample(pipe, out, items, ids, memory, own, guidance, checkpoints, seed, options) -> None:
     """Sample one batch of (label, index) items and store it; extends `memory`."""
-    device = pipe._execution_device
+    device, started = pipe._execution_device, time.monotonic()
     generators = [image_generator(seed, ids[label], index) for label, index in items]
     noise = pipe.latent_noise(generators)
     labels = [label for label, _ in items]
@@ -194,8 +201,9 @@ def _sample(pipe, out, items, ids, memory, own, guidance, checkpoints, seed, opt
         **options,
     )  # fmt: skip
     images = to_uint8(pipe.decode(latents)).cpu()
+    seconds = (time.monotonic() - started) / len(items)
     for (label, index), latent, image in zip(items, latents, images, strict=True):
-        files.save_tensors(out.latent_path(label, index), {"latent": latent})
+        files.save_tensors(out.latent_path(label, index), {"latent": latent}, seconds=round(seconds, 4))
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
         files.write(out.image_path(label, index), lambda path, picture=picture: picture.save(path, format="PNG"))
         if memory is not None:

@@ -33,6 +33,7 @@ from igd_lib.config import (
     cache_dir,
     data_dir,
     fixed_checkpoints,
+    flips,
     preset,
     surrogate_training,
 )
@@ -214,6 +215,26 @@ class Experiment:
             for label, kind in (("mean of per-class cosines (released)", "per_class"), ("cosine of the mean gradient (paper)", "mean"))
         }
 
+    def flipped(self) -> list[Method]:
+        """DiT-IGD as released, and with one field of `Fidelity` changed towards the paper at a time.
+
+        Away from the paper's scale without the fields that cannot matter there (they concern DiT's weights, fixed
+        lists, many classes, or more images than are drawn), and with 1,000 images for "all": those the surrogate saw.
+        """
+        found = {}
+        for name, fidelity in flips(self.fidelity).items():
+            if self.scale != "paper" and name.split("=")[0] in ("checkpoints", "surrogate", "vae", "timestep_frequencies", "memory_size"):
+                continue
+            if self.scale != "paper" and name.startswith("gradient_images"):
+                name, fidelity = "gradient_images=1000", replace(fidelity, gradient_images=1000 if self.scale == "small" else 20)
+            found[name] = fidelity
+        return [Method("DiT-IGD", self.guidance), *(Method(name, self.guidance, fidelity=fidelity) for name, fidelity in found.items())]
+
+    def by_cfg(self, cfgs: Sequence[float]) -> list[Method]:
+        """DiT, G_D alone and DiT-IGD, each at each cfg."""
+        kinds = (("DiT", None), ("DiT + G_D", replace(self.guidance, k=0.0)), ("DiT-IGD", self.guidance))
+        return [Method(f"{name}, cfg {cfg:g}", guidance, cfg_scale=cfg) for name, guidance in kinds for cfg in cfgs]
+
     def selections(self, thresholds: Sequence[float]) -> list[Method]:
         """Table 6's rows: DiT, and DiT-IGD with Algorithm 2's checkpoints by threshold and with as many at regular intervals."""
         chosen = self.choices(thresholds)
@@ -298,6 +319,22 @@ class Experiment:
             rows.append(self.row(method, ipc, seed, "influence_loss", torch.cat(losses).mean().item()))
         return results.frame(rows)
 
+    def latent_rows(self, sets: Mapping[tuple[str, int], Any], ipc: int, reference: str) -> pd.DataFrame:
+        """Three rows a sampled set: `moved`, the mean relative distance of its final latents to `reference`'s on the same noise;
+        `nearest`, the mean cosine of a latent to the nearest other of its class; `seconds` of sampling, in all.
+        """
+        rows = []
+        for (method, seed), images in sets.items():
+            moved, nearest = [], []
+            for label in images.selected:
+                own, plain = images.latents(label).flatten(1), sets[reference, seed].latents(label).flatten(1)
+                moved.append(((own - plain).norm(dim=1) / plain.norm(dim=1)).mean())
+                cosines = torch.cosine_similarity(own[:, None], own[None], dim=2).fill_diagonal_(-1)
+                nearest.append(cosines.max(1).values.mean())
+            for metric, value in (("moved", torch.stack(moved).mean().item()), ("nearest", torch.stack(nearest).mean().item()), ("seconds", images.seconds)):
+                rows.append(self.row(method, ipc, seed, metric, value))
+        return results.frame(rows)
+
     def accuracy_rows(self, sets: Mapping[tuple[str, int], Any], ipc: int, network: str) -> pd.DataFrame:
         """Top-1 of a network trained on every set (training seed = generation seed), a row a set."""
         rows = []  # the device names the precision too: it depends on the processor
@@ -306,6 +343,10 @@ class Experiment:
             row = self.row(method, ipc, seed, "top1", score.reported, score.seconds, network)
             rows.append(replace(row, device=f"{row.device}, {score.precision}"))
         return results.frame(rows)
+
+    def all_rows(self, sets: Mapping[tuple[str, int], Any], ipc: int, network: str, reference: str) -> pd.DataFrame:
+        """Accuracy, influence loss and the three of `latent_rows`: five rows a sampled set."""
+        return pd.concat([self.accuracy_rows(sets, ipc, network), self.influence_rows(sets, ipc), self.latent_rows(sets, ipc, reference)], ignore_index=True)
 
     def save(self, *frames: pd.DataFrame, folder: str = "") -> None:
         """Store rows, one JSON file each, under `$IGD_CACHE/results`, and as `rows.csv` in `folder` if given."""
@@ -465,6 +506,13 @@ def accuracy_table(rows: pd.DataFrame, influence: pd.DataFrame | None = None) ->
     if influence is not None:
         table["influence loss"] = table.method.map(influence.groupby("method")["value"].mean()).round(4)
     return table
+
+
+def wide_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """A line a method: top-1 mean, sd and n, and the mean of every other metric."""
+    table = accuracy_table(rows[rows.metric == "top1"]).set_index("method")
+    others = rows[rows.metric != "top1"].pivot_table(index="method", columns="metric", values="value", aggfunc="mean", sort=False)
+    return table.join(others.round(4)).reset_index()
 
 
 def mean_difference(rows: pd.DataFrame, method: str, reference: str) -> float:

@@ -66,6 +66,25 @@ def scores(rows: pd.DataFrame, *, title: str, label: str = "top-1 accuracy (%)")
     return figure
 
 
+def by_cfg(rows: pd.DataFrame, *, title: str, label: str = "top-1 accuracy (%)") -> Figure:
+    """A line a method over cfg; methods are named "METHOD, cfg X". Seeds as dots, mean and sd beside them."""
+    parts = rows.assign(kind=rows.method.str.rsplit(", cfg ", n=1).str[0], cfg=rows.method.str.rsplit(", cfg ", n=1).str[1].astype(float))
+    figure, axes = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
+    kinds = list(dict.fromkeys(parts.kind))
+    for position, kind in enumerate(kinds):
+        own = parts[parts.kind == kind]
+        spread = own.groupby("cfg")["value"].agg(["mean", "std"]).fillna(0.0)
+        colour, marker = COLOURS.get(kind, "#777777"), MARKERS.get(kind, "o")
+        shift = 0.05 * (position - (len(kinds) - 1) / 2)  # so that the bars do not hide each other
+        axes.plot(own.cfg + shift, own.value, marker, color=colour, alpha=0.3, markersize=4, linestyle="none")
+        axes.errorbar(spread.index + shift, spread["mean"], yerr=spread["std"], fmt=f"{marker}-", color=colour, markersize=6, capsize=2, label=kind)
+    axes.set(xlabel="classifier-free guidance scale (cfg)", ylabel=label)
+    count = parts.groupby("method").size().unique()
+    axes.set_title(f"{title}\n(mean and sd over n = {', '.join(map(str, count))} generation seeds)")
+    axes.legend(frameon=False)
+    return figure
+
+
 def gallery(columns: Mapping[str, Tensor], *, titles: Sequence[str], title: str) -> Figure:
     """A row a method, a column a noise: `columns[method]` is uint8 (n, 3, H, W), `titles` one a column."""
     count = len(titles)

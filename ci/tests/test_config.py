@@ -16,6 +16,7 @@ from igd_lib.config import (
     cache_dir,
     data_dir,
     fixed_checkpoints,
+    flips,
     preset,
     surrogate_training,
 )
@@ -73,6 +74,18 @@ def test_paper_and_released_code():
     }  # fmt: skip
     assert asdict(RELEASED) == {field: values[0] for field, values in table.items()}
     assert asdict(PAPER) == {field: values[1] for field, values in table.items()}
+
+
+def test_flips_change_one_field_each():
+    found = flips()
+    assert list(found) == [
+        "solver=ddim", "timestep_spacing=leading", "cfg_channels=None", "range_counts_from=1", "rho_factor=1.0", "eps=conditional",
+        "memory_size=None", "gradient_images=None", "checkpoints=similarity", "similarity=mean", "surrogate=paper",
+        "both_halves=True", "clamp_images=True",
+    ]  # fmt: skip
+    for name, fidelity in found.items():
+        changed = [field for field, value in asdict(fidelity).items() if value != asdict(RELEASED)[field]]
+        assert changed == [name.split("=")[0]]
 
 
 def test_fixed_checkpoints():

@@ -1,6 +1,7 @@
 """Notebook parameters, scales, and the steps that notebooks share."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -199,3 +200,70 @@ def test_random_images_are_a_draw_of_real_ones(small_loads):
     found = prepare("01", "fashion-mnist", "smoke")
     a, b = (found.distilled(Method("Random", cfg_scale=None), 2, seed) for seed in (0, 1))
     assert len(a) == 20 and not torch.equal(a.fetch(torch.arange(20)), b.fetch(torch.arange(20)))
+
+
+# --- the comparisons of Tables 5, 6, 10 and of paper and code
+
+
+def test_methods_of_the_tables(only_fashion):
+    found = prepare("05", "fashion-mnist", "small")
+    strong = found.guidance
+    by_name = {method.name: method for method in found.ablation()}
+    assert [(m.guidance.k, m.guidance.gamma) for m in (by_name["DiT + G_I"], by_name["DiT + G_D"])] == [(strong.k, 0.0), (0.0, strong.gamma)]
+    assert by_name["DiT"].guidance is None and by_name["DiT, best cfg"].cfg_scale == found.best_cfg
+    dpm = found.solvers()[3]
+    assert (dpm.fidelity.solver, dpm.num_steps, dpm.guidance.guided_range) == ("dpmsolver++", 20, (12, 18))
+    assert [m.name for m in found.by_cfg((1.0, 4.0))] == [f"{kind}, cfg {cfg}" for kind in ("DiT", "DiT + G_D", "DiT-IGD") for cfg in (1, 4)]
+    released, *others = found.flipped()
+    assert released.fidelity is None and all(method.guidance == strong for method in others)
+    assert [method.name for method in others] == [
+        "solver=ddim", "timestep_spacing=leading", "cfg_channels=None", "range_counts_from=1", "rho_factor=1.0", "eps=conditional",
+        "gradient_images=1000", "similarity=mean", "both_halves=True", "clamp_images=True",
+    ]  # fmt: skip
+
+
+def test_methods_with_their_own_checkpoints_and_fidelity(only_fashion):
+    """At smoke scale: a method's own choice of checkpoints guides its set and no other's; sets do not depend on names."""
+    found = prepare("06", "fashion-mnist", "smoke")
+    found.classes = [3]
+    kept = found.fit_surrogate()
+    last = len(found.trajectory()) - 1
+    guidance = replace(found.guidance, gamma=0.0)
+    sets = {
+        name: found.distilled(method, 1, 0)
+        for name, method in {
+            "default": Method("a", guidance), "renamed": Method("b", guidance), "last": Method("c", guidance, keep=(last,)),
+            "ddim": Method("d", guidance, fidelity=replace(found.fidelity, solver="ddim")), "plain": Method("e"),
+        }.items()
+    }  # fmt: skip
+    assert sets["default"].path == sets["renamed"].path and len({images.path for images in sets.values()}) == 4
+    assert found.checkpoints is kept
+    assert sets["last"].manifest["settings"]["checkpoint_epochs"] == [found.trajectory().epochs[last]]
+    assert sets["ddim"].manifest["settings"]["scheduler"] == "ListedDDIMScheduler"
+    assert all(images.seconds > 0 for images in sets.values())
+
+    rows = found.latent_rows({("default", 0): sets["default"], ("plain", 0): sets["plain"]}, 1, reference="plain")
+    value = rows.set_index(["method", "metric"]).value
+    own, plain = sets["default"].latents(3), sets["plain"].latents(3)
+    assert value["default", "moved"] == pytest.approx(((own - plain).norm() / plain.norm()).item(), rel=1e-5) and value["plain", "moved"] == 0
+    assert value["default", "seconds"] == sets["default"].seconds
+
+
+def test_nearest_of_a_class_by_hand(only_fashion):
+    found = prepare("13", "fashion-mnist", "smoke")
+    latents = {0: torch.tensor([[1.0, 0.0], [1.0, 1.0], [-1.0, 0.0]]).reshape(3, 2, 1, 1)}
+    images = SimpleNamespace(selected=[0], latents=lambda label: latents[label], seconds=2.0)
+    rows = found.latent_rows({("DiT", 0): images}, 3, reference="DiT").set_index("metric").value
+    half = 0.5**0.5  # the first two are each other's nearest; the third is nearest to the second, at -0.707
+    assert rows["nearest"] == pytest.approx((half + half - half) / 3, abs=1e-6) and rows["moved"] == 0 and rows["seconds"] == 2
+
+
+def test_choices_and_selections(only_fashion):
+    found = prepare("06", "fashion-mnist", "smoke")
+    choices = found.choices((0.7, 2.0))
+    assert list(choices.columns) == ["similarity", "threshold", "kept", "epochs", "regular"] and len(choices) == 4
+    everything = list(range(len(found.trajectory())))
+    assert choices.kept[1] == choices.regular[1] == everything  # no cosine reaches 2
+    methods = found.selections((2.0,))
+    assert [method.name for method in methods] == ["DiT", f"threshold 2.0 ({len(everything)})"]  # the regular one is the same
+    assert methods[1].keep == tuple(everything)
