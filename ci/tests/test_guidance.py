@@ -5,6 +5,7 @@ import torch
 
 import reference
 from igd_lib.guidance import deviation_loss, influence_loss, influence_scale, sample_gradients
+from igd_lib.surrogate import Checkpoints
 
 TARGETS = torch.tensor([0, 2, 1, 2])
 
@@ -82,6 +83,23 @@ def test_influence_loss_is_zero_for_the_class_gradient_itself(case):
     own = torch.stack([sample_gradients(case.checkpoints.model, state, case.images, TARGETS) for state in case.checkpoints.states])
     assert influence_loss(case.images, TARGETS, case.checkpoints, 7 * own).abs().max() < 1e-12
     assert (influence_loss(case.images, TARGETS, case.checkpoints, -own) - 2).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("zero", ["class", "sample"])
+def test_zero_gradients_give_a_finite_loss_and_derivative(toy, zero):
+    """A class gradient of zero, and a sample that the surrogate is certain of: its own gradient is exactly zero."""
+    case = toy(torch.float64)
+    checkpoints, gradients = case.checkpoints, case.gradients[:, [1, 1]].clone()
+    if zero == "class":
+        gradients[:] = 0
+    else:
+        certain = [dict(state) | {"classifier.bias": torch.tensor([0.0, 1e4, 0.0], dtype=torch.float64)} for state in checkpoints.states]
+        checkpoints = Checkpoints(checkpoints.model, certain, checkpoints.epochs, checkpoints.learning_rates)
+    images = torch.zeros(2, 3, 16, 16, dtype=torch.float64).normal_(generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss = influence_loss(images, torch.tensor([1, 1]), checkpoints, gradients)
+    (derivative,) = torch.autograd.grad(loss.sum(), images)
+    torch.testing.assert_close(loss, torch.ones_like(loss))
+    assert torch.isfinite(derivative).all()
 
 
 def test_influence_loss_leaves_the_model_alone(case):
