@@ -71,22 +71,30 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def save_training(
-    path: str | Path, step: int, optimizer: torch.optim.Optimizer, *, generator: torch.Generator | None = None, **models: nn.Module
+    path: str | Path,
+    step: int,
+    optimizer: torch.optim.Optimizer,
+    *,
+    generator: torch.Generator | None = None,
+    note: Mapping[str, Any] | None = None,
+    **models: nn.Module,
 ) -> Path:
-    """Write the models, the optimiser's state, the number of finished steps and, if given, the generator's state."""
+    """Write the models, the optimiser's state, the number of finished steps and, if given, the generator's state and a JSON-able note."""
     tensors = {f"{name}/{key}": value for name, model in models.items() for key, value in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(value) for key, value in state.items() if value is not None}
     if generator is not None:
         tensors["generator"] = generator.get_state()
     # Shared storage cannot be written; copies can.
-    return save_tensors(path, {name: tensor.clone() for name, tensor in tensors.items()}, step=step)
+    return save_tensors(path, {name: tensor.clone() for name, tensor in tensors.items()}, step=step, **(note or {}))
 
 
-def load_training(path: str | Path, optimizer: torch.optim.Optimizer, *, generator: torch.Generator | None = None, **models: nn.Module) -> int:
-    """Restore what `save_training` wrote, in place; returns the number of finished steps, 0 without a file."""
+def load_training(
+    path: str | Path, optimizer: torch.optim.Optimizer, *, generator: torch.Generator | None = None, **models: nn.Module
+) -> dict[str, Any]:
+    """Restore what `save_training` wrote, in place; returns its note with the number of finished "step"s, 0 without a file."""
     if not Path(path).is_file():
-        return 0
+        return {"step": 0}
     tensors, metadata = load_tensors(path)
     for name, model in models.items():
         model.load_state_dict({key.split("/", 1)[1]: value for key, value in tensors.items() if key.startswith(f"{name}/")})
@@ -98,4 +106,4 @@ def load_training(path: str | Path, optimizer: torch.optim.Optimizer, *, generat
     if generator is not None:
         generator.set_state(tensors["generator"])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(metadata["step"])
+    return metadata

@@ -78,19 +78,21 @@ class ResNet(nn.Module):
 
 
 def network(name: str, *, num_classes: int, image_size: int, in_channels: int = 3) -> nn.Module:
-    """A freshly initialised network: "convnetN", "resnetap10", "resnet18" (the protocol's own) or a timm name.
+    """A freshly initialised network: "convnetN", "resnetapN", "resnet18" (the hard-label protocol's own) or a timm name.
 
-    Input (B, in_channels, image_size, image_size), output logits (B, num_classes). Raises ValueError
+    "timm/NAME" is timm's where a name means both: "timm/resnet18" has batch normalisation, as the soft-label tables'
+    networks have. Input (B, in_channels, image_size, image_size), output logits (B, num_classes). Raises ValueError
     for a name that neither this module nor timm knows.
     """
     if match := re.fullmatch(r"convnet(\d+)", name):
         return ConvNet(int(match[1]), num_classes, image_size, in_channels)
-    if name in ("resnetap10", "resnet18") and (image_size < 64 if name == "resnetap10" else image_size <= 32):
+    own = {"resnetap10": ((1, 1, 1, 1), True), "resnetap18": ((2, 2, 2, 2), True), "resnet18": ((2, 2, 2, 2), False)}
+    if name in own and image_size < (64 if own[name][1] else 33):
         raise ValueError(f"{name} shrinks the image 32 times, so that its last normalisation sees one pixel; {image_size} px are too few")
-    if name == "resnetap10":
-        return ResNet((1, 1, 1, 1), True, num_classes, in_channels)
-    if name == "resnet18":
-        return ResNet((2, 2, 2, 2), False, num_classes, in_channels)
+    if name in own:
+        return ResNet(*own[name], num_classes, in_channels)
+    name = name.removeprefix("timm/")
     if name not in timm.list_models():
-        raise ValueError(f"unknown network {name!r}: convnetN, resnetap10, resnet18, or one of timm.list_models()")
-    return timm.create_model(name, num_classes=num_classes, in_chans=in_channels)
+        raise ValueError(f"unknown network {name!r}: convnetN, {', '.join(own)}, or one of timm.list_models()")
+    fixed = timm.get_pretrained_cfg(name).fixed_input_size  # transformers are built for one size
+    return timm.create_model(name, num_classes=num_classes, in_chans=in_channels, **({"img_size": image_size} if fixed else {}))

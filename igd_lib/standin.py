@@ -110,7 +110,7 @@ def train_vae(recipe: StandIn, data: ImageData, work: Path) -> AutoencoderKL:
     vae = new_vae(recipe, data.image_size)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.lr, weight_decay=0.0, fused=True)
     state = work / "vae.safetensors"
-    start = files.load_training(state, optimizer, vae=vae)
+    start = files.load_training(state, optimizer, vae=vae)["step"]
     for step in range(start, recipe.vae_steps):
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
         for group in optimizer.param_groups:
@@ -160,7 +160,7 @@ def train_transformer(
     weights = weights / weights.mean()
     losses: list[float] = []
     started = time.time()
-    start = files.load_training(state, optimizer, model=model, average=average)
+    start = files.load_training(state, optimizer, model=model, average=average)["step"]
     for step in range(start, recipe.dit_steps):
         generator = torch.Generator().manual_seed((recipe.seed + 1) * 1_000_003 + step)
         for group in optimizer.param_groups:

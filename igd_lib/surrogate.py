@@ -86,7 +86,7 @@ def train_surrogate(
                  weight_decay=weight_decay, batch_size=batch_size, saves_in_first_epoch=saves_in_first_epoch, seed=seed,
                  network=type(model).__name__, initial_norm=f"{_norm(states[0]):.5g}"),
         )  # fmt: skip
-        done = files.load_training(folder / "training.safetensors", optimizer, generator=generator, model=model)
+        done = files.load_training(folder / "training.safetensors", optimizer, generator=generator, model=model)["step"]
         states, at = _read(folder, device, done) if done else (states, at)
         files.save_tensors(folder / "00000.safetensors", states[0], epoch=0.0)
     if done > epochs:  # a longer run is on disk: its beginning is what was asked for

@@ -6,18 +6,21 @@ from pathlib import Path
 import pytest
 
 from igd_lib.config import (
-    DATASETS,
     IGD_HARD,
+    MINIMAX_HARD,
     PAPER,
+    RDED_SOFT,
     RELEASED,
+    SMALL_HARD,
     Fidelity,
     Guidance,
-    Protocol,
+    Training,
     cache_dir,
     data_dir,
     fixed_checkpoints,
     flips,
     preset,
+    rded_soft,
     surrogate_training,
 )
 
@@ -147,20 +150,75 @@ def test_milestones_at_two_thirds_and_five_sixths(epochs):
     assert [int(epochs * share) for share in IGD_HARD.milestones] == [epochs * 2 // 3, epochs * 5 // 6]
 
 
-def test_igd_protocol():
-    assert Protocol(
-        "igd-hard", 256, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "adamw", 1e-3, 0.01, batch_size=64, crop_scale=(0.5, 1.0), flip=True,
-        jitter=0.4, lighting=0.1, cutmix=1.0, evaluations=100, reported="best",
-    ) == IGD_HARD  # fmt: skip
+def test_hard_label_protocols_by_hand():
+    """Every number of the two hard-label protocols."""
+    shared = dict(
+        batch_size=64, momentum=0.9, labels="hard", schedule="multistep", milestones=(2 / 3, 5 / 6), lr_decay=0.2, crop_scale=(0.5, 1.0),
+        flip=True, jitter=0.4, lighting=0.1, cutmix=1.0, patch_factor=1, evaluations=100, reported="best", decay="all",
+    )  # fmt: skip
+    igd = dict(optimizer="adamw", lr=1e-3, weight_decay=0.01, image_size=256, mean=(0.5,) * 3, std=(0.5,) * 3, seeds=(0, 1, 2, 3, 4))
+    minimax = dict(
+        optimizer="sgd", lr=0.01, weight_decay=5e-4, image_size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
+        over_100_classes=(0.1, 1e-4, 128),
+    )  # fmt: skip
+    for protocol, own in ((IGD_HARD, igd), (MINIMAX_HARD, minimax)):
+        found = asdict(protocol)
+        assert {key: found[key] for key in {**shared, **own}} == {**shared, **own}
 
 
-# --- data sets and folders
+def test_soft_label_protocol_by_hand():
+    """Every number of RDED's protocol."""
+    expected = dict(
+        optimizer="adamw", betas=(0.9, 0.999), weight_decay=0.01, decay="matrices", epochs=300, schedule="half-cosine", labels="soft",
+        temperature=20.0, cutmix=1.0, patch_factor=2, crop_scale=(0.5, 1.0), flip=True, jitter=0.0, lighting=0.0, train_resize=0,
+        image_size=224, test_resize=256, seeds=(42,), reported="best", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
+    )  # fmt: skip
+    found = asdict(RDED_SOFT)
+    assert {key: found[key] for key in expected} == expected
 
 
-def test_data_specs_are_consistent():
-    for name, spec in DATASETS.items():
-        assert spec.name == name
-        assert not spec.classes or len(spec.classes) == len(spec.label_ids) == len(set(spec.label_ids))
+@pytest.mark.parametrize(
+    ("network", "lr"),
+    [("timm/resnet18", 1e-3), ("resnet50", 1e-3), ("resnet101", 1e-3), ("convnet5", 1e-3), ("efficientnet_b0", 2e-3), ("mobilenetv2_100", 2.5e-3),
+     ("swinv2_tiny_window8_256", 1e-4)],
+)  # fmt: skip
+def test_soft_label_rates_by_network(network, lr):
+    assert RDED_SOFT.training(network, 10, 1000).lr == lr
+    assert IGD_HARD.training(network, 10, 10).lr == 1e-3
+
+
+def test_soft_label_batches():
+    """10, 50, 100 at IPC 1, 10, 50, doubled at 100 and 1,000 classes; never more than there are images."""
+    batches = [[RDED_SOFT.training("resnet50", ipc, classes).batch_size for ipc in (1, 10, 50, 100)] for classes in (10, 100, 200, 1000)]
+    assert batches == [[10, 50, 100, 100], [20, 100, 200, 200], [10, 50, 100, 100], [20, 100, 200, 200]]
+    assert RDED_SOFT.training("resnet50", 1, 3).batch_size == 3
+
+
+def test_minimax_rates_for_many_classes():
+    """Over 100 classes lr 0.1, weight decay 1e-4, batches of 128 at least; at 100 still the others."""
+    assert MINIMAX_HARD.training("resnet18", 10, 1000) == Training(epochs=2000, batch_size=128, lr=0.1, weight_decay=1e-4)
+    assert MINIMAX_HARD.training("resnet18", 10, 100) == Training(epochs=1300, batch_size=64, lr=0.01, weight_decay=5e-4)
+    assert replace(MINIMAX_HARD, batch_size=256).training("resnet18", 10, 1000).batch_size == 256
+    assert IGD_HARD.training("resnet18", 50, 1000) == Training(epochs=1500, batch_size=64, lr=1e-3, weight_decay=0.01)
+
+
+def test_when_networks_are_tested():
+    """Hard: about 100 times, evenly. Soft: every 10 epochs after 80 %."""
+    assert IGD_HARD.tests(2000) == list(range(20, 2001, 20))
+    assert RDED_SOFT.tests(300) == [250, 260, 270, 280, 290, 300]
+    assert replace(RDED_SOFT, test_every=7).tests(20) == [20]
+    assert SMALL_HARD.tests(50) == [50]
+
+
+def test_images_without_patches_are_never_cropped_by_the_soft_protocol():
+    assert rded_soft(RDED_SOFT, 2) == RDED_SOFT
+    assert (rded_soft(RDED_SOFT, 1).patch_factor, rded_soft(RDED_SOFT, 1).crop_scale) == (1, (1.0, 1.0))
+    assert rded_soft(RDED_SOFT, 4).crop_scale == (0.25, 1.0)
+    with pytest.raises(ValueError, match="at least 1"):
+        rded_soft(RDED_SOFT, 0)
+
+
+# --- folders
 
 
 def test_folders_come_from_the_environment(monkeypatch, tmp_path):

@@ -1,15 +1,32 @@
-"""The hard-label protocol: augmentation, CutMix, the schedule, and a network that learns."""
+"""The protocols: optimiser, schedule, soft labels, a network that learns, runs that resume."""
 
 import copy
+import math
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
 from igd_lib import evaluate as module
-from igd_lib.config import IGD_HARD, Protocol
+from igd_lib.config import IGD_HARD, MINIMAX_HARD, RDED_SOFT, Protocol
 from igd_lib.data import from_tensors
-from igd_lib.evaluate import accuracy, augment, check_class_order, cutmix, evaluate, make_optimizer, predict
+from igd_lib.evaluate import (
+    Teacher,
+    accuracy,
+    check_class_order,
+    check_teacher,
+    evaluate,
+    evaluate_all,
+    make_optimizer,
+    predict,
+    schedule,
+    soft_label_loss,
+    test_inputs,
+)
+from igd_lib.models import network
 
 HALF = (0.5, 0.5, 0.5)
 PLAIN = Protocol(
@@ -18,119 +35,30 @@ PLAIN = Protocol(
 )  # fmt: skip
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module")
-def pixels():
-    """Smooth colour images in [0, 1], so that interpolation is nearly exact."""
-    small = torch.rand(64, 3, 4, 4, generator=generator())
-    return torch.nn.functional.interpolate(small, size=(32, 32), mode="bicubic").clamp(0, 1)
-
-
-# --- augmentation
-
-
-def test_no_augmentation_is_the_identity(pixels):
-    torch.testing.assert_close(augment(pixels, PLAIN, generator()), pixels, rtol=0, atol=1e-5)
-
-
-def test_flip_mirrors_about_half_of_the_images(pixels):
-    found = augment(pixels, replace(PLAIN, flip=True), generator())
-    same = (found - pixels).abs().amax((1, 2, 3)) < 1e-5
-    mirrored = (found - pixels.flip(3)).abs().amax((1, 2, 3)) < 1e-5
-    assert (same | mirrored).all()
-    assert 16 <= mirrored.sum() <= 48
-
-
-def test_crop_keeps_its_share_of_the_area(pixels):
-    """On a ramp in x and y the crop's extent can be read off: its area share is the drawn one."""
-    ramp = torch.linspace(0, 1, 64)
-    images = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64), torch.zeros(64, 64)]).expand(500, -1, -1, -1)
-    found = augment(images, replace(PLAIN, crop_scale=(0.5, 1.0)), generator())
-    width = (found[:, 0].amax((1, 2)) - found[:, 0].amin((1, 2))).double()
-    height = (found[:, 1].amax((1, 2)) - found[:, 1].amin((1, 2))).double()
-    area, ratio = width * height, width / height
-    assert area.min() > 0.47 and area.max() <= 1 + 1e-6
-    assert area.mean().item() == pytest.approx(0.75, abs=0.03)
-    assert ratio.min() > 3 / 4 - 0.02 and ratio.max() < 4 / 3 + 0.02
-    # The crop's centre moves over everything that is left.
-    left = found[:, 0].amin((1, 2))
-    assert left.min() < 0.02 and ((1 - width - left) < 0.02).any()
-
-
-def test_crop_is_filled_from_inside_the_image(pixels):
-    ones = torch.ones(64, 3, 32, 32)
-    torch.testing.assert_close(augment(ones, replace(PLAIN, crop_scale=(0.5, 1.0), flip=True), generator()), ones)
-
-
-def test_jitter_by_hand(pixels):
-    """Grey images have nothing to saturate: brightness and contrast map x to an increasing function of x in [0, 1]."""
-    found = augment(pixels, replace(PLAIN, jitter=0.4), generator())
-    assert found.min() >= 0 and found.max() <= 1
-    assert (found - pixels).abs().amax((1, 2, 3)).min() > 1e-3  # every image changes
-    flat = augment(torch.full((200, 3, 8, 8), 0.5), replace(PLAIN, jitter=0.4), generator())
-    # A flat grey image only feels brightness: 0.5 times a factor in [0.6, 1.4].
-    assert flat.std((1, 2, 3)).max() < 1e-5
-    assert 0.3 - 1e-5 <= flat.min() < 0.33 and 0.67 < flat.max() <= 0.7 + 1e-5
-
-
-def test_lighting_shifts_along_the_principal_components():
-    """The shift of flat images has the covariance V diag(0.1 lambda)^2 V^T."""
-    found = augment(torch.full((20_000, 3, 4, 4), 0.5), replace(PLAIN, lighting=0.1), generator()) - 0.5
-    assert found.std((2, 3)).max() < 1e-5
-    vectors, values = module._EIGENVECTORS, module._EIGENVALUES
-    torch.testing.assert_close(vectors.T @ vectors, torch.eye(3), rtol=0, atol=2e-3)  # orthonormal
-    expected = vectors @ torch.diag((0.1 * values) ** 2) @ vectors.T
-    torch.testing.assert_close(found[:, :, 0, 0].T.cov(), expected, rtol=0.1, atol=1e-5)
-
-
-def test_augmentation_is_drawn_a_sample(pixels):
-    same = pixels[:1].expand(8, -1, -1, -1)
-    for change in ({"crop_scale": (0.5, 0.9)}, {"jitter": 0.4}, {"lighting": 0.1}):
-        found = augment(same, replace(PLAIN, **change), generator())
-        assert len({image.numpy().tobytes() for image in found}) == 8
-        again = augment(same, replace(PLAIN, **change), generator())
-        assert torch.equal(found, again)
-
-
-# --- CutMix
-
-
-def test_cutmix_share_is_the_area_that_is_left():
-    labels = torch.arange(16)
-    inputs = labels.float().reshape(16, 1, 1, 1).expand(-1, 3, 13, 10).contiguous()  # image i is all i
-    shares = []
-    for seed in range(200):
-        mixed, other, share = cutmix(inputs, labels, 1.0, generator(seed))
-        assert sorted(other.tolist()) == labels.tolist()
-        for i, j in enumerate(other.tolist()):
-            pasted = mixed[i] != i
-            assert (mixed[i][pasted] == j).all()
-            if j != i:
-                assert 1 - pasted[0].sum().item() / 130 == share
-                assert torch.equal(pasted[0], pasted[1])
-        shares.append(share)
-    assert min(shares) < 0.4 and max(shares) > 0.9
-    assert (inputs[3] == 3).all()  # the inputs themselves are left alone
-
-
-def test_cutmix_off():
-    inputs, labels = torch.rand(4, 3, 8, 8), torch.arange(4)
-    mixed, other, share = cutmix(inputs, labels, 0.0, generator())
-    assert mixed is inputs and other is labels and share == 1
-
-
 # --- the optimiser and the schedule
 
 
 def test_optimizers():
     model = torch.nn.Linear(2, 2)
-    adamw = make_optimizer(model, IGD_HARD)
+    adamw = make_optimizer(model, IGD_HARD, lr=1e-3, weight_decay=0.01)
     assert isinstance(adamw, torch.optim.AdamW) and adamw.defaults["lr"] == 1e-3 and adamw.defaults["weight_decay"] == 0.01
-    sgd = make_optimizer(model, replace(IGD_HARD, optimizer="sgd", lr=0.01, weight_decay=5e-4))
+    assert adamw.defaults["betas"] == (0.9, 0.999)
+    sgd = make_optimizer(model, MINIMAX_HARD, lr=0.01, weight_decay=5e-4)
     assert isinstance(sgd, torch.optim.SGD) and sgd.defaults["momentum"] == 0.9 and sgd.defaults["weight_decay"] == 5e-4
+
+
+def test_soft_labels_decay_weight_matrices_alone():
+    """RDED: no decay on biases and normalisations; the hard-label protocols decay everything."""
+    model = network("timm/resnet18", num_classes=3, image_size=32)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, spared = make_optimizer(model, RDED_SOFT, lr=1e-3, weight_decay=0.01).param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0.0)
+    kept = {names[id(parameter)] for parameter in decayed["params"]}
+    assert {"conv1.weight", "fc.weight", "layer2.0.downsample.0.weight"} <= kept
+    assert not any("bn" in name or name.endswith("bias") or name == "layer2.0.downsample.1.weight" for name in kept)
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+    (everything,) = make_optimizer(model, IGD_HARD, lr=1e-3, weight_decay=0.01).param_groups
+    assert everything["weight_decay"] == 0.01 and len(everything["params"]) == len(names)
 
 
 @pytest.mark.parametrize(("evaluations", "expected"), [(5, [2, 4, 6, 8, 10]), (1, [10]), (10, list(range(1, 11))), (100, list(range(1, 11)))])
@@ -139,13 +67,13 @@ def test_tests_are_spread_over_the_training(toy_data, monkeypatch, evaluations, 
     steps, at = [], []
     real = module.make_optimizer
 
-    def counting(model, protocol):
-        optimizer = real(model, protocol)
+    def counting(*arguments, **options):
+        optimizer = real(*arguments, **options)
         optimizer.register_step_post_hook(lambda *_: steps.append(1))
         return optimizer
 
     monkeypatch.setattr(module, "make_optimizer", counting)
-    monkeypatch.setattr(module, "accuracy", lambda *_: at.append(len(steps)) or 50.0)
+    monkeypatch.setattr(module, "accuracy", lambda *_: at.append(len(steps)) or (50.0, 80.0))
     protocol = replace(PLAIN, image_size=16, epochs=10, evaluations=evaluations, batch_size=18)  # one step an epoch
     score = evaluate(toy_data, toy_data, network="convnet2", protocol=protocol, seed=0)
     assert at == expected
@@ -153,27 +81,38 @@ def test_tests_are_spread_over_the_training(toy_data, monkeypatch, evaluations, 
 
 
 def test_best_and_last_are_both_there(toy_data, monkeypatch):
-    values = iter([30.0, 70.0, 40.0])
+    values = iter([(30.0, 60.0), (70.0, 80.0), (40.0, 90.0)])
     monkeypatch.setattr(module, "accuracy", lambda *_: next(values))
     protocol = replace(PLAIN, image_size=16, epochs=3)
     score = evaluate(toy_data, toy_data, network="convnet2", protocol=protocol, seed=4)
     assert (score.best, score.best_epoch, score.last, score.reported, score.seed) == (70.0, 2, 40.0, 70.0, 4)
-    values = iter([30.0, 70.0, 40.0])
+    assert (score.best_top5, score.last_top5) == (80.0, 90.0)
+    values = iter([(30.0, 60.0), (70.0, 80.0), (40.0, 90.0)])
     assert evaluate(toy_data, toy_data, network="convnet2", protocol=replace(protocol, reported="last"), seed=4).reported == 40.0
 
 
 def test_the_rate_falls_at_the_milestones(toy_data, monkeypatch):
     rates, real = [], module.make_optimizer
 
-    def watching(model, protocol):
-        optimizer = real(model, protocol)
+    def watching(*arguments, **options):
+        optimizer = real(*arguments, **options)
         optimizer.register_step_pre_hook(lambda opt, *_: rates.append(opt.param_groups[0]["lr"]))
         return optimizer
 
     monkeypatch.setattr(module, "make_optimizer", watching)
-    monkeypatch.setattr(module, "accuracy", lambda *_: 0.0)
+    monkeypatch.setattr(module, "accuracy", lambda *_: (0.0, 0.0))
     evaluate(toy_data, toy_data, network="convnet2", protocol=replace(PLAIN, image_size=16, batch_size=18), seed=0)
     assert rates == pytest.approx([1e-3] * 8 + [2e-4] * 2 + [4e-5] * 2)
+
+
+def test_half_cosine_by_hand():
+    """From 1 towards 0.5 (1 + cos(pi / 2)) = 0.5, a third of the way at cos(pi / 6)."""
+    assert [schedule(RDED_SOFT, epoch, 300) for epoch in (0, 100, 150)] == pytest.approx([1.0, 0.5 * (1 + 3**0.5 / 2), 0.5 * (1 + 0.5**0.5)])
+    assert schedule(RDED_SOFT, 299, 300) == pytest.approx(0.5, abs=0.003) and schedule(RDED_SOFT, 299, 300) > 0.5
+
+
+def test_multistep_by_hand():
+    assert [schedule(IGD_HARD, epoch, 2000) for epoch in (0, 1332, 1333, 1665, 1666, 1999)] == pytest.approx([1, 1, 0.2, 0.2, 0.04, 0.04])
 
 
 def test_epochs_follow_the_images_a_class(toy_data, monkeypatch):
@@ -186,7 +125,7 @@ def test_epochs_follow_the_images_a_class(toy_data, monkeypatch):
 def test_one_training_step_by_hand(toy_data, monkeypatch):
     """Cross-entropy with the mixed labels, share by share, and one step of SGD with weight decay."""
     finals = []
-    monkeypatch.setattr(module, "accuracy", lambda model, *_: finals.append(copy.deepcopy(model)) or 0.0)
+    monkeypatch.setattr(module, "accuracy", lambda model, *_: finals.append(copy.deepcopy(model)) or (0.0, 0.0))
     monkeypatch.setattr(module, "augment", lambda pixels, *_: pixels)
     monkeypatch.setattr(module, "cutmix", lambda inputs, labels, *_: (inputs, (labels + 1) % 3, 0.75))
     protocol = replace(PLAIN, image_size=16, optimizer="sgd", lr=0.1, weight_decay=0.5, epochs=1, milestones=(), batch_size=18)
@@ -233,8 +172,8 @@ def test_accuracy_by_hand(toy_data):
     images = torch.tensor([10, 250, 20, 240], dtype=torch.uint8).reshape(4, 1, 1, 1).expand(-1, 3, 16, 16).contiguous()
     data = from_tensors("toy", "test", ("dark", "light", "none"), images, torch.tensor([0, 1, 0, 2]))
     protocol = replace(PLAIN, image_size=16)
-    assert predict(Brightness(), data, protocol).tolist() == [0, 1, 0, 1]
-    assert accuracy(Brightness(), data, protocol) == 75.0
+    assert predict(Brightness(), data, protocol).argmax(1).tolist() == [0, 1, 0, 1]
+    assert accuracy(Brightness(), data, protocol) == (75.0, 100.0)
 
 
 def test_a_network_learns_from_real_images(fashion_train, fashion_test):
@@ -248,7 +187,7 @@ def test_a_network_learns_from_real_images(fashion_train, fashion_test):
 def test_evaluation_is_deterministic_in_the_seed(toy_data, monkeypatch):
     """The final weights too, with every augmentation on and other global random numbers before."""
     finals = []
-    monkeypatch.setattr(module, "accuracy", lambda model, *_: finals.append(model.classifier.weight.detach().clone()) or 0.0)
+    monkeypatch.setattr(module, "accuracy", lambda model, *_: finals.append(model.classifier.weight.detach().clone()) or (0.0, 0.0))
     protocol = replace(IGD_HARD, image_size=16, epochs=3, batch_size=8, evaluations=1)
     for other, seed in ((1, 0), (2, 0), (1, 1)):
         torch.manual_seed(other)
@@ -260,7 +199,7 @@ def test_evaluation_is_deterministic_in_the_seed(toy_data, monkeypatch):
 
 def test_mixed_precision_changes_only_the_rounding(toy_data, monkeypatch):
     finals = []
-    monkeypatch.setattr(module, "accuracy", lambda model, *_: finals.append(model.classifier.weight.detach().clone()) or 0.0)
+    monkeypatch.setattr(module, "accuracy", lambda model, *_: finals.append(model.classifier.weight.detach().clone()) or (0.0, 0.0))
     protocol = replace(PLAIN, image_size=16, optimizer="sgd", lr=0.01, epochs=3, evaluations=1)
     for mixed in (False, True):
         evaluate(toy_data, toy_data, network="convnet2", protocol=protocol, seed=0, device="cpu", mixed_precision=mixed)
@@ -277,3 +216,193 @@ def test_a_non_finite_loss_raises(toy_data):
     protocol = replace(PLAIN, image_size=16, optimizer="sgd", lr=1e30, epochs=20)
     with pytest.raises(FloatingPointError, match="lower lr"):
         evaluate(toy_data, toy_data, network="convnet2", protocol=protocol, seed=0)
+
+
+@pytest.mark.parametrize("name", ["timm/resnet18", "mobilenetv3_small_050"])
+def test_networks_with_dropout_or_batch_statistics_are_deterministic_too(toy_data, name):
+    """Drop-out draws from the global generator, which a run seeds for itself."""
+    options = dict(network=name, protocol=replace(IGD_HARD, image_size=32, epochs=2, batch_size=9), seed=0, device="cpu", mixed_precision=False)
+    finals = []
+    for other in (1, 2):
+        torch.manual_seed(other)
+        finals.append(evaluate(toy_data, toy_data, **options))
+    assert replace(finals[0], seconds=0) == replace(finals[1], seconds=0)
+
+
+# --- soft labels
+
+
+def perfect(data, wrong=0, extra=0, order=None):
+    """A teacher for random images that it knows by heart: right for all but `wrong` of them."""
+    images = data.fetch(torch.arange(len(data))).float().flatten(1)
+
+    class Lookup(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.known = torch.nn.Parameter(images / 127.5 - 1)
+            labels = data.labels.clone()
+            labels[:wrong] = (labels[:wrong] + 1) % len(data.classes)
+            self.labels = torch.nn.functional.one_hot(labels, len(data.classes) + extra).float() * 30
+
+        def forward(self, inputs):
+            return torch.softmax(-torch.cdist(inputs.flatten(1), self.known) * 10, 1) @ self.labels
+
+    return Teacher(Lookup(), "lookup", "made here", order or data.classes, HALF, HALF)
+
+
+SOFT = replace(PLAIN, name="soft", image_size=16, labels="soft", temperature=4.0, epochs=2)
+
+
+def test_soft_label_loss_against_a_float64_reference():
+    """Sum over classes of p (log p - log q), mean over the batch, no T^2; and its gradient."""
+    torch.manual_seed(0)
+    logits, teacher = (torch.randn(5, 7, dtype=torch.float64) * 9 for _ in range(2))
+    logits.requires_grad_()
+    for temperature in (1.0, 20.0):
+        total = 0.0
+        for row, target in zip(logits.tolist(), teacher.tolist(), strict=True):
+            q, p = ([math.exp(v / temperature) for v in values] for values in (row, target))
+            total += sum(a / sum(p) * (math.log(a / sum(p)) - math.log(b / sum(q))) for a, b in zip(p, q, strict=True))
+        loss = soft_label_loss(logits, teacher, temperature)
+        assert loss.item() == pytest.approx(total / 5, rel=1e-10)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        by_hand = ((logits / temperature).softmax(1) - (teacher / temperature).softmax(1)) / temperature / 5
+        torch.testing.assert_close(gradient, by_hand)
+    assert soft_label_loss(teacher, teacher, 20.0).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_the_teacher_sees_the_mixed_batch_in_its_own_normalisation(toy_data, monkeypatch):
+    """One step of SGD by hand, labels made on the mixed images."""
+    finals, seen = [], []
+    monkeypatch.setattr(module, "accuracy", lambda model, *_: finals.append(copy.deepcopy(model)) or (0.0, 0.0))
+    monkeypatch.setattr(module, "augment", lambda pixels, *_: pixels)
+    monkeypatch.setattr(module, "cutmix", lambda pixels, labels, *_: (0.5 * pixels, labels, 0.5))
+    teacher = replace(perfect(toy_data), mean=(0.25,) * 3, std=(0.25,) * 3)
+    monkeypatch.setattr(module, "check_teacher", lambda *_: 100.0)
+    teacher.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    protocol = replace(SOFT, optimizer="sgd", lr=0.5, weight_decay=0.0, epochs=1, milestones=(), batch_size=18)
+    evaluate(toy_data, toy_data, network="convnet2", protocol=protocol, seed=3, teacher=teacher, device="cpu", mixed_precision=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = module.make_network("convnet2", num_classes=3, image_size=16).double()
+    order = torch.randperm(18, generator=torch.Generator().manual_seed(3))
+    pixels = 0.5 * toy_data.fetch(order).double() / 255
+    torch.testing.assert_close(seen[0].double(), (pixels - 0.25) / 0.25, rtol=0, atol=1e-6)
+    q = (model((pixels - 0.5) / 0.5) / 4).log_softmax(1)
+    p = (teacher.model(seen[0]).detach().double() / 4).softmax(1)
+    ((p * (p.log() - q)).sum() / 18).backward()
+    for found, parameter in zip(finals[0].parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(found.double(), parameter - 0.5 * parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_soft_labels_teach_real_classes(fashion_train, fashion_test):
+    """A teacher trained on real images; its soft labels alone train a network well above chance."""
+    few, test = fashion_train.per_class(40, seed=1), fashion_test.per_class(20, seed=0)
+    model = network("convnet3", num_classes=10, image_size=32)
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for _ in range(3):
+        for images, labels in few.batches(50, torch.Generator().manual_seed(0)):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(images.float() / 127.5 - 1), labels).backward()
+            optimizer.step()
+    teacher = Teacher(model, "convnet3", "trained here", test.classes, HALF, HALF)
+    distilled = fashion_train.per_class(10, seed=0)
+    unlabelled = replace(distilled, labels=distilled.labels[torch.randperm(100, generator=torch.Generator().manual_seed(0))])
+    score = evaluate(unlabelled, test, network="convnet3", protocol=replace(SOFT, image_size=32, epochs=5), seed=0, teacher=teacher, device="cpu")
+    assert score.last > 35  # the hard labels are shuffled: what it knows is the teacher's
+
+
+def test_a_wrong_teacher_is_refused(toy_data):
+    options = dict(network="convnet2", protocol=SOFT, seed=0, device="cpu")
+    assert check_teacher(perfect(toy_data), toy_data, SOFT) == 100.0
+    with pytest.raises(ValueError, match="2 classes in the teacher, 3 in the data"):
+        evaluate(toy_data, toy_data, teacher=replace(perfect(toy_data), classes=("a", "b")), **options)
+    with pytest.raises(ValueError, match="label 0 is 'b' in the teacher and 'a' in the data"):
+        evaluate(toy_data, toy_data, teacher=perfect(toy_data, order=("b", "a", "c")), **options)
+    with pytest.raises(ValueError, match=r"has 5 logits for 3 classes"):
+        evaluate(toy_data, toy_data, teacher=perfect(toy_data, extra=2), **options)
+    with pytest.raises(ValueError, match=r"gets 33\.3 % of 18 real images"):
+        evaluate(toy_data, toy_data, teacher=perfect(toy_data, wrong=12), **options)
+
+
+def test_labels_and_teacher_go_together(toy_data):
+    with pytest.raises(ValueError, match="soft labels: it needs teacher"):
+        evaluate(toy_data, toy_data, network="convnet2", protocol=SOFT, seed=0)
+    with pytest.raises(ValueError, match="hard labels: it takes no teacher"):
+        evaluate(toy_data, toy_data, network="convnet2", protocol=PLAIN, seed=0, teacher=perfect(toy_data))
+
+
+def test_soft_protocol_tests_on_the_centre_of_the_resized_image():
+    """RDED: shorter side 256, centre 224."""
+    ramp = (torch.arange(256) % 256).to(torch.uint8).expand(1, 3, 256, 256)
+    data = from_tensors("toy", "test", ("a",), ramp.contiguous(), torch.tensor([0]))
+    (inputs,) = test_inputs(data, replace(RDED_SOFT, mean=(0.0,) * 3, std=(1.0,) * 3), "cpu")
+    assert inputs.shape == (1, 3, 224, 224)
+    assert inputs[0, 0, 0, [0, -1]].mul(255).tolist() == pytest.approx([16, 239])
+
+
+# --- runs that resume, and whole cells
+
+RUN = """
+import sys, torch
+from dataclasses import replace
+from pathlib import Path
+torch.set_num_threads(1)
+from igd_lib import evaluate as module
+from igd_lib.config import IGD_HARD
+from igd_lib.data import from_tensors
+module.CHECKPOINT_SECONDS = 0.0
+generator = torch.Generator().manual_seed(2)
+data = from_tensors("toy", "train", ("a", "b", "c"), torch.randint(0, 256, (30, 3, 32, 32), generator=generator, dtype=torch.uint8), torch.arange(3).repeat(10))
+protocol = replace(IGD_HARD, image_size=32, epochs=int(sys.argv[3]), batch_size=10, evaluations=5)
+score = module.evaluate(data, data, network=sys.argv[2], protocol=protocol, seed=1, device="cpu", mixed_precision=False, folder=sys.argv[1])
+print(replace(score, seconds=0.0))
+"""
+
+
+def test_a_killed_evaluation_ends_with_the_same_score(tmp_path):
+    """kill -9 once the first training state is on disk, then again from there; a network with drop-out and batch statistics."""
+
+    def start(folder):
+        return subprocess.Popen([sys.executable, "-c", RUN, str(folder), "mobilenetv3_small_050", "8"], stdout=subprocess.PIPE, text=True)
+
+    whole, _ = start(tmp_path / "whole").communicate()
+    broken, state = start(tmp_path / "broken"), tmp_path / "broken" / "training.safetensors"
+    while not state.is_file() and broken.poll() is None:
+        time.sleep(0.002)
+    broken.kill()
+    broken.wait()
+    assert state.is_file() and not (tmp_path / "broken" / "score.json").exists(), "killed too late to show anything"
+    again, _ = start(tmp_path / "broken").communicate()
+    assert again == whole and whole.startswith("Score(")
+    assert sorted(path.name for path in (tmp_path / "broken").iterdir() if not path.name.endswith(".tmp")) == ["score.json", "settings.json"]
+
+
+def test_a_finished_evaluation_is_read(toy_data, tmp_path, monkeypatch):
+    options = dict(network="convnet2", protocol=replace(PLAIN, image_size=16, epochs=2), seed=0, device="cpu", folder=tmp_path)
+    first = evaluate(toy_data, toy_data, **options)
+    monkeypatch.setattr(module, "_run", lambda *_: pytest.fail("trained again"))
+    assert evaluate(toy_data, toy_data, **options) == first
+
+
+def test_a_folder_of_other_settings_is_refused(toy_data, tmp_path):
+    options = dict(network="convnet2", protocol=replace(PLAIN, image_size=16, epochs=1), seed=0, device="cpu", folder=tmp_path)
+    evaluate(toy_data, toy_data, **options)
+    with pytest.raises(ValueError, match="other settings: seed = 0, wanted 1"):
+        evaluate(toy_data, toy_data, **{**options, "seed": 1})
+    changed = from_tensors("toy", "train", toy_data.classes, 255 - toy_data.fetch(torch.arange(18)), toy_data.labels)
+    with pytest.raises(ValueError, match="other settings: train"):
+        evaluate(changed, toy_data, **options)
+    (tmp_path / "score.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        evaluate(toy_data, toy_data, **options)
+
+
+def test_a_whole_cell_equals_its_single_runs(toy_data, tmp_path):
+    options = dict(protocol=replace(IGD_HARD, image_size=16, epochs=2), device="cpu")
+    found = evaluate_all(toy_data, toy_data, networks=["convnet1", "convnet2"], seeds=[0, 1], folder=tmp_path, **options)
+    assert [(score.network, score.seed) for score in found] == [("convnet1", 0), ("convnet1", 1), ("convnet2", 0), ("convnet2", 1)]
+    alone = evaluate(toy_data, toy_data, network="convnet2", seed=0, **options)
+    assert replace(found[2], seconds=0) == replace(alone, seconds=0)
+    assert len(list(tmp_path.glob("*/score.json"))) == 4

@@ -118,7 +118,7 @@ def test_resumed_training_equals_uninterrupted_training(tmp_path):
     train(*first, range(3))
     files.save_training(tmp_path / "state", 3, first[2], model=first[0], average=first[1])
     second = parts(seed=1)  # other weights, all of which must be replaced
-    step = files.load_training(tmp_path / "state", second[2], model=second[0], average=second[1])
+    step = files.load_training(tmp_path / "state", second[2], model=second[0], average=second[1])["step"]
     assert step == 3
     train(*second, range(step, 6))
     for ours, theirs in ((second[0], model), (second[1], average)):
@@ -128,4 +128,4 @@ def test_resumed_training_equals_uninterrupted_training(tmp_path):
 
 def test_no_training_state_starts_at_zero(tmp_path):
     model, _, optimizer = parts()
-    assert files.load_training(tmp_path / "none", optimizer, model=model) == 0
+    assert files.load_training(tmp_path / "none", optimizer, model=model) == {"step": 0}
