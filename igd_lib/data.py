@@ -1,4 +1,4 @@
-"""Real images with an explicit class order: Fashion-MNIST and any ImageFolder.
+"""Real images with an explicit class order: the named data sets (`datasets`) and any ImageFolder.
 
 A data set is uint8 images of one size, integer labels, and the tuple of class names whose order
 defines the labels. Small sets live in memory; large ones are decoded when asked for.
@@ -6,36 +6,28 @@ defines the labels. Small sets live in memory; large ones are decoded when asked
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import shutil
-import subprocess
-import tempfile
-import urllib.error
+import os
+import struct
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 
-from igd_lib import files
-from igd_lib.config import DATASETS, DataSpec, data_dir
+from igd_lib import sources
+from igd_lib.datasets import DataSpec, spec_of
+from igd_lib.sources import Found
+from igd_lib.sources import fashion_mnist_folder as fashion_mnist_folder  # part of this module's interface
 
 MEMORY_LIMIT = 2 << 30  # bytes of decoded images that are kept in memory
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
-
-FASHION_FILES = {  # file: sha256 of the uncompressed bytes, so every packaging passes or fails alike
-    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-}
-FASHION_SYSTEM = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
+THREADS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)  # PIL decodes without the interpreter's lock
+# What PIL raises for files that are no image, cut short or damaged (UnidentifiedImageError is an OSError).
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError, KeyError, struct.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -114,24 +106,27 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
-def load(name: str | DataSpec, split: str = "train", root: str | Path | None = None) -> ImageData:
-    """Load a data set by name.
+def load(name: str | DataSpec, split: str = "train", root: str | Path | None = None, *, check_sizes: bool = True) -> ImageData:
+    """Load a data set by name, or any other by its DataSpec (`datasets.image_folder` makes one).
 
     split: "train" (without the held-out part), "validation" (the last `holdout` of each class's
-    training images; settings are chosen here) or "test". `root` overrides the folder. Raises
-    FileNotFoundError (what is missing and how to get it) or ValueError (unknown name or split, a
-    class folder missing, extra or empty, a damaged image).
+    training images; settings are chosen here) or "test". `root` overrides the folder; without it CIFAR,
+    Food-101 and Fashion-MNIST are downloaded where they are not found. Raises FileNotFoundError (what is
+    missing and how to get it) or ValueError: unknown name or split, a damaged image, and the first
+    difference between the DataSpec and the disk (a class folder missing, extra or empty, another class
+    order, another number of images; the last is allowed with check_sizes=False).
     """
     if split not in ("train", "validation", "test"):
         raise ValueError(f"split is 'train', 'validation' or 'test', got {split!r}")
-    if isinstance(name, str) and name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}; known: {', '.join(sorted(DATASETS))}, or pass a DataSpec")
-    spec = DATASETS[name] if isinstance(name, str) else name
+    spec = spec_of(name)
+    if split == "validation" and spec.holdout == 0:
+        raise ValueError(f"{spec.name} has no held-out validation split; give its DataSpec a holdout")
     stored = "test" if split == "test" else "train"
-    data = _fashion_mnist(spec, stored, root) if spec.name == "fashion-mnist" else _image_folder(spec, stored, root)
+    found = sources.read(spec, stored, root)
+    if check_sizes:
+        _check_sizes(spec, stored, found)
+    data = _image_data(spec, stored, found)
     if split == "test" or spec.holdout == 0:
-        if split == "validation":
-            raise ValueError(f"{spec.name} has no held-out validation split; give its DataSpec a holdout")
         return data
     held = []
     for label in range(len(data.classes)):
@@ -142,139 +137,69 @@ def load(name: str | DataSpec, split: str = "train", root: str | Path | None = N
     return data.subset((mask if split == "validation" else ~mask).nonzero().flatten(), split)
 
 
-# --- any ImageFolder
+def _check_sizes(spec: DataSpec, stored: str, found: Found) -> None:
+    """Raise ValueError at the first class, else at the whole split, whose number of images is not the DataSpec's."""
+    index, remedy = (0 if stored == "train" else 1), "restore the files, or pass check_sizes=False"
+    each, total = spec.per_class[index], spec.sizes[index]
+    for name, count in zip(found.classes, found.labels.bincount(minlength=len(found.classes)).tolist(), strict=True):
+        if each is not None and count != each:
+            raise ValueError(f"{spec.name}, {stored}: class {name!r} has {count:,} images instead of {each:,} in {found.where}; {remedy}")
+    if total is not None and len(found.labels) != total:
+        raise ValueError(f"{spec.name}, {stored}: {len(found.labels):,} images instead of {total:,} in {found.where}; {remedy}")
 
 
-def _image_folder(spec: DataSpec, stored: str, root: str | Path | None) -> ImageData:
-    root = Path(root) if root is not None else data_dir() / (spec.folder or spec.name)
-    candidates = ["train"] if stored == "train" else ["test", "val"]
-    folder = next((root / name for name in candidates if (root / name).is_dir()), None)
-    if folder is None:
-        wanted = " or ".join(str(root / name) for name in candidates)
-        raise FileNotFoundError(f"{spec.name}: no folder {wanted}; put one folder of images a class there, or set IGD_DATA")
-    found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    classes = spec.classes or tuple(found)
-    missing, extra = [c for c in classes if c not in found], [f for f in found if f not in classes]
-    if missing or extra or not classes:
-        raise ValueError(f"{folder}: class folders do not match; missing: {missing[:3] or 'none'}, unexpected: {extra[:3] or 'none'}")
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        images = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        if not images:
-            raise ValueError(f"{folder / name}: no images in this class folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        paths += images
-        labels += [label] * len(images)
+# --- decoding
 
-    def decode(indices: Tensor) -> Tensor:
-        return torch.stack([read_image(paths[i], spec.image_size) for i in indices.tolist()])
 
-    every = torch.arange(len(paths))
-    if len(paths) * 3 * spec.image_size**2 <= MEMORY_LIMIT:
-        return from_tensors(spec.name, stored, classes, decode(every), torch.tensor(labels))
-    return ImageData(spec.name, stored, classes, torch.tensor(labels), spec.image_size, decode)
+def _image_data(spec: DataSpec, stored: str, found: Found) -> ImageData:
+    """In memory up to MEMORY_LIMIT, else decoded (or resized) when asked for."""
+    images, size = found.images, spec.image_size
+    if isinstance(images, Tensor) and images.shape[-1] == size:
+        return from_tensors(spec.name, stored, found.classes, images, found.labels)
+
+    def fetch(indices: Tensor) -> Tensor:
+        if isinstance(images, Tensor):
+            return TF.resize(images[indices], [size, size], TF.InterpolationMode.BICUBIC, antialias=True)
+        return read_images([images[i] for i in indices.tolist()], size)
+
+    if len(found.labels) * 3 * size**2 <= MEMORY_LIMIT:
+        return from_tensors(spec.name, stored, found.classes, fetch(torch.arange(len(found.labels))), found.labels)
+    return ImageData(spec.name, stored, found.classes, found.labels, size, fetch)
+
+
+def read_images(paths: Sequence[str | Path], size: int) -> Tensor:
+    """uint8 (n, 3, size, size): `read_image` of each file, several at once."""
+    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    if THREADS == 1 or len(paths) < 2:
+        for image, path in zip(images, paths, strict=True):
+            image.copy_(read_image(path, size))
+        return images
+    with ThreadPoolExecutor(THREADS) as pool:
+        for image, decoded in zip(images, pool.map(lambda path: read_image(path, size), paths), strict=True):
+            image.copy_(decoded)
+    return images
 
 
 def read_image(path: str | Path, size: int) -> Tensor:
     """uint8 (3, size, size): the image as RGB, shorter side resized to `size`, centre-cropped.
 
-    Raises ValueError naming a file that cannot be read or is cut short.
+    16-bit grey keeps its upper 8 bits, transparency is dropped, and an EXIF orientation is not applied,
+    as in torchvision's ImageFolder. Raises ValueError naming a file that cannot be read, is cut short, or
+    has 32 bits a pixel (whose range is anyone's guess).
     """
     try:
         with Image.open(path) as image:
+            image.load()
             if image.mode.startswith("I;16"):  # PIL would clip 16 bits to white
                 image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+            if image.mode in ("I", "F"):
+                raise ValueError("it has 32 bits a pixel; store it with 8 or 16")
+            if image.mode == "P" and "transparency" in image.info:  # through RGBA: PIL warns of the direct way
+                image = image.convert("RGBA")
             image = image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"cannot read the image {path}: {error}; replace or remove it") from error
     scale = size / min(image.size)
     if scale != 1:
         image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
     return TF.pil_to_tensor(TF.center_crop(image, [size, size]))
-
-
-# --- Fashion-MNIST
-
-
-def _fashion_mnist(spec: DataSpec, stored: str, root: str | Path | None) -> ImageData:
-    folder = fashion_mnist_folder(root)
-    prefix = "train" if stored == "train" else "t10k"
-    images = _idx(folder, f"{prefix}-images-idx3-ubyte", offset=16).reshape(-1, 1, 28, 28)
-    labels = _idx(folder, f"{prefix}-labels-idx1-ubyte", offset=8)
-    # 28 -> 32 with the background's black, three equal channels.
-    images = F.pad(images, (2, 2, 2, 2)).expand(-1, 3, -1, -1).contiguous()
-    return from_tensors(spec.name, stored, spec.classes, images, labels)
-
-
-def fashion_mnist_folder(root: str | Path | None = None) -> Path:
-    """The folder with Fashion-MNIST's four files, fetched if need be; no root rights needed.
-
-    In this order: `root` or `$IGD_DATA/fashion-mnist`, Debian's installed package, that package
-    downloaded and unpacked with apt-get and dpkg-deb, torchvision's download.
-    """
-    own = Path(root) if root is not None else data_dir() / "fashion-mnist"
-    for folder in (own,) if root is not None else (own, own.parent / "FashionMNIST" / "raw", FASHION_SYSTEM):
-        if all(_idx_file(folder, name) for name in FASHION_FILES):
-            return folder
-    if root is not None:
-        raise FileNotFoundError(f"no Fashion-MNIST in {own}; it needs {', '.join(f + '.gz' for f in FASHION_FILES)}")
-    with tempfile.TemporaryDirectory() as scratch:
-        tried = []
-        for source in (_from_debian, _from_torchvision):
-            try:
-                folder = source(Path(scratch))
-            except (OSError, RuntimeError, subprocess.SubprocessError, urllib.error.URLError) as error:
-                tried.append(f"{source.__name__.removeprefix('_from_')}: {str(error).strip().splitlines()[0]}")
-                continue
-            for name in FASHION_FILES:
-                files.write(own / f"{name}.gz", (folder / f"{name}.gz").read_bytes())
-            return own
-    raise FileNotFoundError(
-        f"Fashion-MNIST is not in {own} or {FASHION_SYSTEM} and could not be fetched ({'; '.join(tried)}). Install "
-        f"Debian's package dataset-fashion-mnist, or put {', '.join(f + '.gz' for f in FASHION_FILES)} into {own}"
-    )
-
-
-def _from_debian(scratch: Path) -> Path:
-    """Download and unpack Debian's package without installing it; uses private package lists if there are none."""
-    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        raise OSError("no apt-get and dpkg-deb here")
-    folder = scratch / "debian"
-    (folder / "lists" / "partial").mkdir(parents=True)
-
-    def apt(*words: str) -> None:
-        subprocess.run(["apt-get", "-qq", *words], cwd=folder, check=True, capture_output=True, timeout=600)
-
-    try:
-        apt("download", "dataset-fashion-mnist")
-    except subprocess.CalledProcessError:
-        private = ("-o", f"Dir::State::Lists={folder / 'lists'}", "-o", f"Dir::Cache={folder / 'cache'}", "-o", "Debug::NoLocking=1")
-        (folder / "cache" / "archives" / "partial").mkdir(parents=True)
-        apt(*private, "update")
-        apt(*private, "download", "dataset-fashion-mnist")
-    package = next(folder.glob("*.deb"))
-    subprocess.run(["dpkg-deb", "-x", str(package), str(folder)], check=True, capture_output=True, timeout=600)
-    return folder / FASHION_SYSTEM.relative_to("/")
-
-
-def _from_torchvision(scratch: Path) -> Path:
-    from torchvision.datasets import FashionMNIST
-
-    FashionMNIST(str(scratch / "torchvision"), download=True)
-    return scratch / "torchvision" / "FashionMNIST" / "raw"
-
-
-def _idx_file(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / f"{name}.gz", folder / name) if path.is_file()), None)
-
-
-def _idx(folder: Path, name: str, offset: int) -> Tensor:
-    path = _idx_file(folder, name)
-    assert path is not None  # fashion_mnist_folder looked
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
-    if hashlib.sha256(raw).hexdigest() != FASHION_FILES[name]:
-        raise ValueError(f"{path} does not have Fashion-MNIST's checksum; delete it and run again")
-    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=offset).copy())

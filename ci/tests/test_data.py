@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from igd_lib import data
-from igd_lib.config import DATASETS, DataSpec
-from igd_lib.data import load, read_image, to_float, to_uint8
+from igd_lib import data, sources
+from igd_lib.data import load, read_image, read_images, to_float, to_uint8
+from igd_lib.datasets import DATASETS, DataSpec
 
 # --- Fashion-MNIST
 
@@ -45,8 +45,8 @@ def test_labels_and_pixels_are_fashion_mnist(fashion_test):
 
 def test_a_flipped_byte_is_named(tmp_path, fashion_folder):
     changed = "t10k-images-idx3-ubyte"
-    for name in data.FASHION_FILES:
-        path = data._idx_file(fashion_folder, name)
+    for name in sources.FASHION_FILES:
+        path = sources._idx_file(fashion_folder, name)
         if name == changed:
             raw = bytearray(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
             raw[5000] ^= 1
@@ -58,14 +58,14 @@ def test_a_flipped_byte_is_named(tmp_path, fashion_folder):
 
 
 def test_a_cut_archive_is_named(tmp_path, fashion_folder):
-    for name in data.FASHION_FILES:
+    for name in sources.FASHION_FILES:
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(b"x" * 1000)[:-5])
     with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte\.gz is damaged"):
         load("fashion-mnist", "test", tmp_path)
 
 
 def test_a_folder_without_fashion_mnist_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "FASHION_SYSTEM", tmp_path / "none")
+    monkeypatch.setattr(sources, "FASHION_SYSTEM", tmp_path / "none")
     with pytest.raises(FileNotFoundError, match=r"empty.*train-images-idx3-ubyte\.gz"):
         load("fashion-mnist", "train", tmp_path / "empty")
 
@@ -77,9 +77,9 @@ def test_no_source_at_all_says_what_to_do(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setenv("IGD_DATA", str(tmp_path))
-    monkeypatch.setattr(data, "FASHION_SYSTEM", tmp_path / "none")
-    monkeypatch.setattr(data, "_from_debian", fails)
-    monkeypatch.setattr(data, "_from_torchvision", fails)
+    monkeypatch.setattr(sources, "FASHION_SYSTEM", tmp_path / "none")
+    monkeypatch.setattr(sources, "_from_debian", fails)
+    monkeypatch.setattr(sources, "_from_torchvision", fails)
     with pytest.raises(FileNotFoundError, match="could not be fetched.*no network.*dataset-fashion-mnist"):
         load("fashion-mnist")
     assert not list(tmp_path.iterdir())
@@ -229,15 +229,41 @@ def test_missing_split_folder(tmp_path):
         load(replace(SPEC, classes=()), "train", tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["cut", "text", "empty"])
-def test_a_damaged_jpeg_is_named(animals, damage):
-    path = animals / "train" / "ant" / "1.jpg"
-    noise = np.random.default_rng(0).integers(0, 256, (24, 16, 3), dtype=np.uint8)
+@pytest.mark.parametrize("damage", ["cut", "last bytes", "header", "text", "empty"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_a_damaged_image_is_named(animals, damage, suffix):
+    path = animals / "train" / "ant" / f"1.{suffix}"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path, quality=95)
     raw = path.read_bytes()
-    path.write_bytes({"cut": raw[: len(raw) // 2], "text": b"not an image", "empty": b""}[damage])
-    with pytest.raises(ValueError, match=r"cannot read the image .*ant.1\.jpg"):
+    path.write_bytes({"cut": raw[: len(raw) // 2], "last bytes": raw[:-200], "header": raw[:30], "text": b"not an image", "empty": b""}[damage])
+    with pytest.raises(ValueError, match=rf"cannot read the image .*ant.1\.{suffix}"):
         load(SPEC, "train", animals)
+
+
+def test_a_bomb_is_named_and_not_decoded(animals, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"cannot read the image .*cat.0\.png: .*decompression bomb"):
+        load(SPEC, "train", animals)
+
+
+# --- several images
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_images_are_read_in_order_whatever_the_threads(tmp_path, monkeypatch, threads):
+    monkeypatch.setattr(data, "THREADS", threads)
+    paths = [tmp_path / f"{i}.png" for i in range(40)]
+    for i, path in enumerate(paths):
+        Image.new("RGB", (9 + i * 7 % 60, 12), (i, 2 * i, 255 - i)).save(path)  # of different costs
+    images = read_images(paths, 8)
+    assert images.shape == (40, 3, 8, 8) and read_images([], 8).shape == (0, 3, 8, 8)
+    for i, image in enumerate(images):
+        assert torch.equal(image, torch.tensor([i, 2 * i, 255 - i], dtype=torch.uint8).reshape(3, 1, 1).expand(3, 8, 8))
+    for i in (30, 7):
+        paths[i].write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"cannot read the image .*7\.png"):  # the first, not the first to fail
+        read_images(paths, 8)
 
 
 # --- one image
@@ -266,6 +292,54 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     else:
         (colour.quantize(4) if mode == "P" else colour.convert(mode)).save(tmp_path / "x.png")
         assert rgb(tmp_path / "x.png") == pytest.approx([220, 40, 90], abs=1)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bits_keep_the_upper_8(tmp_path, suffix):
+    values = np.array([[0, 255, 256], [257, 0x1234, 0xFFFF], [0x7FFF, 0x8000, 0xFF00]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / f"x.{suffix}")
+    image = read_image(tmp_path / f"x.{suffix}", 3)
+    assert image[0].tolist() == [[0, 0, 1], [1, 0x12, 0xFF], [0x7F, 0x80, 0xFF]]
+    assert torch.equal(image[0], image[1]) and torch.equal(image[0], image[2])
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_32_bits_are_refused(tmp_path, dtype):
+    Image.fromarray(np.full((8, 8), 93, dtype=dtype)).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match=r"x\.tif: it has 32 bits a pixel; store it with 8 or 16"):
+        read_image(tmp_path / "x.tif", 8)
+
+
+@pytest.mark.parametrize("case", ["palette, one colour", "palette, bytes", "RGBA", "LA"])
+def test_transparency_is_dropped_without_a_warning(tmp_path, case, recwarn):
+    """A transparent pixel keeps its stored colour; it is not laid over black or white."""
+    path, colour = tmp_path / "x.png", [220, 40, 90]
+    if case.startswith("palette"):
+        image = Image.new("P", (8, 8), 1)
+        image.putpalette([1, 2, 3, 220, 40, 90])
+        image.save(path, transparency=1 if case.endswith("colour") else bytes([200, 100]))
+    elif case == "RGBA":
+        Image.new("RGBA", (8, 8), (220, 40, 90, 0)).save(path)
+    else:
+        Image.new("LA", (8, 8), (93, 0)).save(path)
+        colour = [93, 93, 93]
+    assert rgb(path) == colour
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_exif_orientation_is_not_applied(tmp_path, mode):
+    """As ImageFolder has it: its loader is the reference."""
+    from torchvision.datasets.folder import default_loader
+
+    halves = np.zeros((16, 16, 3), np.uint8)
+    halves[:8] = 200
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.fromarray(halves).convert(mode).save(tmp_path / "x.jpg", exif=exif, quality=100)
+    image = read_image(tmp_path / "x.jpg", 16)
+    assert image[:, :6].float().mean() > 150 and image[:, 10:].float().mean() < 50  # the light half is still on top
+    assert torch.equal(image, torch.from_numpy(np.array(default_loader(str(tmp_path / "x.jpg")))).permute(2, 0, 1))
 
 
 def test_resize_keeps_proportions_and_crops_the_centre(tmp_path):
