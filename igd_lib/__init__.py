@@ -9,16 +9,16 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Guidance": "config", "Fidelity": "config", "Protocol": "config", "PAPER": "config", "RELEASED": "config", "preset": "config",
-    "load": "data", "network": "models",
+    "load": "data", "DataSpec": "datasets", "image_folder": "datasets", "network": "models",
     "Checkpoints": "surrogate", "train_surrogate": "surrogate", "class_gradients": "surrogate", "select_checkpoints": "surrogate",
     "influence_loss": "guidance", "deviation_loss": "guidance", "influence_scale": "guidance",
     "IGDPipeline": "sampler", "sample_igd": "sampler", "make_scheduler": "sampler",
-    "DistilledSet": "distill", "Score": "evaluate",
+    "DistilledSet": "distill", "Score": "evaluate", "Teacher": "evaluate",
 }  # fmt: skip
 # `distill` and `evaluate` are modules; their functions are `igd_lib.distill.distill` and `igd_lib.evaluate.evaluate`.
 _MODULES = (
-    "config", "data", "distill", "evaluate", "experiment", "files", "guidance", "models", "plotting", "results", "sampler",
-    "standin", "surrogate", "weights",
+    "augment", "config", "data", "datasets", "distill", "evaluate", "experiment", "export", "files", "guidance", "methods", "metrics", "models",
+    "notebook", "plotting", "results", "sampler", "sources", "standin", "surrogate", "tables", "weights",
 )  # fmt: skip
 __all__ = ["__version__", *_PUBLIC, *_MODULES]  # noqa: PLE0604
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import papermill
 
-from igd_lib.experiment import accuracy_table, differences, verdict
+from igd_lib.tables import accuracy_table, differences, top1, verdict
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,8 +29,8 @@ def main(argv: list[str] | None = None) -> int:
         str(ROOT / "notebooks" / "00_quickstart.ipynb"), str(notebook), {"scale": arguments.scale, "save_to": str(pictures)},
         kernel_name="python3", extra_arguments=["--log-level=ERROR"], progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
     )  # fmt: skip
-    rows = pd.read_csv(pictures / "rows.csv")
-    accuracy, influence = rows[rows.metric == "top1"], rows[rows.metric == "influence_loss"]
+    rows = pd.read_csv(pictures / "rows.csv", keep_default_na=False, dtype={"settings_hash": str})
+    accuracy, influence = top1(rows), rows[rows.metric == "influence_loss"]
     pairs = [("DiT-IGD", "DiT"), ("DiT, best cfg", "DiT"), ("DiT-IGD", "DiT + G_D"), ("DiT-IGD", "DiT, best cfg")]
     first = accuracy.iloc[0]
     print(f"\n{first.dataset}, scale {first.scale}, IPC {first.ipc}, {first.network}; sd over generation seeds\n")

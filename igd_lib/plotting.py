@@ -85,6 +85,25 @@ def by_cfg(rows: pd.DataFrame, *, title: str, label: str = "top-1 accuracy (%)")
     return figure
 
 
+def against_accuracy(rows: pd.DataFrame, distances: pd.DataFrame, *, title: str, label: str = "top-1 accuracy (%)") -> Figure:
+    """A panel a metric: every set as a point, its metric against its top-1; methods by colour and marker."""
+    accuracy = rows[rows.metric == "top1"].set_index(["method", "seed"])["value"]
+    metrics = list(dict.fromkeys(distances.metric))
+    figure, panels = plt.subplots(1, len(metrics), figsize=(2.7 * len(metrics) + 0.4, 3.4), sharey=True, layout="constrained", squeeze=False)
+    for axes, metric in zip(panels[0], metrics, strict=True):
+        own = distances[distances.metric == metric].set_index(["method", "seed"])["value"]
+        for method in dict.fromkeys(accuracy.index.get_level_values("method")):
+            colour, marker = COLOURS.get(method, "#777777"), MARKERS.get(method, "o")
+            points = own[method].index
+            axes.plot(own[method], accuracy[method].reindex(points), marker, color=colour, alpha=0.7, markersize=6, linestyle="none", label=method)
+        axes.set_xlabel(metric.replace(" over ", "\nover "))
+    panels[0][0].set_ylabel(label)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.suptitle(title)
+    return figure
+
+
 def gallery(columns: Mapping[str, Tensor], *, titles: Sequence[str], title: str) -> Figure:
     """A row a method, a column a noise: `columns[method]` is uint8 (n, 3, H, W), `titles` one a column."""
     count = len(titles)

@@ -1,16 +1,24 @@
-"""Tidy results: one row a measurement, tables with mean, sd and n, paired differences."""
+"""Tidy results: one row a measurement; tables with mean, sd and n, paired differences, and the paper's figures beside ours.
+
+Rows travel as JSON files, one each (`append`, `read`), then as one sorted CSV an artefact (`consolidate`, `load`).
+Nothing here averages over different settings: where rows that would be merged differ in more than their seed, it is an error.
+"""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from igd_lib import files
+from igd_lib import __version__, files
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,13 @@ class Row:
     scale: str  # "smoke", "small" or "paper"
     seconds: float
     device: str
+    git_revision: str  # the code's, see `git_revision`
     settings_hash: str
+
+
+COLUMNS = {field.name: {"str": str, "int": int, "float": float}[field.type] for field in fields(Row)}
+IDENTITY = [name for name in COLUMNS if name not in ("value", "seconds", "device", "git_revision")]  # what names a measurement
+SETTINGS = [name for name in IDENTITY if name != "seed"]  # what rows must share to be averaged
 
 
 def settings_hash(settings: object) -> str:
@@ -39,33 +53,176 @@ def settings_hash(settings: object) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
+@cache
+def git_revision() -> str:
+    """The code's revision, asked for once a process: the commit, with "+" where tracked files of igd_lib differ from it.
+
+    For an installed package, or where git does not answer, it is the version: "igd_lib 0.1.0".
+    """
+    return _revision(Path(__file__).parent)
+
+
+def _revision(folder: Path) -> str:
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "--no-optional-locks", "-C", str(folder), *arguments], capture_output=True, text=True)
+
+    try:
+        # A package installed inside somebody's checkout (its .venv) is not that checkout's code: it has to be tracked.
+        answers = [git("ls-files", "--error-unmatch", "--", "results.py"), git("rev-parse", "--short=12", "HEAD")]
+        answers.append(git("status", "--porcelain", "--untracked-files=no", "--", "."))
+    except OSError:  # no git
+        return f"igd_lib {__version__}"
+    if any(answer.returncode for answer in answers):
+        return f"igd_lib {__version__}"
+    return answers[1].stdout.strip() + ("+" if answers[2].stdout else "")
+
+
+# --- rows on disk
+
+
 def append(folder: str | Path, row: Row) -> Path:
-    """Write one row as one JSON file, named by everything but its value, so that a rerun replaces it."""
+    """Write one row as one JSON file, named by what identifies the measurement, so that a rerun replaces it."""
     content = asdict(row)
-    key = settings_hash({name: value for name, value in content.items() if name not in ("value", "seconds", "device")})
+    key = settings_hash({name: content[name] for name in IDENTITY})
     return files.write(Path(folder) / f"{row.artefact}-{key}.json", json.dumps(content, sort_keys=True) + "\n")
+
+
+def read(folder: str | Path) -> pd.DataFrame:
+    """All rows that `append` wrote into a folder. Raises ValueError naming any visible file that is damaged or no row."""
+    records = []
+    for path in sorted(path for path in Path(folder).iterdir() if not path.name.startswith(".")):
+        try:
+            records.append(_record(json.loads(path.read_bytes())))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is no result row ({error}); move it away, or delete it and run its notebook again") from error
+    return _frame(records)
+
+
+def consolidate(rows: pd.DataFrame | str | Path, path: str | Path) -> Path:
+    """Write rows (a frame, or a folder of JSON files) as one CSV: sorted by IDENTITY, LF, floats exact, same rows same bytes.
+
+    A measurement that is there more than once with the same value is written once. Raises ValueError on
+    rows of scale "smoke", on values that are not finite, on one measurement with two values, and on rows
+    that differ in nothing but `settings_hash` and what they measured.
+    """
+    found = _frame(_record(record) for record in rows.to_dict("records")) if isinstance(rows, pd.DataFrame) else read(rows)
+    return files.write(path, _measurements(found).to_csv(index=False, lineterminator="\n"))
+
+
+def load(path: str | Path) -> pd.DataFrame:
+    """Rows of a CSV that `consolidate` wrote, sorted. Raises ValueError naming the file on what `consolidate` refuses, or damage."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            header, *lines = list(csv.reader(file, strict=True)) or [[]]
+        _check_columns(header)
+        records = []
+        for number, line in enumerate(lines, 1):
+            if len(line) != len(header):
+                raise ValueError(f"row {number} has {len(line)} fields, the header {len(header)}")
+            records.append(_record({name: COLUMNS[name](text) for name, text in zip(header, line, strict=True)}))
+        return _measurements(_frame(records))
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def frame(rows: Sequence[Row]) -> pd.DataFrame:
     """Rows as a data frame, one column a field."""
-    return pd.DataFrame([asdict(row) for row in rows], columns=[field.name for field in fields(Row)])
+    return _frame(asdict(row) for row in rows)
+
+
+def _frame(records: Iterable[Mapping[str, object]]) -> pd.DataFrame:
+    dtypes = {name: {str: str, int: "int64", float: "float64"}[kind] for name, kind in COLUMNS.items()}
+    return pd.DataFrame(list(records), columns=list(COLUMNS)).astype(dtypes)
+
+
+def _check_columns(found: Collection[str], needed: Collection[str] = COLUMNS, *, exactly: bool = True) -> None:
+    """Raise ValueError unless `found` has every column needed, and no other one nor one twice if exactly."""
+    missing = [name for name in needed if name not in found]
+    unknown = [name for name in found if name not in needed or list(found).count(name) > 1] if exactly else []
+    if missing or unknown:
+        raise ValueError("; ".join(f"{word} {', '.join(names)}" for word, names in (("it lacks", missing), ("unknown or twice:", unknown)) if names))
+
+
+def _record(content: object) -> dict[str, object]:
+    """A row's fields, each of its type (an int passes for a float); an empty string is not a missing one."""
+    if not isinstance(content, dict):
+        raise ValueError(f"fields and their values are needed, not {type(content).__name__}")
+    _check_columns(content)
+    for name, kind in COLUMNS.items():
+        if type(content[name]) is not kind and not (kind is float and type(content[name]) is int):
+            raise ValueError(f"{name} is {kind.__name__}, got {content[name]!r}; read CSV files by results.load")
+    return content
+
+
+def _measurements(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows in order, each measurement once; raises what `consolidate` says."""
+    if rows.empty:
+        raise ValueError("there are no rows")
+    other = sorted(set(rows.scale) - {"small", "paper"})
+    if other:
+        raise ValueError(f"rows of scale {', '.join(other)} are no results; keep those of small or paper only")
+    for name in ("value", "seconds"):
+        _check_finite(rows, name, "the table")
+    rows = rows.sort_values([*IDENTITY, "value", "seconds", "device", "git_revision"]).drop_duplicates([*IDENTITY, "value"], ignore_index=True)
+    twice = rows[rows.duplicated(IDENTITY, keep=False)]
+    if len(twice):
+        name = twice[IDENTITY].iloc[0].to_dict()
+        raise ValueError(f"one measurement has the values {twice.value.tolist()[:2]}: {name}; find out why they differ and keep one")
+    for _, group in rows.groupby([name for name in SETTINGS if name != "settings_hash"], sort=False):
+        first = group[SETTINGS].iloc[0].drop("settings_hash").to_dict()
+        _check_alike(group, f"{first}", ())
+    return rows
+
+
+# --- tables
+
+
+def _check_finite(rows: pd.DataFrame, column: str, what: str) -> None:
+    if not np.isfinite(rows[column].to_numpy(float)).all():
+        raise ValueError(f"{what} has a {column} that is not finite; find out why that run failed")
+
+
+def _check_alike(rows: pd.DataFrame, what: str, free: Collection[str]) -> None:
+    """Raise ValueError where rows differ in a setting that is not free to; columns that are not there are not checked."""
+    asked = [name for name in SETTINGS if name in rows and name not in free]
+    mixed = {name: rows[name].drop_duplicates().tolist() for name in asked if rows[name].nunique(dropna=False) > 1}
+    if mixed:
+        names = "; ".join(f"{name} {', '.join(map(repr, values))}" for name, values in mixed.items())
+        raise ValueError(f"{what} has rows of more than one {names}: they are not to be merged, select one or group by it")
 
 
 def summary(rows: pd.DataFrame, by: Sequence[str] = ("method",)) -> pd.DataFrame:
-    """mean, sd (n - 1) and n of `value`, in order of first appearance."""
-    grouped = rows.groupby(list(by), sort=False)["value"]
-    return grouped.agg(mean="mean", sd="std", n="count").reset_index()
+    """mean, sd (n - 1) and n of `value`, in order of first appearance.
+
+    Raises ValueError when a group's rows differ in a setting (everything that identifies a measurement
+    but its seed), have a seed twice, or a value that is not finite.
+    """
+    grouped = rows.groupby(list(by), sort=False, dropna=False)
+    for key, group in grouped:
+        what = ", ".join(map(str, key))
+        _check_alike(group, what, by)
+        _check_finite(group, "value", what)
+        if "seed" in group and group.seed.duplicated().any():
+            raise ValueError(f"{what} has a seed twice: {sorted(group.seed[group.seed.duplicated()])}; n would count one measurement for two")
+    return grouped["value"].agg(mean="mean", sd="std", n="count").reset_index()
 
 
 def paired(rows: pd.DataFrame, method: str, reference: str) -> pd.Series:
     """Differences `method` - `reference` of the same seed, indexed by seed.
 
-    Raises ValueError when a seed is there for one of the two only, or twice.
+    Raises ValueError when a seed is there for one of the two only, or twice; when a value is not finite;
+    and when the two differ in a setting other than their method, backbone and surrogate.
     """
-    ours, theirs = (rows[rows.method == name].set_index("seed")["value"] for name in (method, reference))
+    name = f"{method} - {reference}"
+    both = rows[rows.method.isin([method, reference])]
+    for one in (method, reference):
+        _check_alike(both[both.method == one], one, ())
+    _check_alike(both, name, ("method", "backbone", "surrogate"))
+    _check_finite(both, "value", name)
+    ours, theirs = (both[both.method == one].set_index("seed")["value"] for one in (method, reference))
     if sorted(ours.index) != sorted(theirs.index) or ours.index.has_duplicates:
         raise ValueError(f"{method!r} has seeds {sorted(ours.index)}, {reference!r} has {sorted(theirs.index)}; pairs need the same")
-    return (ours - theirs.reindex(ours.index)).rename(f"{method} - {reference}")
+    return (ours - theirs.reindex(ours.index)).rename(name)
 
 
 def comparison(rows: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
@@ -77,3 +234,73 @@ def comparison(rows: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataF
             for name, d in found.items()
         ]
     )
+
+
+def compare(ours: pd.DataFrame, paper_reported: pd.DataFrame, *, by: Sequence[str] = ("method", "ipc", "network")) -> pd.DataFrame:
+    """The paper's figures beside ours, a row a cell of either: paper_mean, paper_sd, ours_mean, ours_sd, n, difference, within, comparable.
+
+    ours: rows as of `frame`. paper_reported: columns dataset, network, ipc, metric, value, sd (may be empty) and those of `by`.
+    difference: ours - paper. within: |difference| is at most two pooled sds, sqrt((paper_sd^2 + ours_sd^2) / 2) each; one
+    that is missing is taken from the other side, and with none, or one mean only, `within` is missing.
+    comparable: True only where ours is of scale "paper" and both are of one dataset, metric, ipc and network; elsewhere the
+    rest of the row says nothing about the paper.
+
+    The two sds are not of one kind. The paper's code divides by n (numpy's default), over five training seeds of the best
+    test accuracy; ours divides by n - 1, over generation seeds.
+
+    Raises ValueError where a column is missing, the paper has a cell twice, or `summary` refuses ours.
+    """
+    by, shared = list(by), [name for name in ("dataset", "metric", "ipc", "network") if name not in by]
+    for what, table, needed in (("ours", ours, ["scale", "value"]), ("the paper's table", paper_reported, ["value", "sd"])):
+        try:
+            _check_columns(list(table.columns), [*by, *shared, *needed], exactly=False)
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from error
+    ours, paper = (_empty_strings(table) for table in (ours, paper_reported))
+    twice = paper[paper.duplicated(by)]
+    if len(twice):
+        raise ValueError(f"the paper's table has {twice[by].iloc[0].to_dict()} more than once: select one table or data set, or add columns to `by`")
+    about = ours[[*by, *shared, "scale"]].drop_duplicates()  # one a group: summary sees to that
+    mine = summary(ours, by).merge(about, on=by).rename(columns={"mean": "ours_mean", "sd": "ours_sd"})
+    theirs = paper[[*by, *shared, "value", "sd"]].rename(columns={"value": "paper_mean", "sd": "paper_sd"})
+    keys = pd.concat([theirs[by], mine[by]]).drop_duplicates()
+    found = keys.merge(theirs, on=by, how="left").merge(mine, on=by, how="left", suffixes=("_paper", "_ours"))
+    found["difference"] = found.ours_mean - found.paper_mean
+    pooled = ((found.paper_sd.fillna(found.ours_sd) ** 2 + found.ours_sd.fillna(found.paper_sd) ** 2) / 2) ** 0.5
+    within = found.difference.abs() <= 2 * pooled + 1e-9  # 1.1 - 1.0 is a little more than 0.1
+    found["within"] = within.astype("boolean").where(found.difference.notna() & pooled.notna())
+    agree = [found[f"{name}_paper"] == found[f"{name}_ours"] for name in shared]
+    found["comparable"] = np.logical_and.reduce([found.scale == "paper", found.difference.notna(), *agree]).astype(bool)
+    found["n"] = found.n.astype("Int64")
+    return found[[*by, "paper_mean", "paper_sd", "ours_mean", "ours_sd", "n", "difference", "within", "comparable"]]
+
+
+def _empty_strings(table: pd.DataFrame) -> pd.DataFrame:
+    """Text columns with "" where pandas' reader found nothing, so that they can be matched."""
+    return table.assign(**{name: table[name].astype(object).fillna("") for name in table.columns if COLUMNS.get(name) is str})
+
+
+def markdown(table: pd.DataFrame, digits: int | Mapping[str, int]) -> str:
+    """A GitHub Markdown table. digits: decimals of floats, for all or by column; missing is empty, a bool yes or no.
+
+    Raises ValueError when `digits` names a column that is not there, or lacks one with floats.
+    """
+    places = digits if isinstance(digits, Mapping) else dict.fromkeys(table.columns, digits)
+    if set(places) - set(table.columns):
+        raise ValueError(f"digits for {sorted(set(places) - set(table.columns))}, but the columns are {list(table.columns)}")
+
+    def cell(name: object, value: object) -> str:
+        if pd.api.types.is_scalar(value) and pd.isna(value):
+            return ""
+        if isinstance(value, bool | np.bool_):
+            return "yes" if value else "no"
+        if isinstance(value, float | np.floating):
+            if name not in places:
+                raise ValueError(f"column {name!r} holds floats: give its digits")
+            return f"{float(value):z.{places[name]}f}"  # z: no -0.0
+        return str(value).replace("|", r"\|").replace("\n", " ")
+
+    numeric = [pd.api.types.is_numeric_dtype(kind) and not pd.api.types.is_bool_dtype(kind) for kind in table.dtypes]
+    lines = [[cell(None, str(name)) for name in table.columns], ["---:" if right else "---" for right in numeric]]
+    lines += [[cell(*pair) for pair in zip(table.columns, entry, strict=True)] for entry in table.itertuples(index=False, name=None)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -8,13 +8,11 @@ DiT's on the same noise, the one of the highest accuracy. Without that condition
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
-from igd_lib import experiment, files, results
-from igd_lib.data import load
+from igd_lib import experiment, files, methods, notebook, results
 from igd_lib.progress import progress
 
 DATA = Path(__file__).parent / "data"
@@ -24,13 +22,11 @@ GAMMAS = (120.0, 240.0, 480.0)  # the paper's, for 4,096 latent values
 KS = (0.0, 15.0, 30.0, 50.0)
 
 
-def candidates(stage: str, setup: experiment.Experiment) -> list[experiment.Method]:
+def candidates(stage: str, setup: experiment.Experiment) -> list[methods.Method]:
     """The settings that one stage compares."""
     if stage == "cfg":
-        return [experiment.Method(f"cfg {cfg}", cfg_scale=cfg) for cfg in CFGS]
-    per_gamma = setup.guidance.gamma / experiment.STAND_IN_SETTINGS["fashion-mnist"].guidance.gamma
-    grid = [experiment.Method(f"k {k:g}, gamma {gamma:g}", replace(setup.guidance, k=k, gamma=gamma * per_gamma)) for gamma in GAMMAS for k in KS]
-    return [experiment.Method("DiT"), *grid]
+        return [methods.Method(f"cfg {cfg}", cfg_scale=cfg) for cfg in CFGS]
+    return methods.grid(setup, KS, GAMMAS)
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -61,8 +57,8 @@ def main() -> None:
     name = f"standin_settings_{arguments.stage}"
     if arguments.merge:
         return finish(name, pd.concat([pd.read_csv(part) for part in sorted(PARTS.glob(f"{name}-*.csv"))], ignore_index=True))
-    setup = experiment.prepare("choose_settings", "fashion-mnist", "small", ipc=arguments.ipc)
-    setup.test = load("fashion-mnist", "validation").first(200)
+    setup = notebook.prepare("choose_settings", "fashion-mnist", "small", ipc=arguments.ipc)
+    setup = setup.on_validation()
     print("kept checkpoints, in epochs:", setup.fit_surrogate().epochs, flush=True)
     part, parts = map(int, arguments.part.split("/"))
     methods = candidates(arguments.stage, setup)[part - 1 :: parts]

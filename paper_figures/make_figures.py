@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from igd_lib import experiment, files, plotting
+from igd_lib import files, plotting, tables
 
 HERE = Path(__file__).parent
 FIGURES = {  # rows in data/ -> heading, file name, paired differences
@@ -27,11 +27,11 @@ def draw(source: str, heading: str, name: str, pairs: list[tuple[str, str]]) -> 
     first = accuracy.iloc[0]
     title = f"{first.dataset}, IPC {first.ipc}, {first.network}, scale {first.scale}"
     plotting.keep(plotting.scores(accuracy, title=title), str(HERE), name)
-    table = experiment.accuracy_table(accuracy, influence).rename(columns={"method": "Method"})
+    table = tables.accuracy_table(accuracy, influence).rename(columns={"method": "Method"})
     table["influence loss"] = table["influence loss"].map("{:.4f}".format)
     lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
     lines += ["| " + " | ".join(str(value) for value in entry) + " |" for entry in table.itertuples(index=False)]
-    verdicts = experiment.verdict(experiment.differences(accuracy, pairs)).replace("\n", "\n- ")
+    verdicts = tables.verdict(tables.differences(accuracy, pairs)).replace("\n", "\n- ")
     text = f"# {heading}: {title}\n\nsd over generation seeds.\n\n" + "\n".join(lines) + f"\n\nPaired differences (same noise):\n\n- {verdicts}\n"
     files.write(HERE / f"{name}.md", text)
     print(f"wrote {HERE / name}.pdf, .svg, .png and .md")

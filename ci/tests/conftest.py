@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
 
 import reference
-from igd_lib import data, standin
+from igd_lib import data, notebook, standin
 from igd_lib.config import cache_dir, data_dir
 from igd_lib.models import ConvNet
 from igd_lib.sampler import IGDPipeline
@@ -71,6 +71,13 @@ def only_fashion(monkeypatch, tmp_path, fashion_folder) -> None:
     monkeypatch.delenv("IGD_ALLOW_CPU", raising=False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def small_loads(monkeypatch, only_fashion, fashion_train, fashion_test):
+    """Fashion-MNIST read once for all tests of this file, on a machine that has nothing else."""
+    splits = {"train": fashion_train, "test": fashion_test}
+    monkeypatch.setattr(notebook, "load", lambda spec, split: splits[split])
 
 
 @pytest.fixture(scope="session")

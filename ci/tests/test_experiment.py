@@ -1,4 +1,4 @@
-"""Notebook parameters, scales, and the steps that notebooks share."""
+"""The steps that notebooks share: surrogates, sets, rows, pictures, and the methods of the tables."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -7,123 +7,19 @@ import pandas as pd
 import pytest
 import torch
 
-from igd_lib import experiment
-from igd_lib.config import PAPER, cache_dir
-from igd_lib.experiment import Method, prepare, read_parameters
+from igd_lib import experiment, tables
+from igd_lib.config import cache_dir
 from igd_lib.guidance import influence_loss
-from igd_lib.results import frame
-
-TYPES = dict(scale=str, ipc=int, seeds=int, threshold=float, save=bool)
-GIVEN = dict(scale="auto", ipc=10, seeds=3, threshold=0.7, save=False)
-
-# --- parameters
+from igd_lib.methods import Method, ablation, by_cfg, comparison, flipped, grid, selections, solvers, surrogates
+from igd_lib.models import network
+from igd_lib.notebook import prepare
 
 
-def test_parameters_are_read_by_name():
-    found = read_parameters({**GIVEN, "_hidden": 1, "In": [], "Out": {}, "torch": torch, "prepare": prepare}, **TYPES)
-    assert vars(found) == GIVEN
-
-
-def test_an_int_passes_for_a_float():
-    found = read_parameters(GIVEN | {"threshold": 1}, **TYPES)
-    assert found.threshold == 1.0 and type(found.threshold) is float
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"treshold": 0.5}, NameError, "unknown notebook parameter 'treshold'; did you mean 'threshold'"),
-        ({"zzz": 1}, NameError, "unknown notebook parameter 'zzz'; known: scale, ipc"),
-        ({"ipc": "10"}, TypeError, "'ipc' is int, got '10'"),
-        ({"ipc": 10.0}, TypeError, "'ipc' is int"),
-        ({"ipc": True}, TypeError, "'ipc' is int, got True"),
-        ({"threshold": True}, TypeError, "'threshold' is float"),
-        ({"save": 1}, TypeError, "'save' is bool"),
-        ({"scale": "large"}, ValueError, "scale is one of auto, smoke, small, paper, got 'large'"),
-        ({"ipc": 0}, ValueError, "ipc is at least 1, got 0"),
-        ({"seeds": 0}, ValueError, "seeds is at least 1"),
-    ],
-)
-def test_wrong_parameters_are_named(change, error, message):
-    with pytest.raises(error, match=message):
-        read_parameters(GIVEN | change, **TYPES)
-
-
-def test_a_missing_parameter_is_named():
-    with pytest.raises(NameError, match="lacks 'seeds'"):
-        read_parameters({name: value for name, value in GIVEN.items() if name != "seeds"}, **TYPES)
-
-
-# --- scales
-
-
-@pytest.fixture
-def small_loads(monkeypatch, only_fashion, fashion_train, fashion_test):
-    """Fashion-MNIST read once for all tests of this file, on a machine that has nothing else."""
-    splits = {"train": fashion_train, "test": fashion_test}
-    monkeypatch.setattr(experiment, "load", lambda spec, split: splits[split])
-
-
-def test_paper_scale_names_every_missing_piece(only_fashion):
-    with pytest.raises(FileNotFoundError) as caught:
-        prepare("01", "imagenet", "paper")
-    lines = str(caught.value).splitlines()
-    assert len(lines) == 5
-    for line, piece in zip(lines[1:], ("the images of imagenet", "facebook/DiT-XL-2-256", "stabilityai/sd-vae-ft-mse", "a CUDA GPU"), strict=True):
-        assert piece in line
-    assert "IGD_DATA" in lines[1] and "--revision" in lines[2]
-
-
-def test_paper_scale_names_only_what_is_missing(only_fashion, monkeypatch, tmp_path):
-    monkeypatch.setenv("IGD_ALLOW_CPU", "1")
-    for split in ("train", "val"):
-        (tmp_path / "data" / "imagenet" / split).mkdir(parents=True)
-    (cache_dir() / "models" / "DiT-XL-2-256").mkdir(parents=True)
-    (line,) = experiment.missing_for_paper("imagenet")
-    assert "stabilityai/sd-vae-ft-mse" in line
-
-
-def test_a_stand_in_has_no_paper_scale(only_fashion):
-    with pytest.raises(FileNotFoundError, match="no paper scale"):
-        prepare("01", "fashion-mnist", "paper")
-
-
-def test_auto_on_a_bare_machine_says_that_it_is_not_imagenet(small_loads):
-    found = prepare("01", "imagenet", "auto")
-    assert found.scale == "small" and found.train.name == "fashion-mnist"
-    assert "**Scale: small.**" in found.banner and "not imagenet results" in found.banner
-    assert "not fashion-mnist results" not in prepare("01", "fashion-mnist", "auto").banner
-
-
-def test_wrong_scale_or_data_set_raise(only_fashion):
-    with pytest.raises(ValueError, match="scale is one of"):
-        prepare("01", "imagenet", "tiny")
-    with pytest.raises(ValueError, match="unknown data set 'imagnet'"):
-        prepare("01", "imagnet", "auto")  # a typo must not become the stand-in
-
-
-def test_gamma_follows_the_latents(small_loads):
-    found = prepare("01", "fashion-mnist", "small")
-    assert found.guidance.gamma == experiment.STAND_IN_SETTINGS["fashion-mnist"].guidance.gamma * 256 / 4096
-    assert [m.name for m in found.methods()] == ["Random", "DiT", "DiT, best cfg", "DiT + G_D", "DiT-IGD"]
-    alone = found.methods()[3].guidance
-    assert (alone.k, alone.gamma) == (0.0, found.guidance.gamma)
-
-
-def test_smoke_is_short(small_loads):
-    found = prepare("01", "imagenet", "smoke", fidelity=PAPER)
-    assert found.num_steps == 10 and found.protocol.epochs_for(10, 10) == 2 and len(found.test) == 200
-    assert found.limit(50, 5) == (2, 2) and found.limit(1, 1) == (1, 1)
-    assert replace(found, scale="small").limit(50, 5) == (50, 5)
-    assert found.fidelity == replace(PAPER, gradient_images=10)
-    assert "mean nothing" in found.banner and "not imagenet results" in found.banner
-
-
-def test_the_steps_of_a_notebook(small_loads):
+def test_the_steps_of_a_notebook(small_loads, monkeypatch):
     """At smoke scale, two classes: surrogate, sets, influence, accuracy, pictures and stored rows."""
     found = prepare("01", "fashion-mnist", "smoke")
     found.classes = [0, 8]
-    deviation_only = found.methods()[3]
+    deviation_only = comparison(found)[3]
     before = found.distilled(deviation_only, 1, seed=0)
     checkpoints = found.fit_surrogate()
     # The same set, found again, though a surrogate is there now.
@@ -142,13 +38,16 @@ def test_the_steps_of_a_notebook(small_loads):
     expected = influence_loss(images, labels, checkpoints, gradients, weights=checkpoints.weights).mean().item()
     assert influence.value[0] == pytest.approx(expected, rel=1e-4)
 
-    accuracy = found.accuracy_rows(sets, ipc=1, network="convnet3")
-    assert accuracy.value.between(0, 100).all() and set(accuracy.scale) == {"smoke"} and set(accuracy.metric) == {"top1"}
-    assert experiment.accuracy_table(accuracy, influence).shape == (2, 5)
+    accuracy = found.accuracy_rows(sets, ipc=1, networks="convnet3")
+    assert accuracy.value.between(0, 100).all() and set(accuracy.scale) == {"smoke"} and len(accuracy) == 10
+    assert set(accuracy.metric) == {"top1", "top1_last", "top1_best", "top5_last", "top5_best"}
+    assert tables.accuracy_table(accuracy, influence).shape == (2, 5)
+    monkeypatch.setattr("igd_lib.evaluate._run", lambda *_: pytest.fail("trained again"))
+    assert found.accuracy_rows(sets, ipc=1, networks=["convnet3"]).equals(accuracy)  # read from disk
 
     found.save(influence, accuracy, folder=str(cache_dir() / "notebook"))
-    assert len(list((cache_dir() / "results").iterdir())) == 4
-    assert len(pd.read_csv(cache_dir() / "notebook" / "rows.csv")) == 4
+    assert len(list((cache_dir() / "results").iterdir())) == 12
+    assert len(pd.read_csv(cache_dir() / "notebook" / "rows.csv")) == 12
 
     pictures = found.across_classes(sets)
     assert {name: images.shape for name, images in pictures.items()} == {"DiT + G_D": (2, 3, 32, 32), "Random": (2, 3, 32, 32)}
@@ -165,37 +64,6 @@ def test_other_weights_get_another_folder(small_loads):
     assert found.distilled(Method("DiT"), 1, seed=1).path.name.endswith("seed1")
 
 
-# --- tables
-
-
-@pytest.fixture
-def rows(small_loads):
-    found = prepare("02", "imagenet", "smoke")
-    values = {"DiT-IGD": [60.0, 61.0, 62.0, 61.0], "DiT": [50.0, 52.0, 52.0, 50.0]}
-    return frame([found.row(name, 10, seed, "top1", value) for name, list_ in values.items() for seed, value in enumerate(list_)])
-
-
-def test_verdict_is_a_paired_t_test(rows):
-    """Differences 10, 9, 10, 11: mean 10, sd 0.82, t = 24.5 with 3 degrees of freedom, above 3.18."""
-    found = experiment.differences(rows, [("DiT-IGD", "DiT"), ("DiT", "DiT-IGD")])
-    first, second = experiment.verdict(found).splitlines()
-    assert first == "DiT-IGD - DiT: +10.0 points, sd 0.8 over n = 4 pairs: gain" and second.endswith("loss")
-    # Two pairs need t > 12.7: differences 10 and 9 have t = 19, differences 10 and 6 have t = 4.
-    two = experiment.differences(rows[rows.seed < 2], [("DiT-IGD", "DiT")])
-    assert experiment.verdict(two).endswith("gain")
-    wider = rows.assign(value=rows.value.where((rows.seed != 1) | (rows.method != "DiT"), 55.0))
-    assert experiment.verdict(experiment.differences(wider[wider.seed < 2], [("DiT-IGD", "DiT")])).endswith("no clear difference")
-    one = experiment.differences(rows[rows.seed == 0], [("DiT-IGD", "DiT")])
-    assert experiment.verdict(one).endswith("no clear difference")
-
-
-def test_ours_beside_the_paper(rows):
-    found = experiment.beside_paper(rows, table=2, ipc=10)
-    ours = "ours, fashion-mnist, smoke"  # never shown as ImageNet numbers
-    assert found.loc["DiT-IGD"].to_dict() == {"paper": "45.5 ± 0.5", ours: "61.0 ± 0.8", "n": "4"}
-    assert found.loc["RDED"].to_dict() == {"paper": "42.0 ± 0.1", ours: "", "n": ""}
-
-
 def test_random_images_are_a_draw_of_real_ones(small_loads):
     found = prepare("01", "fashion-mnist", "smoke")
     a, b = (found.distilled(Method("Random", cfg_scale=None), 2, seed) for seed in (0, 1))
@@ -208,13 +76,13 @@ def test_random_images_are_a_draw_of_real_ones(small_loads):
 def test_methods_of_the_tables(only_fashion):
     found = prepare("05", "fashion-mnist", "small")
     strong = found.guidance
-    by_name = {method.name: method for method in found.ablation()}
+    by_name = {method.name: method for method in ablation(found)}
     assert [(m.guidance.k, m.guidance.gamma) for m in (by_name["DiT + G_I"], by_name["DiT + G_D"])] == [(strong.k, 0.0), (0.0, strong.gamma)]
     assert by_name["DiT"].guidance is None and by_name["DiT, best cfg"].cfg_scale == found.best_cfg
-    dpm = found.solvers()[3]
+    dpm = solvers(found)[3]
     assert (dpm.fidelity.solver, dpm.num_steps, dpm.guidance.guided_range) == ("dpmsolver++", 20, (12, 18))
-    assert [m.name for m in found.by_cfg((1.0, 4.0))] == [f"{kind}, cfg {cfg}" for kind in ("DiT", "DiT + G_D", "DiT-IGD") for cfg in (1, 4)]
-    released, *others = found.flipped()
+    assert [m.name for m in by_cfg(found, (1.0, 4.0))] == [f"{kind}, cfg {cfg}" for kind in ("DiT", "DiT + G_D", "DiT-IGD") for cfg in (1, 4)]
+    released, *others = flipped(found)
     assert released.fidelity is None and all(method.guidance == strong for method in others)
     assert [method.name for method in others] == [
         "solver=ddim", "timestep_spacing=leading", "cfg_channels=None", "range_counts_from=1", "rho_factor=1.0", "eps=conditional",
@@ -264,6 +132,91 @@ def test_choices_and_selections(only_fashion):
     assert list(choices.columns) == ["similarity", "threshold", "kept", "epochs", "regular"] and len(choices) == 4
     everything = list(range(len(found.trajectory())))
     assert choices.kept[1] == choices.regular[1] == everything  # no cosine reaches 2
-    methods = found.selections((2.0,))
-    assert [method.name for method in methods] == ["DiT", f"threshold 2.0 ({len(everything)})"]  # the regular one is the same
-    assert methods[1].keep == tuple(everything)
+    rows = selections(found, (2.0,))
+    assert [method.name for method in rows] == ["DiT", f"threshold 2.0 ({len(everything)})"]  # the regular one is the same
+    assert rows[1].keep == tuple(everything)
+
+
+def test_grid_of_settings(only_fashion):
+    found = prepare("12", "fashion-mnist", "small")
+    assert found.grid_values("auto", "0, 120") == ([0.0, 30.0], [0.0, 120.0])
+    assert found.grid_values("1,2", "auto") == ([1.0, 2.0], [0.0, 480.0])  # the paper's gamma, for 4,096 values
+    rows = grid(found, [0.0, 30.0], [0.0, 480.0])
+    assert [(m.name, m.guidance and (m.guidance.k, m.guidance.gamma)) for m in rows] == [
+        ("DiT", None), ("k 30, gamma 0", (30.0, 0.0)), ("k 0, gamma 480", (0.0, 30.0)), ("k 30, gamma 480", (30.0, 30.0)),
+    ]  # fmt: skip
+    assert rows[3].guidance == found.guidance
+
+
+def test_networks_by_scale(small_loads):
+    found = prepare("01", "imagenet", "smoke")
+    assert found.networks("auto", paper="resnet18", small="convnet3,convnet4") == ["convnet3", "convnet4"]
+    assert found.networks("a, b", paper="resnet18") == ["a", "b"]
+    found.scale = "paper"
+    assert found.networks("auto", paper="convnet6,resnet18") == ["convnet6", "resnet18"]
+
+
+def test_validation_images_are_none_of_training_or_test(only_fashion):
+    found = prepare("12", "fashion-mnist", "smoke")
+    held = found.on_validation()
+    assert held.test.split.startswith("validation") and found.test.split.startswith("test") and held.train is found.train
+    known = {image.numpy().tobytes() for image in found.train.of_class(0)}
+    fresh = [image.numpy().tobytes() not in known for image in held.test.of_class(0)]
+    assert sum(fresh) >= len(fresh) - 1  # Fashion-MNIST repeats an image now and then
+
+
+def test_soft_labels_come_from_the_surrogates_last_checkpoint(only_fashion):
+    """None for hard labels. Smoke's is hardly trained, so only there no accuracy is asked of it."""
+    assert prepare("03", "imagenet", "smoke").teacher() is None
+    found = prepare("03", "imagenet", "smoke", labels="soft")
+    teacher = found.teacher()
+    assert found.protocol.labels == "soft" and teacher.classes == found.train.classes and "epoch 1" in teacher.weights
+    assert teacher.least == 0 and replace(found, scale="small").teacher().least == 50
+    last = found.trajectory().states[-1]
+    assert all(torch.equal(value, last[name]) for name, value in teacher.model.state_dict().items())
+
+
+def test_a_published_teacher_is_reduced_to_the_classes_at_hand(monkeypatch):
+    """Logits of ImageNet-1K's ids alone, in the data set's order; without weights the error says where they go."""
+    torch.manual_seed(0)
+    state = network("timm/resnet18", num_classes=1000, image_size=224).state_dict()
+    weights = experiment.ResNet18_Weights
+    monkeypatch.setattr(weights, "get_state_dict", lambda self, **options: state)
+    teacher = experiment.imagenet_teacher(("woof", "meow"), (207, 5))
+    whole = network("timm/resnet18", num_classes=1000, image_size=224)
+    whole.load_state_dict(state)
+    images = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(teacher.model.eval()(images), whole.eval()(images)[:, [207, 5]])
+
+    def offline(self, **options):
+        assert options == dict(progress=False, check_hash=True, weights_only=True)
+        raise OSError("no route")
+
+    monkeypatch.setattr(weights, "get_state_dict", offline)
+    with pytest.raises(FileNotFoundError, match=r"no route\); download https.*resnet18-f37072fd.pth to .*checkpoints"):
+        experiment.imagenet_teacher(("woof",), (207,))
+
+
+def test_surrogates_of_other_architectures(only_fashion):
+    """Each has a trajectory and guides sets of its own; influence is measured with the experiment's."""
+    found = prepare("04", "fashion-mnist", "smoke")
+    found.classes = [3]
+    found.fit_surrogate()
+    _, _, default, other = surrogates(found, ["convnet3", "convnet2"])
+    a, b = (found.distilled(replace(method, guidance=replace(method.guidance, gamma=0.0)), 1, 0) for method in (default, other))
+    assert a.path != b.path and not torch.equal(a.latents(3), b.latents(3))
+    sizes = [sum(value.numel() for value in found.trajectory(name).states[0].values()) for name in ("convnet3", "convnet2")]
+    assert sizes[0] == found.gradients(3).shape[1] != sizes[1]
+    assert len(found.influence_rows({("b", 0): b}, 1)) == 1
+
+
+def test_distances_are_named_after_their_features(only_fashion):
+    """Real images drawn anew lie nearer to the data than dark ones, by every measure."""
+    found = prepare("11", "fashion-mnist", "smoke")
+    draw = found.train.per_class(5, seed=1)
+    dark = replace(draw, fetch=lambda indices: draw.fetch(indices) // 8)
+    rows = found.distribution_rows({("Random", 0): draw, ("dark", 0): dark}, 5, images=20).set_index(["metric", "method"]).value
+    name = "convnet3 features"
+    assert list(rows.index.levels[0]) == sorted([f"FD over {name}", f"coverage over {name}", f"Wasserstein over {name}"])
+    for metric, better in ((f"FD over {name}", -1), (f"Wasserstein over {name}", -1), (f"coverage over {name}", 1)):
+        assert better * (rows[metric, "Random"] - rows[metric, "dark"]) > 0, metric

@@ -1,0 +1,86 @@
+"""How rows are shown: verdicts, crossings, and the paper's figures beside ours."""
+
+import pandas as pd
+import pytest
+
+from igd_lib import tables
+from igd_lib.notebook import prepare
+from igd_lib.results import frame
+
+
+@pytest.fixture
+def rows(small_loads):
+    found = prepare("02", "imagenet", "smoke")
+    values = {"DiT-IGD": [60.0, 61.0, 62.0, 61.0], "DiT": [50.0, 52.0, 52.0, 50.0]}
+    return frame([found.row(name, 10, seed, "top1", value) for name, list_ in values.items() for seed, value in enumerate(list_)])
+
+
+def test_verdict_is_a_paired_t_test(rows):
+    """Differences 10, 9, 10, 11: mean 10, sd 0.82, t = 24.5 with 3 degrees of freedom, above 3.18."""
+    found = tables.differences(rows, [("DiT-IGD", "DiT"), ("DiT", "DiT-IGD")])
+    first, second = tables.verdict(found).splitlines()
+    assert first == "DiT-IGD - DiT: +10.0 points, sd 0.8 over n = 4 pairs: gain" and second.endswith("loss")
+    # Two pairs need t > 12.7: differences 10 and 9 have t = 19, differences 10 and 6 have t = 4.
+    two = tables.differences(rows[rows.seed < 2], [("DiT-IGD", "DiT")])
+    assert tables.verdict(two).endswith("gain")
+    wider = rows.assign(value=rows.value.where((rows.seed != 1) | (rows.method != "DiT"), 55.0))
+    assert tables.verdict(tables.differences(wider[wider.seed < 2], [("DiT-IGD", "DiT")])).endswith("no clear difference")
+    one = tables.differences(rows[rows.seed == 0], [("DiT-IGD", "DiT")])
+    assert tables.verdict(one).endswith("no clear difference")
+
+
+def test_verdicts_one_network_after_the_other(rows):
+    other = rows.assign(network="resnet18", value=rows.value.where(rows.method != "DiT-IGD", 40.0))
+    found = tables.verdicts(pd.concat([rows.assign(network="convnet3"), other]), [("DiT-IGD", "DiT")])
+    first, second = found.split("\n\n")
+    assert first.startswith("network convnet3\n") and first.endswith("gain") and second.startswith("network resnet18\n") and second.endswith("loss")
+
+
+def test_crossing_methods_with_networks(rows):
+    other = rows.assign(network="resnet18", value=rows.value + 1)
+    found = tables.cross_table(pd.concat([rows.assign(network="convnet3"), other]))
+    assert found.to_dict("records") == [
+        {"method": "DiT-IGD", "convnet3": "61.0 ± 0.8", "resnet18": "62.0 ± 0.8", "n": 4},
+        {"method": "DiT", "convnet3": "51.0 ± 1.2", "resnet18": "52.0 ± 1.2", "n": 4},
+    ]
+
+
+def test_only_the_reported_accuracy_is_shown(rows):
+    best = rows.assign(metric="top1_best", value=99.0)
+    both = pd.concat([rows, best])
+    assert tables.accuracy_table(both).equals(tables.accuracy_table(rows))
+    assert list(tables.wide_table(both).columns) == ["method", "top-1 (%)", "sd", "n"]
+
+
+def test_metrics_side_by_side_and_their_rank_correlation(rows):
+    """Distances that fall as accuracy rises, but for one swap among eight: rho = 1 - 6 * 2 / (8 * 63)."""
+    order = rows.value.rank(method="first")
+    distance = rows.assign(metric="FD over x", value=-order.where(~order.isin([1, 2]), 3 - order))
+    table = tables.metric_table(rows, distance)
+    assert list(table.columns) == ["method", "top-1 (%)", "FD over x", "n"] and table["top-1 (%)"][0] == "61.0 ± 0.8"
+    accuracy = rows.assign(value=order)
+    (entry,) = tables.rank_correlations(accuracy, distance).to_dict("records")
+    assert entry == {"metric": "FD over x", "rank correlation with top-1": -round(1 - 12 / 504, 2), "p": 0.0, "n": 8}
+
+
+def test_the_papers_rows_by_cell():
+    found = tables.reported(1, dataset="imagewoof", ipc=10, network="resnetap10")
+    assert found[found.method == "Minimax-IGD"][["value", "sd"]].values.tolist() == [[43.3, 0.3]]
+    assert set(tables.reported(2).dataset) == {"imagenet"} and len(tables.reported(3)) == 0
+
+
+def test_ours_beside_the_paper(rows):
+    """On the stand-in nothing is called a difference to the paper; methods not run here keep the paper's figure."""
+    found = tables.beside_paper(rows, tables.reported(2, ipc=10)).set_index("method")
+    ours = "ours (fashion-mnist, smoke)"  # never shown as ImageNet numbers
+    assert found.loc["DiT-IGD"].to_dict() == {"paper": "45.5 ± 0.5", ours: "61.0 ± 0.8", "n": "4"}
+    assert found.loc["RDED"].to_dict() == {"paper": "42.0 ± 0.1", ours: "", "n": ""}
+
+
+def test_a_comparable_cell_has_its_difference(rows):
+    ours = rows.assign(dataset="imagenet", scale="paper", network="timm/resnet18", value=rows.value - 16)
+    found = tables.beside_paper(ours, tables.reported(2, ipc=10)).set_index("method")
+    assert found.loc["DiT-IGD"].to_dict() == {
+        "paper": "45.5 ± 0.5", "ours (imagenet, paper)": "45.0 ± 0.8", "n": "4", "difference": "-0.5", "within two sds": "yes",
+    }  # fmt: skip
+    assert found.loc["DiT"].difference == "-4.6" and found.loc["DiT"]["within two sds"] == "no" and found.loc["RDED"].difference == ""

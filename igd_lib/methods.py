@@ -1,0 +1,124 @@
+"""What the tables compare: one `Method` a row, and the rows of each table for an experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from igd_lib.config import Fidelity, Guidance, flips
+
+if TYPE_CHECKING:
+    from igd_lib.experiment import Experiment
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of a comparison: `guidance=None` is vanilla sampling; `cfg_scale=None` means real images.
+
+    fidelity, num_steps, keep (checkpoints, as indices into the trajectory) and surrogate are the experiment's unless given.
+    """
+
+    name: str
+    guidance: Guidance | None = None
+    cfg_scale: float | None = 4.0
+    fidelity: Fidelity | None = None
+    num_steps: int | None = None
+    keep: tuple[int, ...] | None = None
+    surrogate: str | None = None
+    shortcuts: Mapping[str, Any] = field(default_factory=dict)  # `sample_igd`'s; "tiny" names the stand-in's guidance decoder
+
+    @property
+    def influenced(self) -> bool:
+        return self.guidance is not None and self.guidance.k > 0
+
+
+def comparison(setup: Experiment) -> list[Method]:
+    """Random, DiT at cfg 4, DiT at its best cfg, deviation guidance alone, and DiT-IGD."""
+    return [
+        Method("Random", cfg_scale=None),
+        Method("DiT"),
+        Method("DiT, best cfg", cfg_scale=setup.best_cfg),
+        Method("DiT + G_D", replace(setup.guidance, k=0.0)),
+        Method("DiT-IGD", setup.guidance),
+    ]
+
+
+def ablation(setup: Experiment) -> list[Method]:
+    """Table 5's rows: neither guidance, each alone, both; and vanilla sampling at its best cfg."""
+    _, plain, best, deviation, both = comparison(setup)
+    return [plain, best, Method("DiT + G_I", replace(setup.guidance, gamma=0.0)), deviation, both]
+
+
+def surrogates(setup: Experiment, names: Sequence[str]) -> list[Method]:
+    """Table 4's rows: DiT-IGD guided by surrogates of other architectures; DiT and deviation guidance alone beside them."""
+    _, plain, _, deviation, _ = comparison(setup)
+    return [plain, deviation, *(Method(f"DiT-IGD, {name}", setup.guidance, surrogate=name) for name in names)]
+
+
+def selections(setup: Experiment, thresholds: Sequence[float]) -> list[Method]:
+    """Table 6's rows: DiT, and DiT-IGD with Algorithm 2's checkpoints by threshold and with as many at regular intervals."""
+    chosen = setup.choices(thresholds)
+    found = {}
+    for entry in chosen[chosen.similarity == setup.fidelity.similarity].itertuples():
+        found[tuple(entry.kept)] = Method(f"threshold {entry.threshold} ({len(entry.kept)})", setup.guidance, keep=tuple(entry.kept))
+        found.setdefault(tuple(entry.regular), Method(f"regular ({len(entry.regular)})", setup.guidance, keep=tuple(entry.regular)))
+    return [Method("DiT"), *found.values()]
+
+
+def solvers(setup: Experiment) -> list[Method]:
+    """Table 10's rows: DiT and DiT-IGD by DDIM and by DPM-Solver++ with 20 steps and guided range (12, 18)."""
+    ddim = replace(setup.fidelity, solver="ddim")
+    dpm = dict(fidelity=replace(setup.fidelity, solver="dpmsolver++"), num_steps=20 if setup.scale != "smoke" else setup.num_steps)
+    short = replace(setup.guidance, guided_range=(12, 18)) if setup.scale != "smoke" else setup.guidance
+    return [
+        Method(f"DiT, DDIM {setup.num_steps}", fidelity=ddim),
+        Method(f"DiT-IGD, DDIM {setup.num_steps}", setup.guidance, fidelity=ddim),
+        Method("DiT, DPM-Solver++ 20", **dpm),
+        Method("DiT-IGD, DPM-Solver++ 20", short, **dpm),
+    ]
+
+
+SHORTCUTS: dict[str, dict[str, Any]] = {
+    "decoder Jacobian": {"jacobian": "decoder"},
+    "tiny decoder": {"guidance_decoder": "tiny"},
+    "decoder Jacobian, tiny decoder": {"jacobian": "decoder", "guidance_decoder": "tiny"},
+    "gradient every 2nd step": {"every": 2},
+    "gradient every 4th step": {"every": 4},
+    "one checkpoint a step": {"checkpoints_per_step": 1},
+}
+
+
+def shortcuts(setup: Experiment) -> list[Method]:
+    """DiT, G_D alone and DiT-IGD, and DiT-IGD with each shortcut."""
+    _, plain, _, deviation, both = comparison(setup)
+    return [plain, deviation, both, *(Method(name, setup.guidance, shortcuts=options) for name, options in SHORTCUTS.items())]
+
+
+def grid(setup: Experiment, ks: Sequence[float], gammas: Sequence[float]) -> list[Method]:
+    """DiT, and every pair of k and gamma (the paper's, for 4,096 latent values) but (0, 0)."""
+    scaled = {gamma: replace(setup.guidance, k=0.0, gamma=gamma).for_latents(setup.latent_values).gamma for gamma in gammas}
+    pairs = [(k, gamma) for gamma in gammas for k in ks if k or gamma]
+    return [Method("DiT"), *(Method(f"k {k:g}, gamma {gamma:g}", replace(setup.guidance, k=float(k), gamma=scaled[gamma])) for k, gamma in pairs)]
+
+
+def flipped(setup: Experiment) -> list[Method]:
+    """DiT-IGD as released, and with one field of `Fidelity` changed towards the paper at a time.
+
+    Away from the paper's scale without the fields that cannot matter there (they concern DiT's weights, fixed
+    lists, many classes, or more images than are drawn), and with 1,000 images for "all": those the surrogate saw.
+    """
+    found = {}
+    for name, fidelity in flips(setup.fidelity).items():
+        if setup.scale != "paper" and name.split("=")[0] in ("checkpoints", "surrogate", "vae", "timestep_frequencies", "memory_size"):
+            continue
+        if setup.scale != "paper" and name.startswith("gradient_images"):
+            name, fidelity = "gradient_images=1000", replace(fidelity, gradient_images=1000 if setup.scale == "small" else 20)
+        found[name] = fidelity
+    return [Method("DiT-IGD", setup.guidance), *(Method(name, setup.guidance, fidelity=fidelity) for name, fidelity in found.items())]
+
+
+def by_cfg(setup: Experiment, cfgs: Sequence[float]) -> list[Method]:
+    """DiT, G_D alone and DiT-IGD, each at each cfg."""
+    kinds = (("DiT", None), ("DiT + G_D", replace(setup.guidance, k=0.0)), ("DiT-IGD", setup.guidance))
+    return [Method(f"{name}, cfg {cfg:g}", guidance, cfg_scale=cfg) for name, guidance in kinds for cfg in cfgs]
