@@ -63,13 +63,11 @@ def git_revision() -> str:
 
 
 def _revision(folder: Path) -> str:
-    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", "--no-optional-locks", "-C", str(folder), *arguments], capture_output=True, text=True)
-
+    git = ["git", "--no-optional-locks", "-C", str(folder)]
+    # The first because a package installed inside somebody's checkout (in its .venv) is not that checkout's code.
+    questions = ("ls-files --error-unmatch -- results.py", "rev-parse --short=12 HEAD", "status --porcelain --untracked-files=no -- .")
     try:
-        # A package installed inside somebody's checkout (its .venv) is not that checkout's code: it has to be tracked.
-        answers = [git("ls-files", "--error-unmatch", "--", "results.py"), git("rev-parse", "--short=12", "HEAD")]
-        answers.append(git("status", "--porcelain", "--untracked-files=no", "--", "."))
+        answers = [subprocess.run([*git, *question.split()], capture_output=True, text=True) for question in questions]
     except OSError:  # no git
         return f"igd_lib {__version__}"
     if any(answer.returncode for answer in answers):
@@ -135,12 +133,11 @@ def _frame(records: Iterable[Mapping[str, object]]) -> pd.DataFrame:
     return pd.DataFrame(list(records), columns=list(COLUMNS)).astype(dtypes)
 
 
-def _check_columns(found: Collection[str], needed: Collection[str] = COLUMNS, *, exactly: bool = True) -> None:
-    """Raise ValueError unless `found` has every column needed, and no other one nor one twice if exactly."""
-    missing = [name for name in needed if name not in found]
-    unknown = [name for name in found if name not in needed or list(found).count(name) > 1] if exactly else []
-    if missing or unknown:
-        raise ValueError("; ".join(f"{word} {', '.join(names)}" for word, names in (("it lacks", missing), ("unknown or twice:", unknown)) if names))
+def _check_columns(found: Collection[str]) -> None:
+    """Raise ValueError unless `found` is every column of a row, once each."""
+    missing, unknown = [name for name in COLUMNS if name not in found], [name for name in found if name not in COLUMNS]
+    if missing or unknown or len(found) > len(COLUMNS):
+        raise ValueError(f"columns missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}; each is needed once")
 
 
 def _record(content: object) -> dict[str, object]:
@@ -168,9 +165,10 @@ def _measurements(rows: pd.DataFrame) -> pd.DataFrame:
     if len(twice):
         name = twice[IDENTITY].iloc[0].to_dict()
         raise ValueError(f"one measurement has the values {twice.value.tolist()[:2]}: {name}; find out why they differ and keep one")
-    for _, group in rows.groupby([name for name in SETTINGS if name != "settings_hash"], sort=False):
-        first = group[SETTINGS].iloc[0].drop("settings_hash").to_dict()
-        _check_alike(group, f"{first}", ())
+    group = [name for name in SETTINGS if name != "settings_hash"]
+    for key, hashes in rows.groupby(group, sort=False)["settings_hash"].unique().items():
+        if len(hashes) > 1:
+            raise ValueError(f"{dict(zip(group, key, strict=True))} has rows of the settings {', '.join(hashes)}: keep those of one of them")
     return rows
 
 
@@ -203,7 +201,7 @@ def summary(rows: pd.DataFrame, by: Sequence[str] = ("method",)) -> pd.DataFrame
         _check_alike(group, what, by)
         _check_finite(group, "value", what)
         if "seed" in group and group.seed.duplicated().any():
-            raise ValueError(f"{what} has a seed twice: {sorted(group.seed[group.seed.duplicated()])}; n would count one measurement for two")
+            raise ValueError(f"{what} has a seed twice: {sorted(set(group.seed[group.seed.duplicated()].tolist()))}; n would count one measurement for two")
     return grouped["value"].agg(mean="mean", sd="std", n="count").reset_index()
 
 
@@ -229,10 +227,7 @@ def comparison(rows: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataF
     """A row a pair: mean and sd of the paired difference, n, and its standard error."""
     found = {f"{a} - {b}": paired(rows, a, b) for a, b in pairs}
     return pd.DataFrame(
-        [
-            {"difference": name, "mean": d.mean(), "sd": d.std(), "n": len(d), "standard error": d.std() / len(d) ** 0.5}
-            for name, d in found.items()
-        ]
+        [{"difference": name, "mean": d.mean(), "sd": d.std(), "n": len(d), "standard error": d.std() / len(d) ** 0.5} for name, d in found.items()]
     )
 
 
@@ -251,15 +246,22 @@ def compare(ours: pd.DataFrame, paper_reported: pd.DataFrame, *, by: Sequence[st
     Raises ValueError where a column is missing, the paper has a cell twice, or `summary` refuses ours.
     """
     by, shared = list(by), [name for name in ("dataset", "metric", "ipc", "network") if name not in by]
-    for what, table, needed in (("ours", ours, ["scale", "value"]), ("the paper's table", paper_reported, ["value", "sd"])):
-        try:
-            _check_columns(list(table.columns), [*by, *shared, *needed], exactly=False)
-        except ValueError as error:
-            raise ValueError(f"{what}: {error}") from error
-    ours, paper = (_empty_strings(table) for table in (ours, paper_reported))
+    for what, table, own in (("our rows", ours, ["scale", "value"]), ("the paper's rows", paper_reported, ["value", "sd"])):
+        missing = [name for name in [*by, *shared, *own] if name not in table]
+        if missing:
+            raise ValueError(f"{what} lack columns: {', '.join(missing)}")
+    # As pandas reads the paper's table, empty text is NaN, and an ipc text or float where a row, of the full data set, has none.
+    kinds = {name: COLUMNS.get(name) for name in [*by, *shared]}
+    ours, paper = (
+        table.assign(
+            **{name: table[name].astype(object).fillna("") for name, kind in kinds.items() if kind is str},
+            **{name: pd.to_numeric(table[name]).astype("Int64") for name, kind in kinds.items() if kind is int},
+        )
+        for table in (ours, paper_reported)
+    )
     twice = paper[paper.duplicated(by)]
     if len(twice):
-        raise ValueError(f"the paper's table has {twice[by].iloc[0].to_dict()} more than once: select one table or data set, or add columns to `by`")
+        raise ValueError(f"the paper's rows have {twice[by].iloc[0].to_dict()} more than once: select one table or data set, or add columns to `by`")
     about = ours[[*by, *shared, "scale"]].drop_duplicates()  # one a group: summary sees to that
     mine = summary(ours, by).merge(about, on=by).rename(columns={"mean": "ours_mean", "sd": "ours_sd"})
     theirs = paper[[*by, *shared, "value", "sd"]].rename(columns={"value": "paper_mean", "sd": "paper_sd"})
@@ -269,15 +271,10 @@ def compare(ours: pd.DataFrame, paper_reported: pd.DataFrame, *, by: Sequence[st
     pooled = ((found.paper_sd.fillna(found.ours_sd) ** 2 + found.ours_sd.fillna(found.paper_sd) ** 2) / 2) ** 0.5
     within = found.difference.abs() <= 2 * pooled + 1e-9  # 1.1 - 1.0 is a little more than 0.1
     found["within"] = within.astype("boolean").where(found.difference.notna() & pooled.notna())
-    agree = [found[f"{name}_paper"] == found[f"{name}_ours"] for name in shared]
+    agree = [(found[f"{name}_paper"] == found[f"{name}_ours"]).fillna(False) for name in shared]
     found["comparable"] = np.logical_and.reduce([found.scale == "paper", found.difference.notna(), *agree]).astype(bool)
     found["n"] = found.n.astype("Int64")
     return found[[*by, "paper_mean", "paper_sd", "ours_mean", "ours_sd", "n", "difference", "within", "comparable"]]
-
-
-def _empty_strings(table: pd.DataFrame) -> pd.DataFrame:
-    """Text columns with "" where pandas' reader found nothing, so that they can be matched."""
-    return table.assign(**{name: table[name].astype(object).fillna("") for name in table.columns if COLUMNS.get(name) is str})
 
 
 def markdown(table: pd.DataFrame, digits: int | Mapping[str, int]) -> str:
