@@ -29,6 +29,16 @@ from igd_lib.progress import progress
 from igd_lib.sampler import IGDPipeline, check_range, sample_igd
 from igd_lib.surrogate import Checkpoints, class_gradients
 
+SHORTCUTS = {"jacobian": "full", "guidance_decoder": None, "every": 1, "checkpoints_per_step": None}  # `sample_igd`'s, and its defaults
+
+
+def _named(value: Any) -> Any:
+    """A shortcut's value as the manifest has it: a decoder by its kind, size and weights."""
+    if not isinstance(value, torch.nn.Module):
+        return value
+    weights = [parameter.double().abs().sum().item() for parameter in value.parameters()]
+    return f"{type(value).__name__}, {sum(parameter.numel() for parameter in value.parameters())} parameters, sum {sum(weights):.6g}"
+
 
 def image_generator(seed: int, label: int, index: int) -> torch.Generator:
     """The generator of one image's noise: image `index` of the diffusion model's class `label`."""
@@ -93,6 +103,12 @@ class DistilledSet:
         labels = torch.tensor(self.selected).repeat_interleave(self.ipc)
         return from_tensors(self.manifest["dataset"], f"distilled, ipc {self.ipc}", self.classes, images, labels)
 
+    def export(self, out_dir: str | Path, format: str = "imagefolder") -> Path:
+        """Write the finished set for other tools: "imagefolder", "rded" or "safetensors" (`igd_lib.export`)."""
+        from igd_lib.export import export  # which needs this module
+
+        return export(self, out_dir, format=format)
+
 
 def distill(
     pipe: IGDPipeline,
@@ -110,7 +126,7 @@ def distill(
     cfg_scale: float = 4.0,
     num_steps: int = 50,
     fidelity: Fidelity = RELEASED,
-    jacobian: str = "full",
+    **shortcuts: Any,
 ) -> DistilledSet:
     """Sample `ipc` images of each class into `out_dir`, resuming what is there, and return the set.
 
@@ -118,7 +134,8 @@ def distill(
     (default all); label_ids: the diffusion model's id of every class (default 0 ... C-1); gradients:
     (E, C, P) of all classes, or a function of the label that gives (E, P), such as `ClassGradients`; else
     computed a batch of classes at a time;
-    batch_classes: classes sampled side by side. Raises ValueError when `out_dir` holds a set of other
+    batch_classes: classes sampled side by side; shortcuts: `sample_igd`'s (jacobian, guidance_decoder, every,
+    checkpoints_per_step). Raises ValueError when `out_dir` holds a set of other
     settings (the first difference is named) or ipc < 1, OSError when it cannot be written.
     """
     if ipc < 1:
@@ -142,11 +159,15 @@ def distill(
         "fidelity": asdict(fidelity),
         "cfg_scale": cfg_scale,
         "num_steps": num_steps,
-        "jacobian": jacobian,
+        "jacobian": shortcuts.get("jacobian", "full"),
         "checkpoint_epochs": list(checkpoints.epochs) if influence and checkpoints is not None else None,
         "scheduler": type(pipe.scheduler_for(fidelity)).__name__,
         "model": {key: value for key, value in pipe.transformer.config.items() if not key.startswith("_")},
     }
+    if unknown := set(shortcuts) - set(SHORTCUTS):
+        raise TypeError(f"unknown options {sorted(unknown)}; shortcuts are {', '.join(SHORTCUTS)}")
+    if others := {name: _named(value) for name, value in shortcuts.items() if name != "jacobian" and value != SHORTCUTS[name]}:
+        settings["shortcuts"] = others
     out = _open(
         Path(out_dir),
         {
@@ -179,7 +200,7 @@ def distill(
             items = [(label, j) for j in range(start, min(start + rounds, ipc)) for label in chunk if j >= finished[label]]
             if items:
                 _sample(pipe, out, items, ids, memory if remember else None, own, guidance, checkpoints, seed,
-                        dict(cfg_scale=cfg_scale, num_steps=num_steps, fidelity=fidelity, jacobian=jacobian))  # fmt: skip
+                        dict(cfg_scale=cfg_scale, num_steps=num_steps, fidelity=fidelity, **shortcuts))  # fmt: skip
     return out
 
 

@@ -84,6 +84,9 @@ def sample_igd(
     cfg_scale: float = 4.0,
     fidelity: Fidelity = RELEASED,
     jacobian: Literal["full", "decoder"] = "full",
+    guidance_decoder: nn.Module | None = None,
+    every: int = 1,
+    checkpoints_per_step: int | None = None,
     generator: Generators = None,
     callback: Callable[[int, int, dict[str, Any]], dict[str, Any] | None] | None = None,
 ) -> Tensor:
@@ -92,8 +95,11 @@ def sample_igd(
     latents: (B, C, h, w) unit Gaussian noise; labels: (B,) the transformer's class ids; targets: (B,)
     the surrogate's labels (needed for k > 0); gradients: (E, B, P), each sample's own class average;
     memory: B tensors (M_b, C, h, w) of earlier final latents of the same class, oldest first.
-    `guidance=None` is the scheduler's own sampling. `scheduler` is used as configured. jacobian:
-    "full" differentiates through the transformer (the paper), "decoder" holds its output constant.
+    `guidance=None` is the scheduler's own sampling. `scheduler` is used as configured.
+    Shortcuts, each of which changes the result (the README has what they cost): jacobian: "full" differentiates through the
+    transformer (the paper), "decoder" holds its output constant; guidance_decoder: decodes for G_I in the vae's place, such
+    as `AutoencoderTiny`; every: G_I's gradient is computed in the first and every m-th guided step after it and used
+    again in between, rho_t anew each time; checkpoints_per_step: how many enter a step, in turn (None: all).
     Any variance-preserving scheduler with one evaluation a step will do; multistep ones see the guided
     latents, and UniPC does not correct a step that guidance has moved (its corrector would undo it).
     callback(index, timestep, info) after each step; info has latents and, when guided, the losses; a
@@ -104,6 +110,9 @@ def sample_igd(
     _check(transformer, scheduler, latents, labels, targets, guidance, checkpoints, gradients, memory, num_steps, fidelity)
     if jacobian not in ("full", "decoder"):
         raise ValueError(f"jacobian is 'full' or 'decoder', got {jacobian!r}")
+    if every < 1 or (checkpoints_per_step is not None and checkpoints_per_step < 1):
+        raise ValueError(f"every and checkpoints_per_step are at least 1, got {every} and {checkpoints_per_step}")
+    decoder = vae if guidance_decoder is None else guidance_decoder
     channels = latents.shape[1]
     accepts_generator = "generator" in inspect.signature(scheduler.step).parameters
     learned = _learned_variance(scheduler)
@@ -135,43 +144,54 @@ def sample_igd(
     def is_guided(step: int) -> bool:
         return guidance is not None and guidance.covers(num_steps - 1 - step + fidelity.range_counts_from)
 
-    models = [transformer, vae, *([checkpoints.model] if checkpoints else [])]
+    def influence_gradient(z_t: Tensor, timestep: Tensor, alpha_bar: Tensor, subset: Sequence[int]) -> tuple[Tensor, Tensor, tuple]:
+        """G_I (B,) over the checkpoints `subset`, its gradient (B, C, h, w), and what `denoise` gave."""
+        with torch.enable_grad():
+            z_t = z_t.detach().requires_grad_()
+            with torch.set_grad_enabled(jacobian == "full"):
+                prediction = denoise(z_t, timestep)
+            eps, _, other, _ = prediction
+            images = []
+            for noise in [eps, other] if fidelity.both_halves else [eps]:
+                clean = (z_t - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
+                image = decoder.decode(clean.to(decoder.dtype) / decoder.config.scaling_factor).sample.to(z_t.dtype)
+                images.append(image.clamp(-1, 1) if fidelity.clamp_images else image)
+            # Eq. 7, all checkpoints in one piece or each in its own: their sum is the same.
+            pieces = [[e] for e in subset] if fidelity.backward == "per_checkpoint" else [list(subset)]
+            loss, gradient = torch.zeros_like(z_t[:, 0, 0, 0]), torch.zeros_like(z_t)
+            for number, piece in enumerate(pieces, start=1):
+                part, weights = checkpoints.keep(piece), [checkpoints.weights[e] for e in piece]
+                own = gradients if len(piece) == len(checkpoints) else gradients[piece]  # indexing copies
+                values = [influence_loss(image, targets, part, own, weights=weights) for image in images]
+                term = torch.stack(values).mean(0) * len(piece) / len(subset)
+                loss = loss + term.detach()
+                gradient = gradient + torch.autograd.grad(term.sum(), z_t, retain_graph=number < len(pieces))[0]
+        return loss, gradient, tuple(value if value is None else value.detach() for value in prediction)
+
+    models = [transformer, vae, decoder, *([checkpoints.model] if checkpoints else [])]
     with _uncorrected(scheduler, filter(is_guided, range(num_steps))), _frozen(*models), torch.no_grad():
         z_t = latents * scheduler.init_noise_sigma
+        steered, last = 0, None  # steps with G_I so far, and its last gradient
         for step, timestep in enumerate(steps):
             index = len(steps) - 1 - step
             guided = is_guided(step)
-            influence = guided and guidance.k > 0
             alpha_bar = scheduler.alphas_cumprod[int(timestep)].to(z_t)
             info: dict[str, Any] = {}
             shift: Tensor | float = 0.0
 
-            if influence:
-                with torch.enable_grad():
-                    z_t = z_t.detach().requires_grad_()
-                    with torch.set_grad_enabled(jacobian == "full"):
-                        eps, conditional, other, variance = denoise(z_t, timestep)
-                    images = []
-                    for noise in [eps, other] if fidelity.both_halves else [eps]:
-                        clean = (z_t - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
-                        image = vae.decode(clean.to(vae.dtype) / vae.config.scaling_factor).sample.to(z_t.dtype)
-                        images.append(image.clamp(-1, 1) if fidelity.clamp_images else image)
-                    # Eq. 7, all checkpoints in one piece or each in its own: their sum is the same.
-                    pieces = [[e] for e in range(len(checkpoints))] if fidelity.backward == "per_checkpoint" else [list(range(len(checkpoints)))]
-                    loss, gradient = 0.0, 0.0
-                    for number, piece in enumerate(pieces, start=1):
-                        part, weights = checkpoints.keep(piece), [checkpoints.weights[e] for e in piece]
-                        values = [influence_loss(image, targets, part, gradients[piece], weights=weights) for image in images]
-                        term = torch.stack(values).mean(0) * len(piece) / len(checkpoints)
-                        loss = loss + term.detach()
-                        gradient = gradient + torch.autograd.grad(term.sum(), z_t, retain_graph=number < len(pieces))[0]
-                z_t, eps, conditional = z_t.detach(), eps.detach(), conditional.detach()
-                variance = None if variance is None else variance.detach()
-                scaled = conditional if fidelity.eps == "conditional" else eps
-                shift = influence_scale(guidance.k, alpha_bar, scaled, gradient, factor=fidelity.rho_factor) * gradient
-                info |= {"influence_loss": loss, "influence_shift": shift}
+            influence = guided and guidance.k > 0
+            if influence and steered % every == 0:
+                count = min(checkpoints_per_step or len(checkpoints), len(checkpoints))
+                subset = [(steered // every * count + i) % len(checkpoints) for i in range(count)]
+                loss, last, (eps, conditional, _, variance) = influence_gradient(z_t, timestep, alpha_bar, subset)
+                info["influence_loss"] = loss
             else:
-                eps, _, _, variance = denoise(z_t, timestep)
+                eps, conditional, _, variance = denoise(z_t, timestep)
+            if influence:
+                steered += 1
+                scaled = conditional if fidelity.eps == "conditional" else eps
+                shift = influence_scale(guidance.k, alpha_bar, scaled, last, factor=fidelity.rho_factor) * last
+                info["influence_shift"] = shift
 
             if guided and guidance.gamma > 0:
                 with torch.enable_grad():

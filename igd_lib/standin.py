@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, DiTTransformer2DModel
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -47,6 +47,8 @@ class StandIn:
     snr_cap: float = 1.0  # loss weight min(SNR, cap) / SNR: the decoder forgives small noise, structure matters
     lr: float = 1e-3  # both models, cosine decay after a short warm-up
     label_dropout: float = 0.1
+    decoder_channels: tuple[int, ...] = (16, 16, 16)  # of the guidance decoder; one doubling between neighbours
+    decoder_steps: int = 1500
     seed: int = 0
 
 
@@ -59,6 +61,14 @@ def path(name: str = "fashion-mnist") -> Path:
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"no stand-in {name!r} in {ASSETS}; build it: python -m igd_lib.standin {name}")
     return folder
+
+
+def tiny_decoder(name: str = "fashion-mnist") -> AutoencoderTiny:
+    """The stand-in's guidance decoder: a small copy of its autoencoder's decoder, as TAESD is of Stable Diffusion's.
+
+    It takes scaled latents (`sample_igd(guidance_decoder=...)`); its encoder is untrained.
+    """
+    return AutoencoderTiny.from_pretrained(path(name) / "guidance_decoder").float().eval()
 
 
 def new_vae(recipe: StandIn, image_size: int) -> AutoencoderKL:
@@ -188,6 +198,46 @@ def train_transformer(
     return average.module.eval(), sum(losses[-500:]) / max(1, len(losses[-500:]))
 
 
+def train_decoder(recipe: StandIn, vae: AutoencoderKL, latents: Tensor, work: Path) -> AutoencoderTiny:
+    """A small decoder that learns the autoencoder's own output from scaled latents (N, 4, h, h); resumes from `work`."""
+    torch.manual_seed(recipe.seed + 2)
+    blocks = (1,) * len(recipe.decoder_channels)
+    model = AutoencoderTiny(
+        decoder_block_out_channels=recipe.decoder_channels, num_decoder_blocks=blocks,
+        encoder_block_out_channels=(4,) * len(blocks), num_encoder_blocks=blocks,
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(model.decoder.parameters(), lr=recipe.lr, weight_decay=0.0)
+    state = work / "decoder.safetensors"
+    for step in range(files.load_training(state, optimizer, model=model)["step"], recipe.decoder_steps):
+        generator = torch.Generator().manual_seed((recipe.seed + 2) * 1_000_003 + step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, recipe.decoder_steps, 2 * recipe.lr)
+        chosen = latents[torch.randint(len(latents), (recipe.vae_batch,), generator=generator)]
+        # In guidance it decodes predicted clean latents, which are blurred and noisy: some of both.
+        noisy = chosen + 0.3 * torch.rand(len(chosen), 1, 1, 1, generator=generator) * torch.randn(chosen.shape, generator=generator)
+        with torch.no_grad():
+            target = vae.decode(noisy / vae.config.scaling_factor).sample
+        loss = F.mse_loss(model.decode(noisy).sample, target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % 100 == 0 or step + 1 == recipe.decoder_steps:
+            print(f"decoder {step + 1}/{recipe.decoder_steps} mse {loss:.4f}", flush=True)
+            files.save_training(state, step + 1, optimizer, model=model)
+    return model.eval()
+
+
+def add_decoder(name: str, out: str | Path, *, recipe: StandIn | None = None, root: str | Path | None = None) -> Path:
+    """Train the guidance decoder of the stand-in in `out` and write it beside, in half precision. Returns its folder."""
+    recipe, out = recipe or STANDINS[name], Path(out)
+    vae = AutoencoderKL.from_pretrained(out / "vae").float().eval()
+    latents = encode(vae, load(recipe.dataset, "train", root).per_class(2000, seed=0)) * vae.config.scaling_factor
+    model = train_decoder(recipe, vae, latents, out / ".work")
+    model.half().save_pretrained(out / "guidance_decoder")
+    shutil.rmtree(out / ".work")
+    return out / "guidance_decoder"
+
+
 def build(name: str, out: str | Path, *, recipe: StandIn | None = None, root: str | Path | None = None) -> Path:
     """Train a stand-in and write it to `out` as a diffusers pipeline folder in half precision.
 
@@ -226,8 +276,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train a stand-in from scratch.")
     parser.add_argument("name", choices=sorted(STANDINS))
     parser.add_argument("--out", type=Path, help="default: the package's assets folder")
+    parser.add_argument("--decoder", action="store_true", help="train the guidance decoder alone, for the stand-in that is there")
     arguments = parser.parse_args(argv)
-    print(build(arguments.name, arguments.out or ASSETS / arguments.name))
+    out = arguments.out or ASSETS / arguments.name
+    if not arguments.decoder:
+        print(build(arguments.name, out))
+    print(add_decoder(arguments.name, out))
 
 
 if __name__ == "__main__":

@@ -1,50 +1,251 @@
-"""Seconds an image on the stand-in, vanilla and guided, and their ratio; from one run on this machine."""
+"""What guided sampling costs: seconds, counted arithmetic and memory, on the stand-in and at the paper's shapes.
+
+`make bench` runs every part, each in a process of its own, and writes paper_figures/data/bench.json; `--part NAME`
+prints one part's JSON. Ratios within one run are what to quote; absolute times belong to the machine.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
+import resource
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from igd_lib import experiment, files
-from igd_lib.distill import image_generator
-from igd_lib.sampler import sample_igd
+from ci.bench import shapes
+from igd_lib import files, methods, notebook, standin
+from igd_lib.config import RELEASED, Guidance
+from igd_lib.data import from_tensors
+from igd_lib.distill import distill, image_generator
+from igd_lib.models import ConvNet
+from igd_lib.sampler import IGDPipeline, make_scheduler, sample_igd
+from igd_lib.surrogate import Checkpoints
+
+ROOT = Path(__file__).parents[2]
+OUT = ROOT / "paper_figures" / "data" / "bench.json"
+STRAIGHT = replace(RELEASED, both_halves=True, backward="per_checkpoint")  # what the released code does
+SHORTCUTS: dict[str, dict[str, Any]] = {"exact": {}, **methods.SHORTCUTS}
 
 
-def seconds_an_image(setup: experiment.Experiment, batch: int, guided: bool, repeats: int = 3) -> float:
-    """The median over `repeats` runs of a batch, a fixed memory of 5 latents a class."""
-    targets = torch.arange(batch) % 10
-    options = {}
-    if guided:
-        memory = [torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(b)) for b in range(batch)]
-        options = dict(targets=targets, guidance=setup.guidance, checkpoints=setup.checkpoints, gradients=setup.gradients[:, targets], memory=memory)
+def peak_gib(device: str) -> float:
+    """The most memory this process has used: the GPU's where there is one, else its resident size."""
+    used = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return used / 2**30
+
+
+def timed(run: Callable[[], Any], device: str, repeats: int, warm: bool = True) -> float:
+    """The median of `repeats` runs in seconds."""
     times = []
-    for _ in range(repeats + 1):  # the first one warms up
-        generators = [image_generator(0, int(label), index) for index, label in enumerate(targets)]
-        noise = setup.pipe.latent_noise(generators)
+    for number in range(repeats + warm):
+        if device == "cuda":
+            torch.cuda.synchronize()
         started = time.perf_counter()
-        sample_igd(
-            setup.pipe.transformer, setup.pipe.vae, setup.pipe.scheduler_for(setup.fidelity), noise, targets,
-            num_steps=setup.num_steps, fidelity=setup.fidelity, generator=generators, **options,
-        )  # fmt: skip
-        times.append(time.perf_counter() - started)
-    return sorted(times[1:])[repeats // 2] / batch
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if number >= warm:
+            times.append(time.perf_counter() - started)
+    return sorted(times)[len(times) // 2]
+
+
+def counted(run: Callable[[], Any]) -> float:
+    """Floating-point operations (two a multiply-add), by torch's counter."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
+
+
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product on this machine."""
+    size = 8192 if device == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / timed(lambda: a @ a, device, 5)
+
+
+# --- the stand-in
+
+
+def standin_setup() -> tuple[Any, Any]:
+    setup = notebook.prepare("bench", "fashion-mnist", "small")
+    setup.fit_surrogate()
+    return setup, standin.tiny_decoder("fashion-mnist").to(setup.device)
+
+
+def sampler(setup: Any, tiny: Any, batch: int, *, guided: bool, fidelity=RELEASED, one_by_one: bool = False, **shortcuts: Any) -> Callable[[], torch.Tensor]:
+    """A function that samples `batch` images of classes 0, 1, ... with five earlier latents each in memory."""
+    device = setup.device
+    if shortcuts.get("guidance_decoder") == "tiny":
+        shortcuts["guidance_decoder"] = tiny
+    targets = torch.arange(batch, device=device) % 10
+    own = torch.stack([setup.gradients(int(label)) for label in targets.tolist()], dim=1).to(device)
+    memory = [torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(b)).to(device) for b in range(batch)]
+    parts = [[b] for b in range(batch)] if one_by_one else [list(range(batch))]
+
+    def run() -> torch.Tensor:
+        found = []
+        for part in parts:
+            generators = [image_generator(0, int(targets[b]), b) for b in part]
+            options = dict(
+                targets=targets[part], guidance=setup.guidance, checkpoints=setup.checkpoints, gradients=own[:, part],
+                memory=[memory[b] for b in part], **shortcuts,
+            ) if guided else {}  # fmt: skip
+            found.append(sample_igd(
+                setup.pipe.transformer, setup.pipe.vae, setup.pipe.scheduler_for(fidelity), setup.pipe.latent_noise(generators), targets[part],
+                num_steps=setup.num_steps, fidelity=fidelity, generator=generators, **options,
+            ))  # fmt: skip
+        return torch.cat(found)
+
+    return run
+
+
+def part_standin(repeats: int) -> dict[str, Any]:
+    """Batch 10: vanilla, exact, every shortcut, and straight-line versions: seconds, arithmetic, and the same result."""
+    setup, tiny = standin_setup()
+    device, batch = setup.device, 10
+    rows = {"vanilla": sampler(setup, tiny, batch, guided=False)}
+    rows |= {name: sampler(setup, tiny, batch, guided=True, **dict(options)) for name, options in SHORTCUTS.items()}
+    once = replace(STRAIGHT, both_halves=False)
+    rows["straight line, one half"] = sampler(setup, tiny, batch, guided=True, fidelity=once, one_by_one=True)
+    rows["straight line, both halves"] = sampler(setup, tiny, batch, guided=True, fidelity=STRAIGHT, one_by_one=True)
+    rows["exact, both halves"] = sampler(setup, tiny, batch, guided=True, fidelity=replace(RELEASED, both_halves=True))
+    found = {name: {"seconds": timed(run, device, repeats) / batch, "gflop": counted(run) / batch / 1e9} for name, run in rows.items()}
+    results = {name: rows[name]() for name in ("exact", "straight line, one half", "exact, both halves", "straight line, both halves")}
+    same = {
+        ours: float((results[ours] - results[reference]).norm() / results[reference].norm())
+        for ours, reference in (("exact", "straight line, one half"), ("exact, both halves", "straight line, both halves"))
+    }
+    return {"steps": setup.num_steps, "checkpoints": len(setup.checkpoints), "batch": batch, "rows": found, "relative difference to the straight line": same}
+
+
+def part_batch(batch: int) -> dict[str, Any]:
+    """Exact guided sampling of one batch: images a second and peak memory."""
+    setup, tiny = standin_setup()
+    run = sampler(setup, tiny, batch, guided=True)
+    return {"batch": batch, "images_per_second": batch / timed(run, setup.device, 1, warm=setup.device == "cuda"), "peak_gib": peak_gib(setup.device)}
+
+
+# --- the paper's shapes
+
+
+def part_paper(batch: int, repeats: int) -> dict[str, Any]:
+    """One vanilla and one guided step of each kind at DiT-XL/2's shapes, and what they make of 50 steps with 16 guided."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    models = shapes.paper(device, dtype)
+    count = sum(parameter.numel() for parameter in models.checkpoints.model.parameters())
+    labels, targets = torch.full((batch,), 207, device=device), torch.full((batch,), 3, device=device)
+    gradients = torch.randn(4, batch, count, device=device)
+    memory = [torch.randn(64, 4, 32, 32, device=device)] * batch
+
+    def step(guided: bool, fidelity=RELEASED, **shortcuts: Any) -> Callable[[], Any]:
+        if shortcuts.get("guidance_decoder") == "tiny":
+            shortcuts["guidance_decoder"] = models.tiny
+        options = dict(targets=targets, guidance=Guidance(5.0, 120.0, (0, 0)), checkpoints=models.checkpoints, gradients=gradients, memory=memory, **shortcuts)
+        scheduler = make_scheduler(fidelity, models.config, learned_variance=True)
+        latents = torch.randn(batch, 4, 32, 32, device=device)
+        generator = [torch.Generator().manual_seed(b) for b in range(batch)]
+        return lambda: sample_igd(
+            models.transformer, models.vae, scheduler, latents, labels, num_steps=1, fidelity=fidelity, generator=generator, **(options if guided else {})
+        )
+
+    runs = {"vanilla": step(False)}
+    runs |= {name: step(True, **dict(options)) for name, options in SHORTCUTS.items() if "every" not in options}
+    runs["released code"] = step(True, STRAIGHT)
+    found = {name: {"seconds": timed(run, device, repeats) / batch, "tflop": counted(run) / batch / 1e12} for name, run in runs.items()}
+    plain = found["vanilla"]
+
+    def over_50(row: dict[str, float], guided: int = 16) -> dict[str, float]:
+        return {f"{what} / vanilla": (guided * row[what] + (50 - guided) * plain[what]) / (50 * plain[what]) for what in ("seconds", "tflop")}
+
+    whole = {name: over_50(row) for name, row in found.items()}
+    for every in (2, 4, 8):
+        whole[f"gradient every {every}th step" if every > 2 else "gradient every 2nd step"] = over_50(found["exact"], 16 // every)
+    whole["gradient every 4th step, decoder Jacobian"] = over_50(found["decoder Jacobian"], 4)
+    rate = matmul_rate(device, dtype)
+    shares = {name: row["tflop"] * 1e12 / row["seconds"] / rate for name, row in found.items()}
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "dtype": str(dtype).removeprefix("torch."), "batch": batch, "a step": found,
+        "over 50 steps with 16 guided": whole, "matmul_tflops": rate / 1e12, "share of the matmul rate": shares, "peak_gib": peak_gib(device),
+    }  # fmt: skip
+
+
+# --- growth
+
+
+def part_growth(images: int, classes: int) -> dict[str, Any]:
+    """Time an image and peak memory of `distill` itself, with models so small that its own work shows: memory, class gradients, files."""
+    torch.manual_seed(0)
+    parts = shapes.tiny_models(classes)
+    pipe = IGDPipeline(*parts)
+    pipe.set_progress_bar_config(disable=True)
+    model = ConvNet(2, classes, 16, width=8).eval()
+    checkpoints = Checkpoints(model, [model.state_dict()], [0.0], [0.01])
+    pixels = torch.randint(0, 256, (2 * classes, 3, 16, 16), dtype=torch.uint8)
+    data = from_tensors("growth", "train", [str(label) for label in range(classes)], pixels, torch.arange(classes).repeat_interleave(2))
+    ipc = images // classes
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        distill(
+            pipe, data, ipc=ipc, guidance=Guidance(5.0, 7.5, (1, 2)), checkpoints=checkpoints, out_dir=folder, num_steps=4, batch_classes=10
+        )
+        seconds = time.perf_counter() - started
+    return {"images": images, "classes": classes, "ipc": ipc, "seconds_per_image": seconds / images, "peak_gib": peak_gib("cpu")}
+
+
+# --- all of it
+
+
+def part(name: str, *arguments: object) -> dict[str, Any]:
+    """One part's result, from a process of its own."""
+    command = [sys.executable, "-m", "ci.bench.bench", "--part", name, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"part {name} {arguments} failed:\n{done.stderr[-2000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"{name} {' '.join(map(str, arguments))}: done", flush=True)
+    return found
+
+
+PARTS = {"standin": part_standin, "batch": part_batch, "paper": part_paper, "growth": part_growth}
 
 
 def main() -> None:
-    setup = experiment.prepare("bench", "fashion-mnist", "small")
-    setup.surrogate_options |= {"epochs": 1, "train_images": 200}
-    setup.fit_surrogate()
-    report = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "checkpoints": len(setup.checkpoints), "rows": []}
-    for batch in (1, 10, 50):
-        vanilla, guided = (seconds_an_image(setup, batch, flag) for flag in (False, True))
-        report["rows"].append({"batch": batch, "vanilla_s": vanilla, "guided_s": guided, "ratio": guided / vanilla})
-        print(f"batch {batch:3d}: vanilla {vanilla:.3f} s, guided {guided:.3f} s an image, ratio {guided / vanilla:.2f}", flush=True)
-    path = files.write(Path("out") / "bench.json", json.dumps(report, indent=2) + "\n")
-    print(f"{report['threads']} threads, {report['checkpoints']} checkpoints; written to {path}")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", nargs="+", help="NAME and its integers: print this part's JSON alone")
+    parser.add_argument("--out", type=Path, default=OUT)
+    arguments = parser.parse_args()
+    if arguments.part:
+        name, *values = arguments.part
+        print(json.dumps(PARTS[name](*map(int, values))))
+        return
+    cuda = torch.cuda.is_available()
+    report = {
+        "machine": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "standin": part("standin", 3),
+        "batches": [part("batch", batch) for batch in (1, 2, 4, 8, 16, 32, 64)],
+        "paper": part("paper", 10 if cuda else 1, 3 if cuda else 1),
+        "growth": [part("growth", images, classes) for images, classes in ((10, 10), (100, 10), (1000, 10), (1000, 100))],
+    }  # fmt: skip
+    files.write(arguments.out, json.dumps(report, indent=1) + "\n")
+    rows, plain = report["standin"]["rows"], report["standin"]["rows"]["vanilla"]
+    print(f"\nstand-in, {report['machine']}, {report['threads']} threads, batch {report['standin']['batch']}")
+    for name, row in rows.items():
+        times, work = row["seconds"] / plain["seconds"], row["gflop"] / plain["gflop"]
+        print(f"{name:32s} {row['seconds']:8.3f} s/image  {times:6.2f} x vanilla  {work:6.2f} x its arithmetic")
+    for name, row in report["paper"]["over 50 steps with 16 guided"].items():
+        print(f"paper's shapes, {name:42s} {row['seconds / vanilla']:6.2f} x vanilla  {row['tflop / vanilla']:6.2f} x its arithmetic")
+    print(f"written to {arguments.out}")
 
 
 if __name__ == "__main__":

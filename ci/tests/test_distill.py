@@ -32,6 +32,22 @@ def run(tiny_pipe, toy, toy_data, tmp_path):
     return run
 
 
+def test_shortcuts_reach_the_sampler_and_the_manifest(run, tiny):
+    """A set made with one is another set, says so, and is not resumed without it."""
+    plain = run()
+    assert "shortcuts" not in plain.manifest["settings"] and plain.manifest["settings"]["jacobian"] == "full"
+    fast = run("fast", every=2, jacobian="decoder")
+    assert fast.manifest["settings"]["shortcuts"] == {"every": 2} and fast.manifest["settings"]["jacobian"] == "decoder"
+    assert not torch.equal(latents(fast), latents(plain))
+    assert torch.equal(latents(run("defaults", every=1, checkpoints_per_step=None)), latents(plain))
+    with pytest.raises(ValueError, match="other settings"):
+        run("fast", jacobian="decoder")
+    other = run("decoder", guidance_decoder=tiny().vae)
+    assert other.manifest["settings"]["shortcuts"]["guidance_decoder"].startswith("AutoencoderKL, ")
+    with pytest.raises(TypeError, match=r"unknown options \['evry'\]; shortcuts are jacobian"):
+        run("typo", evry=2)
+
+
 def pixels(found: DistilledSet):
     return torch.stack([found.images(label) for label in found.selected])
 

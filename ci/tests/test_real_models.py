@@ -7,39 +7,21 @@ import resource
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDIMScheduler
 
-from igd_lib import experiment
+from ci.bench.shapes import convnet6, dit_xl_2, sd_vae
+from igd_lib import notebook
 from igd_lib.config import PAPER, RELEASED, Guidance
-from igd_lib.models import network
 from igd_lib.sampler import IGDPipeline, make_scheduler, sample_igd
-from igd_lib.surrogate import Checkpoints
 
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30  # GiB
-
-
-def dit_xl_2() -> DiTTransformer2DModel:
-    """The configuration of facebook/DiT-XL-2-256."""
-    return DiTTransformer2DModel(
-        num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, num_layers=28, sample_size=32, patch_size=2,
-        num_embeds_ada_norm=1000,
-    ).eval()  # fmt: skip
-
-
-def sd_vae() -> AutoencoderKL:
-    """The configuration of stabilityai/sd-vae-ft-mse."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2, latent_channels=4, norm_num_groups=32, sample_size=256, scaling_factor=0.18215,
-    ).eval()  # fmt: skip
 
 
 def one_guided_step(transformer, vae, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, dict]:
     """The first of one step, guided by one ConvNet-6 checkpoint; bfloat16 models, float32 latents."""
     transformer, vae = transformer.to(device, dtype), vae.to(device, dtype)
-    surrogate = network("convnet6", num_classes=10, image_size=256).to(device).eval()
-    checkpoints = Checkpoints(surrogate, [surrogate.state_dict()], [0.0], [0.01])
-    parameters = sum(parameter.numel() for parameter in surrogate.parameters())
+    checkpoints = convnet6(1, device)
+    parameters = sum(parameter.numel() for parameter in checkpoints.model.parameters())
     seen = {}
     latents = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
     found = sample_igd(
@@ -75,9 +57,9 @@ def test_one_guided_step_at_the_papers_shapes_on_a_gpu(dtype):
 @pytest.mark.weights
 def test_the_papers_weights_sample_a_recognisable_latent():
     """Run with `-m weights` where DiT-XL/2 and the VAE are: vanilla latents have the variance of real ones."""
-    folders = [experiment._model_folder(*model) for model in (experiment.DIT, experiment.SD_VAE)]
+    folders = [notebook._model_folder(*model) for model in (notebook.DIT, notebook.SD_VAE)]
     if None in folders:
-        pytest.skip("DiT-XL/2 or the VAE is not on this machine: hf download " + " and ".join(name for name, _ in (experiment.DIT, experiment.SD_VAE)))
+        pytest.skip("DiT-XL/2 or the VAE is not on this machine: hf download " + " and ".join(name for name, _ in (notebook.DIT, notebook.SD_VAE)))
     pipe = IGDPipeline.from_pretrained(folders[0], vae=AutoencoderKL.from_pretrained(folders[1]))
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     latents = pipe([207], generator=torch.Generator().manual_seed(0), num_inference_steps=10, fidelity=PAPER, output_type="latent").images

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderTiny,
     DDIMScheduler,
     DDPMScheduler,
     DiTPipeline,
@@ -246,6 +247,91 @@ def test_decoder_jacobian_differs_from_full(tiny, guided):
     assert (found[0] - found[1]).abs().max() > 1e-3
     with pytest.raises(ValueError, match="'full' or 'decoder'"):
         sample_igd(models.transformer, models.vae, models.ddpm, noise(), LABELS, jacobian="none", **options)
+
+
+# --- shortcuts
+
+
+def shifts(tiny, guided, **options):
+    """Sample with the tiny models; (index, influence shift) of every step that G_I moved, and the loss where it was computed."""
+    models, seen, losses = tiny(dtype=torch.float64), [], {}
+
+    def callback(index, timestep, info):
+        if "influence_shift" in info:
+            seen.append((index, info["influence_shift"]))
+        if "influence_loss" in info:
+            losses[index] = info["influence_loss"]
+
+    found = sample_igd(
+        models.transformer, models.vae, scheduler_of(models, RELEASED), noise(dtype=torch.float64), LABELS, generator=generators(),
+        callback=callback, **(guided(torch.float64) | options),
+    )  # fmt: skip
+    return found, dict(seen), losses
+
+
+def test_a_gradient_is_used_again_between_every_mth_step(tiny, guided):
+    """Computed in the first and every third guided step; in between its direction stays and its length is rho_t's own."""
+    options = dict(guidance=Guidance(5.0, 0.0, (2, 8)), memory=None)
+    whole, every_step, _ = shifts(tiny, guided, **options)
+    found, reused, losses = shifts(tiny, guided, every=3, **options)
+    assert list(reused) == list(every_step) == [8, 7, 6, 5, 4, 3, 2] and list(losses) == [8, 5, 2]
+    torch.testing.assert_close(reused[8], every_step[8])
+
+    def cosines(a, b):
+        return torch.cosine_similarity(a.flatten(1), b.flatten(1))
+
+    for index, source in ((7, 8), (6, 8), (4, 5), (3, 5)):
+        torch.testing.assert_close(cosines(reused[index], reused[source]), torch.ones(3, dtype=torch.float64))
+        # rho_t's length: k * factor * sqrt(1 - alpha_bar) * ||eps||, close to that of the run with fresh gradients.
+        assert (reused[index].norm() / every_step[index].norm() - 1).abs() < 0.05 and not torch.allclose(reused[index], reused[source], rtol=1e-3)
+    assert cosines(reused[7], every_step[7]).max() < 0.99999
+    assert (found - whole).abs().max() > 1e-4
+
+
+def test_checkpoints_enter_in_turn(tiny, guided):
+    """One of three a step: the first step's loss is the first checkpoint's, the second's the second's; all three are the default."""
+    options = dict(guidance=Guidance(5.0, 0.0, (2, 8)), memory=None)
+    toy = guided(torch.float64)
+    _, _, all_of_them = shifts(tiny, guided, **options)
+    _, _, three = shifts(tiny, guided, checkpoints_per_step=3, **options)
+    _, _, losses = shifts(tiny, guided, checkpoints_per_step=1, **options)
+    for index in all_of_them:
+        torch.testing.assert_close(three[index], all_of_them[index], rtol=0, atol=0)
+    singles = []
+    for e in range(3):
+        one = dict(checkpoints=toy["checkpoints"].keep([e]), gradients=toy["gradients"][[e]])
+        singles.append(shifts(tiny, guided, **options, **one)[2][8] * toy["checkpoints"].weights[e])
+    torch.testing.assert_close(losses[8], singles[0])
+    torch.testing.assert_close(sum(singles) / 3, all_of_them[8])  # Eq. 7 is their mean
+    assert not torch.allclose(losses[7], losses[8], rtol=1e-2)
+
+
+def test_another_decoder_guides_in_the_vaes_place(tiny, guided):
+    """The vae itself changes nothing; another one changes the gradient, never the final decoding, and is left as it was."""
+    same, _, _ = shifts(tiny, guided, guidance_decoder=tiny(dtype=torch.float64).vae)
+    plain, _, _ = shifts(tiny, guided)
+    torch.testing.assert_close(same, plain, rtol=0, atol=0)
+    other = AutoencoderTiny(decoder_block_out_channels=(8, 8), encoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).double()
+    found, _, _ = shifts(tiny, guided, guidance_decoder=other)
+    assert (found - plain).abs().max() > 1e-4 and all(parameter.requires_grad and parameter.grad is None for parameter in other.parameters())
+
+
+@pytest.mark.parametrize("shortcut", [{"every": 2}, {"checkpoints_per_step": 1}, {"jacobian": "decoder"}])
+def test_shortcuts_do_not_depend_on_the_batch(tiny, guided, shortcut):
+    whole, _, _ = shifts(tiny, guided, **shortcut)
+    models, options = tiny(dtype=torch.float64), guided(torch.float64)
+    for b in range(3):
+        alone = sample_igd(
+            models.transformer, models.vae, scheduler_of(models, RELEASED), noise(dtype=torch.float64)[[b]], LABELS[[b]],
+            generator=[generators()[b]], **(rows(options, [b]) | shortcut),
+        )  # fmt: skip
+        torch.testing.assert_close(alone[0], whole[b], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("shortcut", [{"every": 0}, {"checkpoints_per_step": 0}])
+def test_impossible_shortcuts_raise(tiny, guided, shortcut):
+    with pytest.raises(ValueError, match="at least 1"):
+        shifts(tiny, guided, **shortcut)
 
 
 @pytest.mark.parametrize("fidelity", [RELEASED, DDIM_PAPER], ids=["ddpm", "ddim"])
