@@ -26,8 +26,8 @@ lab: setup  ## the notebooks in JupyterLab
 figures: setup  ## figures and tables from the saved results in paper_figures/data
 	@$(PYTHON) paper_figures/make_figures.py
 
-bench: setup  ## seconds an image, vanilla and guided, on this machine
-	@$(PYTHON) ci/bench/bench.py
+bench: setup  ## what guided sampling costs on this machine: seconds, arithmetic, memory
+	@$(PYTHON) -m ci.bench.bench
 
 standin: setup  ## train the embedded stand-in again (about an hour), into out/standin
 	@$(PYTHON) -m igd_lib.standin fashion-mnist --out out/standin

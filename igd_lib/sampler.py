@@ -96,7 +96,7 @@ def sample_igd(
     the surrogate's labels (needed for k > 0); gradients: (E, B, P), each sample's own class average;
     memory: B tensors (M_b, C, h, w) of earlier final latents of the same class, oldest first.
     `guidance=None` is the scheduler's own sampling. `scheduler` is used as configured.
-    Shortcuts, each of which changes the result (the README has what they cost): jacobian: "full" differentiates through the
+    Shortcuts, off by default because each changes the result: jacobian: "full" differentiates through the
     transformer (the paper), "decoder" holds its output constant; guidance_decoder: decodes for G_I in the vae's place, such
     as `AutoencoderTiny`; every: G_I's gradient is computed in the first and every m-th guided step after it and used
     again in between, rho_t anew each time; checkpoints_per_step: how many enter a step, in turn (None: all).

@@ -231,7 +231,9 @@ def add_decoder(name: str, out: str | Path, *, recipe: StandIn | None = None, ro
     """Train the guidance decoder of the stand-in in `out` and write it beside, in half precision. Returns its folder."""
     recipe, out = recipe or STANDINS[name], Path(out)
     vae = AutoencoderKL.from_pretrained(out / "vae").float().eval()
-    latents = encode(vae, load(recipe.dataset, "train", root).per_class(2000, seed=0)) * vae.config.scaling_factor
+    data = load(recipe.dataset, "train", root)
+    few = data.per_class(min(2000, int(data.labels.bincount().min())), seed=0)
+    latents = encode(vae, few) * vae.config.scaling_factor
     model = train_decoder(recipe, vae, latents, out / ".work")
     model.half().save_pretrained(out / "guidance_decoder")
     shutil.rmtree(out / ".work")

@@ -1,47 +1,114 @@
-"""Redraws figures and tables from the result rows in `paper_figures/data`; needs no GPU and no images."""
+"""Redraws figures and tables from the result rows in `paper_figures/data`; needs no GPU and no images.
+
+`python paper_figures/make_figures.py FOLDER` first takes new rows over: every FOLDER/NN_name/rows.csv that a notebook
+saved (`-p save_to FOLDER/NN_name`) becomes data/NN_name.csv, sorted and checked.
+"""
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from igd_lib import files, plotting, tables
+from igd_lib import files, plotting, results, tables
 
 HERE = Path(__file__).parent
-FIGURES = {  # rows in data/ -> heading, file name, paired differences
-    "00_quickstart": ("Quickstart", "quickstart", [("DiT-IGD", "DiT"), ("DiT, best cfg", "DiT"), ("DiT-IGD", "DiT + G_D"), ("DiT-IGD", "DiT, best cfg")]),
-    "05_guidance_ablation": (
-        "Table 5 on the stand-in", "table05",
-        [("DiT + G_I", "DiT"), ("DiT + G_D", "DiT"), ("DiT-IGD", "DiT"), ("DiT-IGD", "DiT + G_D"), ("DiT, best cfg", "DiT")],
+CONTROLS = (("DiT-IGD", "DiT"), ("DiT, best cfg", "DiT"), ("DiT-IGD", "DiT + G_D"), ("DiT-IGD", "DiT, best cfg"))
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """How the rows of one notebook are shown."""
+
+    source: str  # data/SOURCE.csv
+    heading: str
+    name: str  # NAME.md, .png, .svg, .pdf
+    pairs: tuple[tuple[str, str], ...] = CONTROLS
+    table: int | None = None  # of the paper, to be shown beside
+
+
+ARTEFACTS = (
+    Artefact("00_quickstart", "Quickstart", "quickstart"),
+    Artefact("01_nette_woof", "Table 1 on the stand-in", "table01"),
+    Artefact("03_imagenet1k", "Table 2 on the stand-in, soft labels", "table02", table=2),
+    Artefact("04_surrogate_architecture", "Table 4 on the stand-in", "table04", (("DiT-IGD, convnet2", "DiT + G_D"), ("DiT-IGD, convnet3", "DiT + G_D"))),
+    Artefact(
+        "05_guidance_ablation", "Table 5 on the stand-in", "table05",
+        (("DiT + G_I", "DiT"), ("DiT + G_D", "DiT"), ("DiT-IGD", "DiT"), ("DiT-IGD", "DiT + G_D"), ("DiT, best cfg", "DiT")),
     ),
-}  # fmt: skip
+    Artefact("06_checkpoint_selection", "Table 6 on the stand-in", "table06", ()),
+    Artefact("07_food101", "Table 7 on the stand-in", "table07", table=7),
+    Artefact("08_cifar", "Table 8 on the stand-in", "table08"),
+    Artefact("09_diffusion_baselines", "Table 9 on the stand-in, soft labels", "table09"),
+    Artefact("10_dpm_solver", "Table 10 on the stand-in", "table10", ()),
+    Artefact("11_fid_coverage", "Table 11 on the stand-in", "table11", ()),
+    Artefact("12_hyperparameters", "k and gamma on the stand-in, validation data", "table12", ()),
+    Artefact("13_paper_vs_code", "Paper against released code, on the stand-in", "paper_vs_code", ()),
+)  # fmt: skip
 
 
-def draw(source: str, heading: str, name: str, pairs: list[tuple[str, str]]) -> None:
-    """One figure and one table of accuracies from the rows of one notebook."""
-    rows = pd.read_csv(HERE / "data" / f"{source}.csv")
-    if (rows.scale == "smoke").any():
-        raise ValueError(f"paper_figures/data/{source}.csv has smoke rows; their numbers mean nothing")
-    accuracy, influence = rows[rows.metric == "top1"], rows[rows.metric == "influence_loss"]
-    first = accuracy.iloc[0]
-    title = f"{first.dataset}, IPC {first.ipc}, {first.network}, scale {first.scale}"
-    plotting.keep(plotting.scores(accuracy, title=title), str(HERE), name)
-    table = tables.accuracy_table(accuracy, influence).rename(columns={"method": "Method"})
-    table["influence loss"] = table["influence loss"].map("{:.4f}".format)
-    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
-    lines += ["| " + " | ".join(str(value) for value in entry) + " |" for entry in table.itertuples(index=False)]
-    verdicts = tables.verdict(tables.differences(accuracy, pairs)).replace("\n", "\n- ")
-    text = f"# {heading}: {title}\n\nsd over generation seeds.\n\n" + "\n".join(lines) + f"\n\nPaired differences (same noise):\n\n- {verdicts}\n"
-    files.write(HERE / f"{name}.md", text)
-    print(f"wrote {HERE / name}.pdf, .svg, .png and .md")
+def take_over(folder: Path) -> None:
+    """Rows that notebooks saved become data/*.csv."""
+    for found in sorted(folder.glob("[0-9][0-9]_*/rows.csv")):
+        rows = pd.read_csv(found, dtype={"settings_hash": str, "artefact": str, "git_revision": str}, keep_default_na=False)
+        print("took over", results.consolidate(rows, HERE / "data" / f"{found.parent.name}.csv"))
 
 
-def main() -> None:
+def in_order(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows with known methods first, in the order of their colours, the others by name."""
+    known = list(plotting.COLOURS)
+    rank = rows.method.map(lambda name: (known.index(name) if name in known else len(known), name))
+    return rows.iloc[sorted(range(len(rows)), key=lambda position: (rank.iloc[position], position))]
+
+
+def draw(artefact: Artefact) -> None:
+    """One figure and one page of tables from the rows of one notebook."""
+    rows = in_order(results.load(HERE / "data" / f"{artefact.source}.csv"))
+    accuracy = tables.top1(rows)
+    networks = list(dict.fromkeys(accuracy.network))
+    first = accuracy[accuracy.network == networks[0]]
+    one = first.iloc[0]
+    title = f"{one.dataset}, IPC {one.ipc}, {', '.join(networks)}, scale {one.scale}"
+    others = rows[~rows.metric.str.startswith("top")]
+    whole = [tables.accuracy_table(accuracy) if len(networks) == 1 else tables.cross_table(accuracy)]
+    if len(others):
+        whole = [tables.metric_table(rows)] if len(networks) == 1 else [*whole, tables.metric_table(first, others)]
+    pairs = artefact.pairs or tuple((name, "DiT") for name in dict.fromkeys(first.method) if name != "DiT" and "DiT" in set(first.method))
+    if artefact.source == "10_dpm_solver":
+        plain, quick, guided, guided_quick = dict.fromkeys(first.method)
+        pairs = ((guided, plain), (guided_quick, quick), (quick, plain), (guided_quick, guided))
+    if artefact.source == "13_paper_vs_code":
+        flips = [name for name in dict.fromkeys(first.method) if "=" in name]
+        pairs = tuple((name, "DiT-IGD") for name in flips)
+        by_cfg = first[first.method.str.contains(", cfg ")]
+        figure = plotting.by_cfg(by_cfg, title=title)
+    elif artefact.source == "11_fid_coverage":
+        figure = plotting.against_accuracy(first, others, title=title)
+        whole.append(tables.rank_correlations(first, others))
+    else:
+        figure = plotting.scores(first, title=title)
+    plotting.keep(figure, str(HERE), artefact.name)
+    parts = [f"# {artefact.heading}\n\n{title}. Means ± sd over n generation seeds.", *(results.markdown(table, 3) for table in whole)]
+    if pairs:
+        parts.append("Paired differences in top-1 (same noise):\n\n- " + tables.verdict(tables.differences(first, pairs)).replace("\n", "\n- "))
+    if artefact.table is not None:
+        paper = tables.reported(artefact.table, ipc=one.ipc)
+        beside = results.markdown(tables.beside_paper(accuracy, paper, by=("network", "method")), 1)
+        parts.append("Beside the paper's figures, which are for other data:\n\n" + beside)
+    files.write(HERE / f"{artefact.name}.md", "\n\n".join(part.strip() for part in parts) + "\n")
+    print(f"wrote {HERE / artefact.name}.md, .pdf, .svg and .png")
+
+
+def main(arguments: list[str]) -> None:
     plotting.use_style()
-    for source, (heading, name, pairs) in FIGURES.items():
-        draw(source, heading, name, pairs)
+    if arguments:
+        take_over(Path(arguments[0]))
+    for artefact in ARTEFACTS:
+        if (HERE / "data" / f"{artefact.source}.csv").is_file():
+            draw(artefact)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

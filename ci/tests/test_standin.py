@@ -14,7 +14,8 @@ from igd_lib.data import to_float
 from igd_lib.sampler import IGDPipeline
 from igd_lib.standin import StandIn, build, new_transformer
 
-SHORT = StandIn("fashion-mnist", vae_channels=(8, 8), vae_steps=2, vae_batch=8, layers=2, heads=2, head_dim=8, dit_steps=2, dit_batch=8)
+SHORT = StandIn("fashion-mnist", vae_channels=(8, 8), vae_steps=2, vae_batch=8, layers=2, heads=2, head_dim=8, dit_steps=2, dit_batch=8,
+                decoder_channels=(4, 4), decoder_steps=2)  # fmt: skip
 
 # --- the shipped one
 
@@ -43,6 +44,23 @@ def test_the_autoencoder_reconstructs_real_images(standin_pipe, real, latents):
     assert (restored - real).square().mean() < 0.02
     # Much better than each image's own mean.
     assert (restored - real).square().mean() < 0.2 * real.var()
+
+
+def test_the_guidance_decoder_stands_in_for_the_vaes(standin_pipe, latents):
+    """A ninth of the parameters, nearly the same images, and a gradient of them that points the same way."""
+    tiny = standin.tiny_decoder("fashion-mnist")
+    own = sum(parameter.numel() for parameter in tiny.decoder.parameters())
+    assert own < sum(parameter.numel() for parameter in standin_pipe.vae.decoder.parameters()) / 9
+    weight = torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def decoded(decoder):
+        z = latents[::25].clone().requires_grad_()
+        images = decoder.decode(z / decoder.config.scaling_factor).sample
+        return images.detach(), torch.autograd.grad((images * weight).sum(), z)[0].flatten(1)
+
+    (small, one), (whole, two) = decoded(tiny), decoded(standin_pipe.vae)
+    assert (small - whole).square().mean() < 0.05 * whole.var()
+    assert torch.cosine_similarity(one, two).mean() > 0.6
 
 
 def test_the_transformer_knows_the_classes(standin_pipe, real, latents):
@@ -130,6 +148,17 @@ def test_a_build_cut_short_resumes(few_images, monkeypatch, tmp_path, capsys):
         assert tensors.keys() == cut[part].keys()
         for name, tensor in tensors.items():
             torch.testing.assert_close(cut[part][name], tensor, rtol=1e-2, atol=1e-4)
+
+
+def test_a_guidance_decoder_is_added_to_a_stand_in(few_images, monkeypatch, tmp_path):
+    build("fashion-mnist", tmp_path / "toy", recipe=SHORT)
+    monkeypatch.setattr(standin, "ASSETS", tmp_path)
+    with pytest.raises(OSError):
+        standin.tiny_decoder("toy")
+    assert standin.add_decoder("toy", tmp_path / "toy", recipe=SHORT) == tmp_path / "toy" / "guidance_decoder"
+    found = standin.tiny_decoder("toy")
+    assert found.decode(torch.zeros(1, 4, 16, 16)).sample.shape == (1, 3, 32, 32)  # two channel widths: one doubling
+    assert not (tmp_path / "toy" / ".work").exists()
 
 
 def test_training_is_deterministic_in_the_seed(few_images, fashion_train, tmp_path):
