@@ -237,17 +237,21 @@ class Experiment:
     def distribution_rows(self, sets: Sets, ipc: int, *, images: int = 500) -> pd.DataFrame:
         """Fréchet distance, coverage and Wasserstein distance of every set to `images` real training ones a class (Table 11).
 
-        In the features of Inception-V3 at "paper", of the surrogate's last checkpoint on a stand-in; every metric's name
-        says which. Coverage's threshold is the paper's 300 in Inception's space, elsewhere the median distance of a real
-        image to its nearest in another real draw of `ipc` a class. That draw and the sets' own are not in the reference.
+        In the features of Inception-V3 at "paper", of the surrogate's last checkpoint on a stand-in; every metric's name says
+        which. Coverage's threshold in Inception's space is the paper's 300, read as a squared distance; elsewhere the median
+        distance of a real image to its nearest in another real draw of `ipc` a class. Neither that draw nor images that a
+        Random set selected are in the reference.
         """
         extractor = self.extractor()
         drawn = self.train.per_class(min(images + ipc, len(self.train) // len(self.train.classes)), seed=99)
         order = torch.cat([drawn.class_indices(label)[:ipc] for label in range(len(drawn.classes))])
         rest = torch.cat([drawn.class_indices(label)[ipc:] for label in range(len(drawn.classes))])
+        selected = [data for data in sets.values() if isinstance(data, ImageData)]  # Random's images do not cover themselves
+        taken = {image.numpy().tobytes() for data in selected for image in data.fetch(torch.arange(len(data)))}
+        rest = rest[torch.tensor([image.numpy().tobytes() not in taken for image in drawn.fetch(rest)])]
         real, other = (metrics.features(extractor, drawn.subset(indices)) for indices in (rest, order))
         space = extractor.name if extractor.is_inception else f"{extractor.name} features"
-        threshold = 300.0 if extractor.is_inception else metrics.coverage_threshold(real, other)
+        threshold = 300**0.5 if extractor.is_inception else metrics.coverage_threshold(real, other)
         spread, rows = metrics.gaussian(real), []
         for (method, seed), own in progress(list(sets.items()), "distances, set"):
             fake = metrics.features(extractor, _loaded(own))

@@ -22,15 +22,15 @@ def accuracy_table(rows: pd.DataFrame, influence: pd.DataFrame | None = None, by
     """Top-1 mean, sd and n of each group, and the methods' mean influence loss where given, rounded for showing."""
     table = results.summary(top1(rows), by).round({"mean": 1, "sd": 1}).rename(columns={"mean": "top-1 (%)"})
     if influence is not None:
-        table["influence loss"] = table.method.map(influence.groupby("method")["value"].mean()).round(4)
+        table["influence loss"] = table.method.map(results.summary(influence).set_index("method")["mean"]).round(4)
     return table
 
 
 def wide_table(rows: pd.DataFrame) -> pd.DataFrame:
     """A line a method: top-1 mean, sd and n, and the mean of every other metric but the protocol's other accuracies."""
     table = accuracy_table(rows).set_index("method")
-    others = rows[~rows.metric.str.startswith("top")].pivot_table(index="method", columns="metric", values="value", aggfunc="mean", sort=False)
-    return table.join(others.round(4)).reset_index()
+    others = results.summary(rows[~rows.metric.str.startswith("top")], ("method", "metric"))
+    return table.join(others.pivot(index="method", columns="metric", values="mean").round(4)).reset_index()
 
 
 def cross_table(rows: pd.DataFrame, columns: str = "network") -> pd.DataFrame:
