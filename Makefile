@@ -14,7 +14,7 @@ demo: setup  ## the whole method on real images (about 8 minutes)
 	@$(PYTHON) -m igd_lib.demo
 
 test: lint  ## ruff, pytest, and every notebook at scale "smoke"
-	@$(PYTHON) -m pytest -q
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n auto --dist worksteal
 	@$(PYTHON) ci/smoke_notebooks.py
 
 lint: setup  ## ruff on code and notebooks

@@ -30,10 +30,11 @@ def main(arguments: list[str]) -> int:
         for path in notebooks:
             notebook = parameterize_notebook(load_notebook_node(str(path)), {"scale": "smoke"})
             nbformat.write(notebook, Path(scratch) / path.name)
-        environment = {**os.environ, "IGD_DATA": str(data), "IGD_CACHE": f"{scratch}/cache", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+        environment = {**os.environ, "IGD_DATA": str(data), "IGD_CACHE": f"{scratch}/cache", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "OMP_NUM_THREADS": "1"}
         # The kernel is this Python's own, whatever other kernelspecs the machine has.
         nbval = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout", "600"]
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *nbval, "--rootdir", scratch, scratch]
+        side_by_side = ["-n", "auto", "--dist", "loadfile"]  # a notebook's cells in order, on one worker
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *side_by_side, *nbval, "--rootdir", scratch, scratch]
         return subprocess.run([*command, *arguments], cwd=scratch, env=environment, check=False).returncode
 
 
