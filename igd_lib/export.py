@@ -52,8 +52,9 @@ def export(found: DistilledSet, out_dir: str | Path, *, format: str = "imagefold
         "classes": list(found.classes),
         "counts": [found.ipc if label in chosen else 0 for label in range(len(found.classes))],
         "folders": folders,  # folder: label
-        "images_sha256": _sha256("\n".join(hashes.values()).encode()),  # of all images in label order
+        "plain_imagefolder_agrees": None if folders is None else folders == _plain(folders),
         "set": found.manifest,
+        "images_sha256": _sha256("\n".join(hashes.values()).encode()),  # of all images in label order
     }
     texts = {README: _readme(wanted)} | ({CLASSES: "".join(f"{name}\n" for name in names)} if format == "imagefolder" else {})
     sums = {name: _sha256(text.encode()) for name, text in texts.items()}
@@ -80,14 +81,14 @@ def export(found: DistilledSet, out_dir: str | Path, *, format: str = "imagefold
 
 def check_folder_names(classes: Sequence[str]) -> list[str]:
     """Class names as folder names, unchanged. Raises ValueError naming one that some file system cannot hold or tell from another."""
-    seen = {name.casefold(): name for name in (MANIFEST, CLASSES, README)}
+    taken = {name.casefold(): name for name in (MANIFEST, CLASSES, README)}
     for name in classes:
         if not name or not name.isprintable() or _UNSAFE.search(name) or len(name.encode()) > 255:
             raise ValueError(f"class name {name!r} cannot be a folder's name; export as 'rded' or 'safetensors', whose folders are labels")
-        other = seen.setdefault(key := unicodedata.normalize("NFC", name).casefold(), name)
-        if other is not name:
-            raise ValueError(f"class names {other!r} and {name!r} are one folder on some file systems; export as 'rded' or 'safetensors'")
-        seen[key] = object()  # the same name a second time is a clash too
+        key = unicodedata.normalize("NFC", name).casefold()
+        if key in taken:
+            raise ValueError(f"{taken[key]!r} and class name {name!r} are one name on some file systems; export as 'rded' or 'safetensors'")
+        taken[key] = name
     return list(classes)
 
 
@@ -181,11 +182,13 @@ def _present(out: Path, wanted: dict[str, Any], names: set[str]) -> dict[str, An
             raise ValueError(f"{out} holds a {MANIFEST} that is not an export's; choose another folder")
         if difference := _difference("", present, wanted):
             raise ValueError(f"{out} holds another export: {difference}; choose another folder or delete it")
-    for path in sorted(path for path in out.rglob("*") if not path.is_dir()):
-        if path.name.startswith(".") and path.name.endswith(".tmp"):  # what a killed run was writing
-            path.unlink()
-        elif path.relative_to(out).as_posix() not in names:
+    strangers = [path for path in sorted(out.rglob("*")) if not path.is_dir() and path.relative_to(out).as_posix() not in names]
+    left = {path for path in strangers if path.suffix == ".tmp" and path.with_suffix("").stem.removeprefix(".") in {Path(name).name for name in names}}
+    for path in strangers:
+        if path not in left:
             raise ValueError(f"{out} holds {path.relative_to(out)}, which is no part of this export; choose another folder or remove it")
+    for path in left:  # what a killed run was writing
+        path.unlink()
     return present
 
 
@@ -202,7 +205,11 @@ def _difference(where: str, old: Any, new: Any) -> str | None:
 
 
 def _write_tensors(path: Path, found: DistilledSet, labels: Sequence[int]) -> None:
-    images = torch.cat([found.images(label) for label in labels])
+    first = found.images(labels[0])
+    images = torch.empty(len(labels), *first.shape, dtype=torch.uint8)  # filled in place: at the paper's scale it is 10 GB
+    for position, label in enumerate(labels):
+        images[position] = found.images(label)
+    images = images.flatten(0, 1)
     files.save_tensors(path, {"images": images, "labels": torch.tensor(labels).repeat_interleave(found.ipc)}, classes=list(found.classes), ipc=found.ipc)
 
 
@@ -238,6 +245,11 @@ def _parse(file: Path) -> dict[str, Any]:
     return found
 
 
+def _plain(folders: dict[str, int]) -> dict[str, int]:
+    """The labels that torchvision's own ImageFolder gives these folders."""
+    return {name: number for number, name in enumerate(sorted(folders))}
+
+
 def _readme(manifest: dict[str, Any]) -> str:
     """What the export is and how to read it; warns where a plain ImageFolder would give other labels."""
     origin, folders = manifest["set"], manifest["folders"]
@@ -250,14 +262,14 @@ def _readme(manifest: dict[str, Any]) -> str:
         lines += [f"{TENSORS}: images uint8 (N, 3, H, W), labels int64 (N,). Read it with safetensors, or with", "igd_lib.export.load_tensors_export(path)."]
         return "\n".join(lines) + "\n"
     lines += ["igd_lib.export.load_image_folder(path) is torchvision's ImageFolder with these labels.", ""]
-    plain = {name: number for number, name in enumerate(sorted(folders))}  # how torchvision numbers them
-    if plain == folders:
+    if manifest["plain_imagefolder_agrees"]:
         lines.append("Sorted folder names are in the order of the labels, so torchvision's own ImageFolder gives the same.")
     else:
+        plain = _plain(folders)
         name = next(name for name in folders if folders[name] != plain[name])
         lines += [
             "WARNING: a plain torchvision ImageFolder numbers sorted folder names and so gives OTHER labels:",
-            f"{name!r} is label {folders[name]} here and would be {plain[name]} there. Test data read the other way scores near chance.",
+            f"{name!r} is label {folders[name]} here and would be {plain[name]} there. Read with one order and tested with the other, accuracy means nothing.",
         ]
         if manifest["format"] == "imagefolder":
             lines.append("For tools that sort, export as \"rded\": its folder names are the labels.")
