@@ -48,6 +48,7 @@ def metric_table(*frames: pd.DataFrame) -> pd.DataFrame:
     decimals = table.groupby("metric")["mean"].transform(lambda means: 1 if means.abs().max() >= 10 else 3)
     table["shown"] = [f"{mean:.{places}f} ± {sd:.{places}f}" for mean, sd, places in zip(table["mean"], table.sd, decimals, strict=True)]
     wide = table.pivot_table(index="method", columns="metric", values="shown", aggfunc="first", sort=False)
+    wide = wide[sorted(wide.columns, key=lambda metric: metric != "top1")]  # accuracy first, the others as they come
     return wide.assign(n=table.groupby("method", sort=False)["n"].min()).rename(columns={"top1": "top-1 (%)"}).reset_index().rename_axis(columns=None)
 
 
