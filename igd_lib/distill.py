@@ -7,6 +7,7 @@ noise comes from its own generator, so results do not depend on batch, order or 
 
 from __future__ import annotations
 
+import inspect
 import json
 import platform
 import time
@@ -29,7 +30,8 @@ from igd_lib.progress import progress
 from igd_lib.sampler import IGDPipeline, check_range, sample_igd
 from igd_lib.surrogate import Checkpoints, class_gradients
 
-SHORTCUTS = {"jacobian": "full", "guidance_decoder": None, "every": 1, "checkpoints_per_step": None}  # `sample_igd`'s, and its defaults
+# `sample_igd`'s options that change its result for speed, and their defaults.
+SHORTCUTS = {name: inspect.signature(sample_igd).parameters[name].default for name in ("jacobian", "guidance_decoder", "every", "checkpoints_per_step")}
 
 
 def _named(value: Any) -> Any:
@@ -59,6 +61,8 @@ class DistilledSet:
             raise FileNotFoundError(f"{self.path} holds no distilled set (no manifest.json)")
         try:
             self.manifest: dict[str, Any] = json.loads(manifest.read_text())
+            if "format" in self.manifest:
+                raise FileNotFoundError(f"{self.path} holds an export for other tools, not a distilled set; open the folder it was made from")
             self.classes = tuple(self.manifest["classes"])
             self.selected: list[int] = list(self.manifest["selected"])
             self.ipc = int(self.manifest["ipc"])
@@ -108,6 +112,11 @@ class DistilledSet:
         from igd_lib.export import export  # which needs this module
 
         return export(self, out_dir, format=format)
+
+
+def in_memory(images: ImageData | DistilledSet) -> ImageData:
+    """A set's images as data, whichever way it was made."""
+    return images.data() if isinstance(images, DistilledSet) else images
 
 
 def distill(

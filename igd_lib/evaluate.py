@@ -19,7 +19,7 @@ from igd_lib import files
 from igd_lib.augment import augment, centre, cutmix, normalise, resize
 from igd_lib.config import Protocol
 from igd_lib.data import ImageData
-from igd_lib.distill import DistilledSet
+from igd_lib.distill import DistilledSet, in_memory
 from igd_lib.models import network as make_network
 
 CHECKPOINT_SECONDS = 60.0  # at most one training state is written in so much time
@@ -96,7 +96,7 @@ def evaluate(
     Raises ValueError when the two class orders differ (naming the first difference) or a teacher is missing, and
     FloatingPointError on a non-finite loss.
     """
-    train = distilled.data() if isinstance(distilled, DistilledSet) else distilled
+    train = in_memory(distilled)
     check_class_order(train.classes, dataset.classes)
     if (protocol.labels == "soft") != (teacher is not None):
         raise ValueError(f"protocol {protocol.name!r} has {protocol.labels} labels: {'it needs' if teacher is None else 'it takes no'} teacher")
@@ -124,7 +124,7 @@ def evaluate_all(
     distilled: DistilledSet | ImageData, dataset: ImageData, *, networks: Sequence[str], seeds: Sequence[int], folder: str | Path | None = None, **options: Any
 ) -> list[Score]:
     """`evaluate` for every network and training seed of a set, its images read once; folder gets a folder a cell."""
-    train = distilled.data() if isinstance(distilled, DistilledSet) else distilled
+    train = in_memory(distilled)
     cells = [(name, seed) for name in networks for seed in seeds]
     return [
         evaluate(train, dataset, network=name, seed=seed, folder=Path(folder) / f"{name.replace('/', '-')}-{seed}" if folder is not None else None, **options)

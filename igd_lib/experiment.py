@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from igd_lib import files, metrics, results, standin
 from igd_lib.config import RDED_SOFT, Fidelity, Guidance, Protocol, cache_dir, fixed_checkpoints
 from igd_lib.data import ImageData, load
 from igd_lib.datasets import DATASETS
-from igd_lib.distill import DistilledSet, distill
-from igd_lib.evaluate import Teacher, evaluate, fingerprint
+from igd_lib.distill import DistilledSet, distill, in_memory
+from igd_lib.evaluate import Teacher, evaluate_all, fingerprint
 from igd_lib.methods import Method
 from igd_lib.models import network
 from igd_lib.progress import progress
@@ -27,10 +27,11 @@ from igd_lib.sampler import IGDPipeline
 from igd_lib.surrogate import (
     Checkpoints,
     ClassGradients,
-    checkpoint_similarities,
-    epoch_gradients,
+    class_gradients,
+    kept,
     regular_checkpoints,
-    select_checkpoints,
+    similarities_along,
+    similarity_matrices,
     train_surrogate,
 )
 
@@ -116,41 +117,49 @@ class Experiment:
             return None
         if self.scale == "paper":
             return imagenet_teacher(self.train.classes, self.label_ids)
-        trajectory = self.trajectory()
-        model = copy.deepcopy(trajectory.model)
-        model.load_state_dict(trajectory.states[-1])
-        origin = f"the surrogate's trajectory, epoch {trajectory.epochs[-1]:g}"
+        model, epoch = self._last_checkpoint()
+        origin = f"the surrogate's trajectory, epoch {epoch:g}"
         least = 0.0 if self.scale == "smoke" else 50.0
         return Teacher(model, self.surrogate_name, origin, self.train.classes, (0.5,) * 3, (0.5,) * 3, least)
 
-    def whole_gradients(self, images: int | None, surrogate: str | None = None) -> Tensor:
-        """(E, C, P) of the whole trajectory over each class's first `images` images; for small data only."""
-        folder = self._surrogate_folder("gradients", images, surrogate=surrogate or self.surrogate_name)
-        whole = ClassGradients(self.trajectory(surrogate), self.train, folder, images)
-        labels = progress(range(len(self.train.classes)), "class gradients, class")
-        return torch.stack([whole(label) for label in labels], dim=1).to(self.device)
+    def _last_checkpoint(self) -> tuple[torch.nn.Module, float]:
+        """A copy of the surrogate as its training ended, and its epoch."""
+        trajectory = self.trajectory()
+        model = copy.deepcopy(trajectory.model)
+        model.load_state_dict(trajectory.states[-1])
+        return model, trajectory.epochs[-1]
 
-    def gradients_in_turn(self, images: int | None, surrogate: str | None = None) -> Tensor | Iterator[Tensor]:
-        """What Algorithm 2 walks along: the whole trajectory's gradients, or at "paper" one (C, P) after the other, made as it goes."""
-        if self.scale == "paper":
-            return epoch_gradients(self.trajectory(surrogate), self.train, images=images)
-        return self.whole_gradients(images, surrogate)
+    def class_gradients(self, images: int | None, surrogate: str | None = None) -> ClassGradients:
+        """The whole trajectory's class gradients (E, P) by label, over each class's first `images` images, kept on disk."""
+        name = surrogate or self.surrogate_name
+        return ClassGradients(self.trajectory(name), self.train, self._surrogate_folder("gradients", images, surrogate=name), images)
+
+    def similarity_matrices(self, images: int | None, surrogate: str | None = None) -> dict[str, Tensor]:
+        """Algorithm 2's similarities of all checkpoints, (E, E), in both readings; made once, then read from disk."""
+        name = surrogate or self.surrogate_name
+        path = self._surrogate_folder("similarities", f"{images}.safetensors", surrogate=name)
+        if not path.is_file():
+            gradients: Callable[[int], Tensor] = self.class_gradients(images, name)
+            if self.scale == "paper":  # all checkpoints of all classes can take hundreds of gigabytes: not kept
+                trajectory = self.trajectory(name)
+                gradients = lambda label: class_gradients(trajectory, self.train.of_class(label, images), label)  # noqa: E731
+            files.save_tensors(path, similarity_matrices(gradients, len(self.train.classes)))
+        return files.load_tensors(path)[0]
 
     def similarities(self) -> dict[str, list[float]]:
         """Algorithm 2's similarity to the last kept checkpoint, along the trajectory, in both readings."""
-        return {
-            label: checkpoint_similarities(self.gradients_in_turn(self.fidelity.gradient_images), threshold=self.threshold, similarity=kind)
-            for label, kind in (("mean of per-class cosines (released)", "per_class"), ("cosine of the mean gradient (paper)", "mean"))
-        }
+        readings = (("mean of per-class cosines (released)", "per_class"), ("cosine of the mean gradient (paper)", "mean"))
+        matrices = self.similarity_matrices(self.fidelity.gradient_images)
+        return {label: similarities_along(matrices[kind], self.threshold) for label, kind in readings}
 
     def choices(self, thresholds: Sequence[float]) -> pd.DataFrame:
         """What Algorithm 2 keeps (indices and epochs) by similarity and threshold, and as many at regular intervals."""
         epochs, rows = self.trajectory().epochs, []
-        for kind in ("per_class", "mean"):
+        for kind, matrix in sorted(self.similarity_matrices(self.fidelity.gradient_images).items(), reverse=True):
             for threshold in thresholds:
-                kept = select_checkpoints(self.gradients_in_turn(self.fidelity.gradient_images), threshold=threshold, similarity=kind)
-                regular = regular_checkpoints(len(epochs) - 1, len(kept)) if len(kept) > 1 else [0]
-                rows.append((kind, threshold, kept, [round(epochs[index], 2) for index in kept], regular))
+                keep = kept(similarities_along(matrix, threshold), threshold)
+                regular = regular_checkpoints(len(epochs) - 1, len(keep)) if len(keep) > 1 else [0]
+                rows.append((kind, threshold, keep, [round(epochs[index], 2) for index in keep], regular))
         return pd.DataFrame(rows, columns=["similarity", "threshold", "kept", "epochs", "regular"])
 
     def guides(
@@ -163,13 +172,13 @@ class Experiment:
         if keep is None and fixed is not None:
             keep = [trajectory.epochs.index(epoch) for epoch in fixed]
         if keep is None:
-            keep = select_checkpoints(self.gradients_in_turn(images, name), threshold=self.threshold, similarity=fidelity.similarity)
-        kept = trajectory.keep(keep)
-        if self.scale != "paper":  # all at once: a few classes, a small network
-            gradients = self.whole_gradients(images, name)[list(keep)]
-            return kept, lambda label: gradients[:, label]
-        folder = self._surrogate_folder("gradients", images, *(f"{epoch:g}" for epoch in kept.epochs), surrogate=name)
-        return kept, ClassGradients(kept, self.train, folder, images)
+            keep = kept(similarities_along(self.similarity_matrices(images, name)[fidelity.similarity], self.threshold), self.threshold)
+        checkpoints = trajectory.keep(keep)
+        if self.scale != "paper":  # what the filter has made and kept
+            whole = self.class_gradients(images, name)
+            return checkpoints, lambda label: whole(label)[list(keep)].to(self.device)
+        folder = self._surrogate_folder("gradients", images, *(f"{epoch:g}" for epoch in checkpoints.epochs), surrogate=name)
+        return checkpoints, ClassGradients(checkpoints, self.train, folder, images)
 
     def distilled(self, method: Method, ipc: int, seed: int) -> ImageData | DistilledSet:
         """The method's images for one generation seed: sampled, resumed from disk, or a random draw."""
@@ -214,7 +223,7 @@ class Experiment:
         """The mean influence loss (Eq. 7) of every set's finished images, a row a set."""
         rows = []
         for (method, seed), images in progress(list(sets.items()), "influence loss, set"):
-            losses = metrics.influence_of_set(_loaded(images), self.checkpoints, self.gradients, device=self.device)
+            losses = metrics.influence_of_set(in_memory(images), self.checkpoints, self.gradients, device=self.device)
             rows.append(self.row(method, ipc, seed, "influence_loss", losses.mean()))
         return results.frame(rows)
 
@@ -254,7 +263,7 @@ class Experiment:
         threshold = 300**0.5 if extractor.is_inception else metrics.coverage_threshold(real, other)
         spread, rows = metrics.gaussian(real), []
         for (method, seed), own in progress(list(sets.items()), "distances, set"):
-            fake = metrics.features(extractor, _loaded(own))
+            fake = metrics.features(extractor, in_memory(own))
             values = {
                 metrics.distance_name(extractor): metrics.frechet_distance(spread, fake),
                 f"coverage over {space}": metrics.coverage(real, fake, threshold),
@@ -276,27 +285,24 @@ class Experiment:
         """The features that distances are measured in: Inception-V3's at "paper", the surrogate's last checkpoint's on a stand-in."""
         if self.scale == "paper":
             return metrics.inception(device=self.device)
-        trajectory = self.trajectory()
-        model = copy.deepcopy(trajectory.model)
-        model.load_state_dict(trajectory.states[-1])
-        return metrics.network_extractor(model, self.surrogate_name)
+        return metrics.network_extractor(self._last_checkpoint()[0], self.surrogate_name)
 
     def accuracy_rows(self, sets: Sets, ipc: int, networks: str | Sequence[str]) -> pd.DataFrame:
         """Accuracies of networks trained on every set (training seed = generation seed), five rows a set and network:
         `top1` as the protocol reports it, `top1_last`, `top1_best`, `top5_last`, `top5_best`. Finished cells are read from disk.
         """
-        names, teacher = [networks] if isinstance(networks, str) else networks, self.teacher()
-        cells, rows = [(cell, name) for cell in sets for name in names], []
-        for (method, seed), name in progress(cells, "evaluate, cell", every=20):
-            images = _loaded(sets[method, seed])
-            settings = [name, self.protocol, seed, fingerprint(images), self.test.name, self.test.split, len(self.test), self.device]
-            score = evaluate(
-                images, self.test, network=name, protocol=self.protocol, seed=seed, teacher=teacher, device=self.device,
+        names, teacher, rows = [networks] if isinstance(networks, str) else networks, self.teacher(), []
+        for (method, seed), images in progress(list(sets.items()), "evaluate, set", every=20):
+            data = in_memory(images)
+            settings = [self.protocol, fingerprint(data), self.test.name, self.test.split, len(self.test), teacher and teacher.weights, self.device]
+            scores = evaluate_all(
+                data, self.test, networks=names, seeds=[seed], protocol=self.protocol, teacher=teacher, device=self.device,
                 folder=cache_dir() / "scores" / results.settings_hash(settings),
             )  # fmt: skip
-            values = {"top1": score.reported, "top1_last": score.last, "top1_best": score.best, "top5_last": score.last_top5, "top5_best": score.best_top5}
-            shared = dict(seconds=score.seconds, network=name, device=f"{self.device}, {score.precision}")  # precision depends on the processor
-            rows += [self.row(method, ipc, seed, metric, value, **shared) for metric, value in values.items()]
+            for score in scores:
+                values = {"top1": score.reported, "top1_last": score.last, "top1_best": score.best, "top5_last": score.last_top5, "top5_best": score.best_top5}
+                shared = dict(seconds=score.seconds, network=score.network, device=f"{self.device}, {score.precision}")  # precision depends on the processor
+                rows += [self.row(method, ipc, seed, metric, value, **shared) for metric, value in values.items()]
         return results.frame(rows)
 
     def all_rows(self, sets: Sets, ipc: int, network: str, reference: str) -> pd.DataFrame:
@@ -314,7 +320,7 @@ class Experiment:
     def across_classes(self, sets: Sets, classes: int = 10) -> dict[str, Tensor]:
         """Per method, uint8 (n, 3, H, W): the first image of each of the first classes, seed 0."""
         labels = (self.classes or list(range(len(self.train.classes))))[:classes]
-        once = {cell: _loaded(images) for cell, images in sets.items() if cell[1] == 0}
+        once = {cell: in_memory(images) for cell, images in sets.items() if cell[1] == 0}
         parts = [self.images_of(once, label, seeds=1) for label in labels]
         return {method: torch.cat([part[method] for part in parts]) for method in parts[0]}
 
@@ -323,7 +329,7 @@ class Experiment:
         found: dict[str, list[Tensor]] = {}
         for (method, seed), images in sets.items():
             if seed < seeds:
-                found.setdefault(method, []).append(_loaded(images).of_class(label, first))
+                found.setdefault(method, []).append(in_memory(images).of_class(label, first))
         return {method: torch.cat(parts) for method, parts in found.items()}
 
 
@@ -336,11 +342,6 @@ class Experiment:
         held = load(replace(spec, holdout=spec.holdout or 0.1), "validation")
         count = len(self.test) // len(self.test.classes)
         return replace(self, test=held.first(count) if self.scale != "paper" else held)
-
-
-def _loaded(images: ImageData | DistilledSet) -> ImageData:
-    """A set's images in memory, whichever way it was made."""
-    return images.data() if isinstance(images, DistilledSet) else images
 
 
 def imagenet_teacher(classes: Sequence[str], label_ids: Sequence[int]) -> Teacher:

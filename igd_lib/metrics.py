@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from igd_lib.augment import centre, normalise, resize
 from igd_lib.config import cache_dir
 from igd_lib.data import ImageData, to_float
-from igd_lib.distill import DistilledSet
+from igd_lib.distill import DistilledSet, in_memory
 from igd_lib.guidance import influence_loss
 from igd_lib.models import ConvNet, ResNet
 from igd_lib.progress import progress
@@ -151,17 +151,13 @@ def _tensors_only() -> Iterator[None]:
 
 def features(extractor: Extractor, data: ImageData | DistilledSet, *, batch_size: int = 250) -> Tensor:
     """Every image's features, float32 (N, D), in the set's order. Raises ValueError for an empty set."""
-    data = _loaded(data)
+    data = in_memory(data)
     if len(data) == 0:
         raise ValueError(f"{data.name} ({data.split}) has no images to take features of")
     found = torch.empty(len(data), extractor.dimension)
     for indices in progress(torch.arange(len(data)).split(batch_size), "features, batch"):
         found[indices] = extractor(data.fetch(indices))
     return found
-
-
-def _loaded(data: ImageData | DistilledSet) -> ImageData:
-    return data.data() if isinstance(data, DistilledSet) else data
 
 
 def _check(least: int = 1, **sets: Tensor) -> None:
@@ -317,7 +313,7 @@ def influence_of_set(
     gradients: the checkpoints' class gradients, (E, C, P) or a function of the label that gives (E, P), asked once a
     class. device: where to compute, by default where the checkpoints are. Checkpoints count by their learning rates.
     """
-    data = _loaded(data)
+    data = in_memory(data)
     if isinstance(gradients, Tensor) and gradients.shape[1] != len(data.classes):
         raise ValueError(f"class gradients of {gradients.shape[1]} classes for a set of {len(data.classes)}; they belong to another data set")
     device = torch.device(device) if device is not None else next(iter(checkpoints.states[0].values())).device

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,16 +59,18 @@ def train_surrogate(
     batch_size: int = 64,
     saves_in_first_epoch: int = 1,
     seed: int = 0,
+    keep_epochs: Sequence[float] | None = None,
     folder: str | Path | None = None,
 ) -> Checkpoints:
     """Train by SGD at a constant rate and keep the trajectory, initialisation (epoch 0) included.
 
     `saves_in_first_epoch` keeps more than one checkpoint, evenly spaced, in the first epoch: on easy
     data that is where the informative early phase lies. Defaults are the released code's for up to
-    100 classes. folder: where every checkpoint is written as it is reached, one safetensors file each;
+    100 classes. keep_epochs: keep these alone, in memory and on disk, where the retained ones are known beforehand
+    (fixed lists). folder: where every checkpoint is written as it is reached, one safetensors file each;
     an interrupted run resumes after its last whole epoch and ends as if it had not been interrupted.
     Raises FloatingPointError on a non-finite loss, ValueError when `folder` holds a trajectory of other
-    settings (the first difference is named).
+    settings (the first difference is named) or an epoch of `keep_epochs` has no checkpoint.
     """
     if epochs < 1 or saves_in_first_epoch < 1:
         raise ValueError(f"epochs and saves_in_first_epoch are at least 1, got {epochs} and {saves_in_first_epoch}")
@@ -76,7 +79,12 @@ def train_surrogate(
     device = next(model.parameters()).device
     steps = -(-len(data) // batch_size)
     saves = {round(steps * i / saves_in_first_epoch) for i in range(1, saves_in_first_epoch + 1)}
-    states, at = [_snapshot(model)], [0.0]
+    possible = [0.0, *(step / steps for step in sorted(saves - {steps})), *(float(epoch + 1) for epoch in range(epochs))]
+    chosen = possible if keep_epochs is None else sorted({float(epoch) for epoch in keep_epochs})
+    if not chosen or not set(chosen) <= set(possible):
+        raise ValueError(f"keep_epochs are among {[round(epoch, 3) for epoch in possible]}, got {keep_epochs}")
+    initial = _snapshot(model)
+    states, at = ([initial], [0.0]) if 0.0 in chosen else ([], [])
     done = 0
     if folder is not None:
         folder = Path(folder)
@@ -84,15 +92,17 @@ def train_surrogate(
             folder / "trajectory.json",
             dict(data=data.name, split=data.split, images=len(data), classes=list(data.classes), lr=lr, momentum=momentum,
                  weight_decay=weight_decay, batch_size=batch_size, saves_in_first_epoch=saves_in_first_epoch, seed=seed,
-                 network=type(model).__name__, initial_norm=f"{_norm(states[0]):.5g}"),
+                 network=type(model).__name__, initial_norm=f"{_norm(initial):.5g}", keep_epochs=keep_epochs and chosen),
         )  # fmt: skip
         done = files.load_training(folder / "training.safetensors", optimizer, generator=generator, model=model)["step"]
         states, at = _read(folder, device, done) if done else (states, at)
-        files.save_tensors(folder / "00000.safetensors", states[0], epoch=0.0)
+        if 0.0 in chosen:
+            files.save_tensors(folder / "00000.safetensors", initial, epoch=0.0)
     if done > epochs:  # a longer run is on disk: its beginning is what was asked for
         states = [state for state, epoch in zip(states, at, strict=True) if epoch <= epochs]
         at = at[: len(states)]
-        model.load_state_dict(states[-1])
+        if keep_epochs is None:
+            model.load_state_dict(states[-1])
     model.train()
     for epoch in progress(range(done, epochs), "surrogate, epoch"):
         for step, (images, labels) in enumerate(data.batches(batch_size, generator), start=1):
@@ -102,9 +112,10 @@ def train_surrogate(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if step == steps or (epoch == 0 and step in saves):
+            now = epoch + 1.0 if step == steps else epoch + step / steps
+            if now in chosen and (step == steps or (epoch == 0 and step in saves)):
                 states.append(_snapshot(model))
-                at.append(epoch + step / steps)
+                at.append(now)
                 if folder is not None:
                     files.save_tensors(folder / f"{len(states) - 1:05d}.safetensors", states[-1], epoch=at[-1])
         if folder is not None:
@@ -162,21 +173,6 @@ def class_gradients(checkpoints: Checkpoints, images_of_one_class: Tensor, label
     return torch.stack(rows)
 
 
-def epoch_gradients(checkpoints: Checkpoints, data: ImageData, *, images: int | None = 200) -> Iterator[Tensor]:
-    """(C, P) of every class over its first `images` images, one checkpoint after the other.
-
-    For Algorithm 2 on large data: only what the consumer keeps stays in memory, so `select_checkpoints` holds two.
-    """
-    for index in progress(range(len(checkpoints)), "class gradients, checkpoint"):
-        one, gradient = checkpoints.keep([index]), None
-        for label in range(len(data.classes)):
-            row = class_gradients(one, data.of_class(label, images), label)[0]
-            gradient = row.new_empty(len(data.classes), len(row)) if gradient is None else gradient
-            gradient[label] = row
-        yield gradient
-        del gradient  # before the next is made
-
-
 @dataclass(frozen=True)
 class ClassGradients:
     """Class gradients (E, P) computed when first asked for and kept on disk, one safetensors file a class.
@@ -193,10 +189,8 @@ class ClassGradients:
     def __call__(self, label: int) -> Tensor:
         """(E, P) of one class. Raises ValueError when the file on disk is of another origin."""
         path = Path(self.folder) / f"{label:05d}.safetensors"
-        origin = {
-            "data": self.data.name, "class": self.data.classes[label], "images": self.images, "epochs": list(self.checkpoints.epochs),
-            "weights": [f"{_norm(state):.6g}" for state in self.checkpoints.states],
-        }  # fmt: skip
+        origin = {"data": self.data.name, "class": self.data.classes[label], "images": self.images}
+        origin |= {"epochs": list(self.checkpoints.epochs), "weights": self._norms}
         if path.is_file():
             tensors, metadata = files.load_tensors(path)
             if metadata != origin:
@@ -207,11 +201,9 @@ class ClassGradients:
         files.save_tensors(path, {"gradients": gradients}, **origin)
         return gradients
 
-
-def all_class_gradients(checkpoints: Checkpoints, data: ImageData, *, images: int | None = 200) -> Tensor:
-    """`class_gradients` of every class over its first `images` images: (E, C, P)."""
-    labels = progress(range(len(data.classes)), "class gradients, class")
-    return torch.stack([class_gradients(checkpoints, data.of_class(label, images), label) for label in labels], dim=1)
+    @cached_property
+    def _norms(self) -> list[str]:
+        return [f"{_norm(state):.6g}" for state in self.checkpoints.states]
 
 
 def regular_checkpoints(epochs: int, count: int) -> list[int]:
@@ -245,26 +237,57 @@ def select_checkpoints(
     gradients: (epochs, classes, P), or an iterable of (classes, P). Index 0 is always kept; index t is
     kept when its similarity to the reference is below `threshold` (strictly).
     """
-    return [index for index, value in enumerate(checkpoint_similarities(gradients, threshold=threshold, similarity=similarity)) if value < threshold]
+    return kept(checkpoint_similarities(gradients, threshold=threshold, similarity=similarity), threshold)
 
 
 def checkpoint_similarities(
     gradients: Tensor | Iterable[Tensor], *, threshold: float = 0.7, similarity: Literal["mean", "per_class"] = "mean"
 ) -> list[float]:
     """The similarity that Algorithm 2 compares with `threshold`, for each checkpoint; -inf for the first."""
+    return _along(gradients, lambda gradient, reference: _similarity(gradient, reference, similarity), threshold)
+
+
+_similarity = similarity  # the keyword argument above shadows the function's name
+
+
+def similarity_matrices(gradients: Callable[[int], Tensor], classes: int) -> dict[str, Tensor]:
+    """Algorithm 2's similarity of every two checkpoints, (E, E), in both readings: "mean" and "per_class".
+
+    gradients: the class gradients (E, P) of a label, asked for once, in order. So one pass over the images serves any
+    threshold and both readings, and memory is that of two classes, whatever their number.
+    """
+    per_class, total = torch.zeros(()), torch.zeros(())
+    for label in progress(range(classes), "class gradients, class"):
+        own = gradients(label)
+        unit = F.normalize(own, dim=1)
+        per_class = per_class + (unit @ unit.T).cpu() / classes
+        total = total + own.cpu()
+    unit = F.normalize(total, dim=1)
+    return {"mean": unit @ unit.T, "per_class": per_class}
+
+
+def similarities_along(matrix: Tensor, threshold: float = 0.7) -> list[float]:
+    """`checkpoint_similarities` from one of `similarity_matrices`."""
+    return _along(range(len(matrix)), lambda index, reference: matrix[index, reference].item(), threshold)
+
+
+def _along(items: Iterable[Any], compare: Callable[[Any, Any], float], threshold: float) -> list[float]:
+    """Algorithm 2's walk: every item's similarity to the last that was kept, -inf for the first; kept where it is below `threshold`."""
     values: list[float] = []
-    reference: Tensor | None = None
-    for gradient in gradients:
-        value = float("-inf") if reference is None else _similarity(gradient, reference, similarity)
+    reference = None
+    for item in items:
+        value = float("-inf") if reference is None else compare(item, reference)
         if math.isnan(value):
             raise FloatingPointError(f"Algorithm 2: the similarity at checkpoint {len(values)} is not a number; its gradients are not finite")
         values.append(value)
         if value < threshold:
-            reference = gradient
-        del gradient  # the reference at most stays while the next one is computed
+            reference = item
+        del item  # the reference at most stays while the next one is computed
     if not values:
         raise ValueError("no gradients: Algorithm 2 needs the initialisation at least")
     return values
 
 
-_similarity = similarity  # the keyword argument above shadows the function's name
+def kept(similarities: Sequence[float], threshold: float = 0.7) -> list[int]:
+    """The indices that Algorithm 2 keeps, from the similarities along its walk at the same threshold."""
+    return [index for index, value in enumerate(similarities) if value < threshold]

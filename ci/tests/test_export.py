@@ -326,7 +326,7 @@ def test_folders_that_hold_something_else(make, tmp_path):
 def test_an_export_is_not_a_set_to_go_on_with(make, tmp_path):
     """`distill` into an export's folder would mix the two; its manifest does not pass for a set's."""
     found, _ = make()
-    with pytest.raises(ValueError, match="selected"):
+    with pytest.raises(FileNotFoundError, match="holds an export"):
         DistilledSet(found.export(tmp_path / "out"))
 
 

@@ -13,13 +13,14 @@ from igd_lib.models import ConvNet
 from igd_lib.surrogate import (
     Checkpoints,
     ClassGradients,
-    all_class_gradients,
     checkpoint_similarities,
     class_gradients,
-    epoch_gradients,
+    kept,
     regular_checkpoints,
     select_checkpoints,
+    similarities_along,
     similarity,
+    similarity_matrices,
     train_surrogate,
 )
 
@@ -109,13 +110,6 @@ def test_class_gradients_leave_the_model_alone(toy, toy_data):
     class_gradients(checkpoints, toy_data.of_class(0), 0)
     assert all(p.grad is None for p in checkpoints.model.parameters())
     assert all(torch.equal(before[name], value) for name, value in checkpoints.model.state_dict().items())
-
-
-def test_all_class_gradients_takes_the_first_images(toy, toy_data):
-    checkpoints = toy().checkpoints
-    found = all_class_gradients(checkpoints, toy_data, images=2)
-    expected = torch.stack([class_gradients(checkpoints, toy_data.of_class(label)[:2], label) for label in range(3)], dim=1)
-    assert torch.equal(found, expected)
 
 
 def test_a_class_without_images_raises(toy, toy_data):
@@ -213,24 +207,48 @@ def test_an_interrupted_training_resumes_to_the_same_trajectory(toy_data, tmp_pa
         train_surrogate(fresh_model(), toy_data, folder=tmp_path, lr=0.02, **options)
 
 
-def test_epoch_gradients_stream_into_algorithm_2(toy, toy_data):
-    """The same as all at once, and no more than two checkpoints' gradients alive at a time."""
+def test_one_pass_over_the_data_serves_every_threshold_and_both_readings(toy, toy_data):
+    """The matrices give Algorithm 2's walk; every class's gradients are made once, and two classes' are alive at a time."""
     checkpoints = toy().checkpoints
-    everything = all_class_gradients(checkpoints, toy_data, images=4)
-    alive, most = [], []
+    by_epoch = torch.stack([class_gradients(checkpoints, toy_data.of_class(label, 4), label) for label in range(3)], dim=1)
+    asked, alive, most = [], [], []
 
-    def watched():
-        for gradient in epoch_gradients(checkpoints, toy_data, images=4):
-            alive[:] = [*(other for other in alive if other() is not None), weakref.ref(gradient)]
-            most.append(len(alive))
-            yield gradient
-            del gradient
+    def gradients(label):
+        found = class_gradients(checkpoints, toy_data.of_class(label, 4), label)
+        asked.append(label)
+        alive[:] = [*(other for other in alive if other() is not None), weakref.ref(found)]
+        most.append(len(alive))
+        return found
 
-    for kind in ("mean", "per_class"):
-        kept = select_checkpoints(watched(), threshold=-2.0, similarity=kind)
-        assert kept == [0] == select_checkpoints(everything, threshold=-2.0, similarity=kind)
-        assert select_checkpoints(epoch_gradients(checkpoints, toy_data, images=4), threshold=2.0, similarity=kind) == [0, 1, 2]
-    assert len(most) == 6 and max(most) == 2  # the reference and the one to compare
+    matrices = similarity_matrices(gradients, 3)
+    assert asked == [0, 1, 2] and max(most) <= 2
+    for kind, matrix in matrices.items():
+        naive = [[similarity(a.double(), b.double(), kind) for a in by_epoch] for b in by_epoch]
+        torch.testing.assert_close(matrix.double(), torch.tensor(naive, dtype=torch.float64), rtol=0, atol=1e-6)
+        for threshold in (-2.0, *(value + 1e-4 for value in matrix.flatten().tolist()), 2.0):
+            along = similarities_along(matrix, threshold)
+            assert kept(along, threshold) == select_checkpoints(by_epoch, threshold=threshold, similarity=kind)
+    with pytest.raises(FloatingPointError, match="checkpoint 1"):
+        similarities_along(torch.full((2, 2), torch.nan))
+
+
+def test_only_the_epochs_asked_for_are_kept(toy_data, tmp_path):
+    options = dict(epochs=3, batch_size=7, saves_in_first_epoch=2)
+    whole = train_surrogate(fresh_model(), toy_data, **options)
+    assert len(whole.epochs) == 5
+    for wanted in ([0, 2], [1, 3], [whole.epochs[1]]):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        found = train_surrogate(fresh_model(), toy_data, keep_epochs=wanted, folder=folder, **options)
+        again = train_surrogate(fresh_model(), toy_data, keep_epochs=wanted, folder=folder, **options)  # read from disk
+        expected = whole.keep([whole.epochs.index(epoch) for epoch in wanted])
+        for other in (found, again):
+            assert other.epochs == expected.epochs == [float(epoch) for epoch in wanted]
+            assert all(torch.equal(a[name], b[name]) for a, b in zip(other.states, expected.states, strict=True) for name in a)
+        assert len(list(folder.glob("0*.safetensors"))) == len(wanted)
+    with pytest.raises(ValueError, match=r"keep_epochs are among .*got \[4\]"):
+        train_surrogate(fresh_model(), toy_data, keep_epochs=[4], **options)
+    with pytest.raises(ValueError, match="keep_epochs"):
+        train_surrogate(fresh_model(), toy_data, folder=folder, **options)
 
 
 def test_class_gradients_are_kept_on_disk_with_their_origin(toy, toy_data, tmp_path, monkeypatch):
