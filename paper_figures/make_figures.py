@@ -7,15 +7,45 @@ saved (`-p save_to FOLDER/NN_name`) becomes data/NN_name.csv, sorted and checked
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from igd_lib import files, plotting, results, tables
 
 HERE = Path(__file__).parent
-CONTROLS = (("DiT-IGD", "DiT"), ("DiT, best cfg", "DiT"), ("DiT-IGD", "DiT + G_D"), ("DiT-IGD", "DiT, best cfg"))
+Pairs = Sequence[tuple[str, str]]
+
+
+def controls(_: Sequence[str]) -> Pairs:
+    """The claim, the control without guidance, and what influence guidance adds."""
+    return (("DiT-IGD", "DiT"), ("DiT, best cfg", "DiT"), ("DiT-IGD", "DiT + G_D"), ("DiT-IGD", "DiT, best cfg"))
+
+
+def against(reference: str, only: str = "") -> Callable[[Sequence[str]], Pairs]:
+    """Every other method, or those whose name contains `only`, against `reference`."""
+    return lambda names: [(name, reference) for name in names if name != reference and only in name]
+
+
+def solver_pairs(names: Sequence[str]) -> Pairs:
+    """Guidance with either solver, then the quick solver against the slow one."""
+    plain, guided, quick, guided_quick = sorted(names, key=lambda name: ("DPM" in name, "IGD" in name))
+    return ((guided, plain), (guided_quick, quick), (quick, plain), (guided_quick, guided))
+
+
+def scores(accuracy: pd.DataFrame, _: pd.DataFrame, title: str) -> Figure:
+    return plotting.scores(accuracy, title=title)
+
+
+def by_cfg(accuracy: pd.DataFrame, _: pd.DataFrame, title: str) -> Figure:
+    return plotting.by_cfg(accuracy[accuracy.method.str.contains(", cfg ")], title=title)
+
+
+def against_accuracy(accuracy: pd.DataFrame, others: pd.DataFrame, title: str) -> Figure:
+    return plotting.against_accuracy(accuracy, others, title=title)
 
 
 @dataclass(frozen=True)
@@ -25,27 +55,30 @@ class Artefact:
     source: str  # data/SOURCE.csv
     heading: str
     name: str  # NAME.md, .png, .svg, .pdf
-    pairs: tuple[tuple[str, str], ...] = CONTROLS
+    pairs: Callable[[Sequence[str]], Pairs] = controls  # of the methods' names: whose differences are shown
     table: int | None = None  # of the paper, to be shown beside
+    figure: Callable[[pd.DataFrame, pd.DataFrame, str], Figure] = scores
+    correlations: bool = False  # of every metric with accuracy
 
 
 ARTEFACTS = (
     Artefact("00_quickstart", "Quickstart", "quickstart"),
     Artefact("01_nette_woof", "Table 1 on the stand-in", "table01"),
     Artefact("03_imagenet1k", "Table 2 on the stand-in, soft labels", "table02", table=2),
-    Artefact("04_surrogate_architecture", "Table 4 on the stand-in", "table04", (("DiT-IGD, convnet2", "DiT + G_D"), ("DiT-IGD, convnet3", "DiT + G_D"))),
+    Artefact("04_surrogate_architecture", "Table 4 on the stand-in", "table04", against("DiT + G_D", "IGD")),
     Artefact(
         "05_guidance_ablation", "Table 5 on the stand-in", "table05",
-        (("DiT + G_I", "DiT"), ("DiT + G_D", "DiT"), ("DiT-IGD", "DiT"), ("DiT-IGD", "DiT + G_D"), ("DiT, best cfg", "DiT")),
+        lambda names: [*against("DiT")(names), ("DiT-IGD", "DiT + G_D")],
     ),
-    Artefact("06_checkpoint_selection", "Table 6 on the stand-in", "table06", ()),
+    Artefact("06_checkpoint_selection", "Table 6 on the stand-in", "table06", against("DiT")),
     Artefact("07_food101", "Table 7 on the stand-in", "table07", table=7),
     Artefact("08_cifar", "Table 8 on the stand-in", "table08"),
     Artefact("09_diffusion_baselines", "Table 9 on the stand-in, soft labels", "table09"),
-    Artefact("10_dpm_solver", "Table 10 on the stand-in", "table10", ()),
-    Artefact("11_fid_coverage", "Table 11 on the stand-in", "table11", ()),
-    Artefact("12_hyperparameters", "k and gamma on the stand-in, validation data", "table12", ()),
-    Artefact("13_paper_vs_code", "Paper against released code, on the stand-in", "paper_vs_code", ()),
+    Artefact("10_dpm_solver", "Table 10 on the stand-in", "table10", solver_pairs),
+    Artefact("11_fid_coverage", "Table 11 on the stand-in", "table11", against("DiT"), figure=against_accuracy, correlations=True),
+    Artefact("12_hyperparameters", "k and gamma on the stand-in, validation data", "table12", against("DiT")),
+    Artefact("13_paper_vs_code", "Paper against released code, on the stand-in", "paper_vs_code", against("DiT-IGD", "="), figure=by_cfg),
+    Artefact("14_shortcuts", "Faster guidance, on the stand-in", "shortcuts", against("DiT-IGD")),
 )  # fmt: skip
 
 
@@ -75,20 +108,10 @@ def draw(artefact: Artefact) -> None:
     whole = [tables.accuracy_table(accuracy) if len(networks) == 1 else tables.cross_table(accuracy)]
     if len(others):
         whole = [tables.metric_table(rows)] if len(networks) == 1 else [*whole, tables.metric_table(first, others)]
-    pairs = artefact.pairs or tuple((name, "DiT") for name in dict.fromkeys(first.method) if name != "DiT" and "DiT" in set(first.method))
-    if artefact.source == "10_dpm_solver":
-        plain, quick, guided, guided_quick = dict.fromkeys(first.method)
-        pairs = ((guided, plain), (guided_quick, quick), (quick, plain), (guided_quick, guided))
-    if artefact.source == "13_paper_vs_code":
-        flips = [name for name in dict.fromkeys(first.method) if "=" in name]
-        pairs = tuple((name, "DiT-IGD") for name in flips)
-        by_cfg = first[first.method.str.contains(", cfg ")]
-        figure = plotting.by_cfg(by_cfg, title=title)
-    elif artefact.source == "11_fid_coverage":
-        figure = plotting.against_accuracy(first, others, title=title)
+    if artefact.correlations:
         whole.append(tables.rank_correlations(first, others))
-    else:
-        figure = plotting.scores(first, title=title)
+    pairs = artefact.pairs(list(dict.fromkeys(first.method)))
+    figure = artefact.figure(first, others, title)
     plotting.keep(figure, str(HERE), artefact.name)
     parts = [f"# {artefact.heading}\n\n{title}. Means ± sd over n generation seeds.", *(results.markdown(table, 3) for table in whole)]
     if pairs:
