@@ -195,21 +195,12 @@ def _run(train, dataset, network, protocol, seed, teacher, device, precision, st
 
 def _finished(folder: Path, settings: dict[str, Any]) -> Score | None:
     """The score of a finished run of these settings; refuses a folder of others, and notes the settings of a new one."""
-    settings = json.loads(json.dumps(settings))
-    noted = folder / "settings.json"
-    if not noted.is_file():
-        files.write(noted, json.dumps(settings, sort_keys=True) + "\n")
-        return None
+    files.same_settings(folder / "settings.json", settings, "an evaluation")
     score = folder / "score.json"
     try:
-        present = json.loads(noted.read_text())
-        found = Score(**json.loads(score.read_text())) if score.is_file() else None
+        return Score(**json.loads(score.read_text())) if score.is_file() else None
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder} is damaged ({error}); delete it and run again") from error
-    for key, value in settings.items():
-        if present.get(key) != value:
-            raise ValueError(f"{folder} holds an evaluation of other settings: {key} = {present.get(key)}, wanted {value}; choose another folder")
-    return found
+        raise ValueError(f"{score} is damaged ({error}); delete its folder and run again") from error
 
 
 def _global_state(device: str) -> dict[str, list[int]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from torch import Tensor
 from torchvision.models import ResNet18_Weights
 
 from igd_lib import files, metrics, results, standin
+from igd_lib.baselines.rded import rded
 from igd_lib.config import RDED_SOFT, Fidelity, Guidance, Protocol, cache_dir, fixed_checkpoints
 from igd_lib.data import ImageData, load
 from igd_lib.datasets import DATASETS
 from igd_lib.distill import DistilledSet, distill, in_memory
 from igd_lib.evaluate import Teacher, evaluate_all, fingerprint
 from igd_lib.methods import Method
+from igd_lib.minimax import Minimax, finetune
 from igd_lib.models import network
 from igd_lib.progress import progress
 from igd_lib.sampler import IGDPipeline
@@ -58,7 +61,8 @@ class Experiment:
     protocol: Protocol
     num_steps: int
     banner: str  # Markdown, shown first
-    backbone: str = "dit"
+    minimax_recipe: Minimax = field(default_factory=Minimax)
+    minimax_guidance: Guidance = field(default_factory=Guidance)
     classes: list[int] | None = None
     checkpoints: Checkpoints | None = None  # the retained ones, after `fit_surrogate`
     gradients: Callable[[int], Tensor] | None = None  # of the retained ones: (E, P) of a class
@@ -113,8 +117,9 @@ class Experiment:
         At "paper" torchvision's ResNet-18 of ImageNet-1K, the logits of the data set's classes alone; on a stand-in the
         surrogate's last checkpoint.
         """
-        if self.protocol.labels == "hard":
-            return None
+        return None if self.protocol.labels == "hard" else self._teacher()
+
+    def _teacher(self) -> Teacher:
         if self.scale == "paper":
             return imagenet_teacher(self.train.classes, self.label_ids)
         model, epoch = self._last_checkpoint()
@@ -181,9 +186,12 @@ class Experiment:
         return checkpoints, ClassGradients(checkpoints, self.train, folder, images)
 
     def distilled(self, method: Method, ipc: int, seed: int) -> ImageData | DistilledSet:
-        """The method's images for one generation seed: sampled, resumed from disk, or a random draw."""
-        if method.cfg_scale is None:
+        """The method's images for one generation seed: sampled, resumed from disk, or taken from the real ones."""
+        if method.real == "random":
             return self.train.per_class(ipc, seed)
+        if method.real == "rded":
+            return rded(self.train, self._teacher(), ipc, seed=seed, device=self.device)
+        pipe = self.pipe if method.backbone == "dit" else self.minimax_pipe
         fidelity, num_steps, checkpoints, gradients = method.fidelity or self.fidelity, method.num_steps or self.num_steps, None, None
         if method.influenced:
             if self.checkpoints is None:
@@ -193,18 +201,43 @@ class Experiment:
             if method.keep is not None or method.surrogate is not None or choice[0] != choice[1]:
                 checkpoints, gradients = self.guides(fidelity, method.keep, method.surrogate)
         # Everything but the method's name: sets are shared between notebooks.
-        weights = [self.pipe.transformer.state_dict(), self.pipe.vae.state_dict(), *(checkpoints.states if checkpoints else [])]
-        sums = [f"{sum(value.double().abs().sum().item() for value in state.values()):.6g}" for state in weights]
+        sums = self._weights(pipe, *(checkpoints.states if checkpoints else []))
         settings = [self.train.name, self.scale, method.guidance, method.cfg_scale, ipc, num_steps, fidelity, self.classes, sums]
         settings += [dict(method.shortcuts)] if method.shortcuts else []
         options = dict(method.shortcuts)
         if options.get("guidance_decoder") == "tiny":
             options["guidance_decoder"] = self.tiny_decoder()
         return distill(
-            self.pipe, self.train, ipc=ipc, guidance=method.guidance, checkpoints=checkpoints, gradients=gradients,
+            pipe, self.train, ipc=ipc, guidance=method.guidance, checkpoints=checkpoints, gradients=gradients,
             out_dir=cache_dir() / "runs" / f"{results.settings_hash(settings)}-seed{seed}", seed=seed,
             classes=self.classes, label_ids=self.label_ids, cfg_scale=method.cfg_scale, num_steps=num_steps, fidelity=fidelity, **options,
         )  # fmt: skip
+
+    @staticmethod
+    def _weights(pipe: IGDPipeline, *others: Mapping[str, Tensor]) -> list[str]:
+        """A sum of each model's weights, by which sets made from other weights are told apart."""
+        states = [pipe.transformer.state_dict(), pipe.vae.state_dict(), *others]
+        return [f"{sum(value.double().abs().sum().item() for value in state.values()):.6g}" for state in states]
+
+    @property
+    def minimax_missing(self) -> str:
+        """Why there is no Minimax backbone here, and how to make it; empty where there is one or it is quickly made."""
+        folder = cache_dir() / "models" / f"Minimax-{self.dataset}"
+        if self.scale != "paper" or folder.is_dir():
+            return ""
+        return f"no Minimax model in {folder}: accelerate launch -m igd_lib.minimax {self.dataset} {folder}, or convert its checkpoint (igd_lib.weights)"
+
+    @cached_property
+    def minimax_pipe(self) -> IGDPipeline:
+        """The Minimax-tuned backbone: a folder at "paper"; on a stand-in fine-tuned once, then read from `$IGD_CACHE`."""
+        if self.minimax_missing:
+            raise FileNotFoundError(self.minimax_missing)
+        folder = cache_dir() / "models" / f"Minimax-{self.dataset}"
+        if self.scale != "paper":
+            folder = cache_dir() / "minimax" / results.settings_hash([self.train.name, self.minimax_recipe, self._weights(self.pipe)])
+            finetune(self.pipe, self.train, folder, recipe=self.minimax_recipe, label_ids=self.label_ids)
+        pipe = IGDPipeline.from_pretrained(folder, vae=self.pipe.vae).to(self.device)
+        return pipe
 
     def all_sets(self, ipc: int, seeds: int, methods: Sequence[Method]) -> dict[tuple[str, int], ImageData | DistilledSet]:
         """Every method's set for generation seeds 0 ... seeds - 1; the noise is the same for every method."""
@@ -214,8 +247,9 @@ class Experiment:
     def row(self, method: str, ipc: int, seed: int, metric: str, value: float, *, seconds: float = 0.0, network: str = "", device: str = "") -> results.Row:
         """A result row that carries this experiment's scale and settings."""
         settings = [self.guidance, self.fidelity, self.num_steps, self.best_cfg, self.protocol, self.surrogate_options, self.threshold]
+        backbone = "minimax" if method.startswith("Minimax") else "dit"
         return results.Row(
-            self.artefact, self.train.name, method, self.backbone, ipc, self.surrogate_name, network, self.protocol.name, seed, metric,
+            self.artefact, self.train.name, method, backbone, ipc, self.surrogate_name, network, self.protocol.name, seed, metric,
             float(value), self.scale, seconds, device or self.device, results.git_revision(), results.settings_hash(settings),
         )  # fmt: skip
 

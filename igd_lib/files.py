@@ -52,6 +52,24 @@ def write(path: str | Path, content: bytes | str | Callable[[Path], None]) -> Pa
     return path
 
 
+def same_settings(path: str | Path, wanted: Mapping[str, Any], what: str) -> None:
+    """Note the settings of a new run in a JSON file, or compare them with those noted there.
+
+    Raises ValueError naming the first difference ("FOLDER holds `what` of other settings ..."), or a damaged file.
+    """
+    path, wanted = Path(path), json.loads(json.dumps(wanted))
+    if not path.is_file():
+        write(path, json.dumps(wanted, indent=2) + "\n")
+        return
+    try:
+        present = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete its folder and run again") from error
+    for key, value in wanted.items():
+        if present.get(key) != value:
+            raise ValueError(f"{path.parent} holds {what} of other settings: {key} = {present.get(key)}, wanted {value}; choose another folder")
+
+
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], **metadata: Any) -> Path:
     """Write named tensors and JSON-able metadata as one safetensors file, atomically."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from igd_lib.config import Fidelity, Guidance, flips
 
@@ -14,14 +14,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Method:
-    """One row of a comparison: `guidance=None` is vanilla sampling; `cfg_scale=None` means real images.
+    """One row of a comparison: `guidance=None` is vanilla sampling.
 
+    real: "random" images or "rded" in place of sampled ones; backbone: "dit" or "minimax";
     fidelity, num_steps, keep (checkpoints, as indices into the trajectory) and surrogate are the experiment's unless given.
     """
 
     name: str
     guidance: Guidance | None = None
-    cfg_scale: float | None = 4.0
+    cfg_scale: float = 4.0
+    real: Literal["random", "rded"] | None = None
+    backbone: Literal["dit", "minimax"] = "dit"
     fidelity: Fidelity | None = None
     num_steps: int | None = None
     keep: tuple[int, ...] | None = None
@@ -36,7 +39,7 @@ class Method:
 def comparison(setup: Experiment) -> list[Method]:
     """Random, DiT at cfg 4, DiT at its best cfg, deviation guidance alone, and DiT-IGD."""
     return [
-        Method("Random", cfg_scale=None),
+        Method("Random", real="random"),
         Method("DiT"),
         Method("DiT, best cfg", cfg_scale=setup.best_cfg),
         Method("DiT + G_D", replace(setup.guidance, k=0.0)),
@@ -44,10 +47,24 @@ def comparison(setup: Experiment) -> list[Method]:
     ]
 
 
+def baselines(setup: Experiment) -> list[Method]:
+    """`comparison` with RDED, and with Minimax and Minimax-IGD where there is a Minimax model (`Experiment.minimax_missing`)."""
+    random, *others = comparison(setup)
+    return [random, Method("RDED", real="rded"), *others, *_tuned(setup, Method("Minimax"), Method("Minimax-IGD", setup.minimax_guidance))]
+
+
 def ablation(setup: Experiment) -> list[Method]:
-    """Table 5's rows: neither guidance, each alone, both; and vanilla sampling at its best cfg."""
+    """Table 5's rows: neither guidance, each alone, both, on either backbone; and vanilla sampling at its best cfg."""
     _, plain, best, deviation, both = comparison(setup)
-    return [plain, best, Method("DiT + G_I", replace(setup.guidance, gamma=0.0)), deviation, both]
+    rows = [plain, best, Method("DiT + G_I", replace(setup.guidance, gamma=0.0)), deviation, both]
+    own = setup.minimax_guidance
+    alone = [("Minimax", None), ("Minimax + G_I", replace(own, gamma=0.0)), ("Minimax + G_D", replace(own, k=0.0)), ("Minimax-IGD", own)]
+    return [*rows, *_tuned(setup, *(Method(name, guidance) for name, guidance in alone))]
+
+
+def _tuned(setup: Experiment, *rows: Method) -> list[Method]:
+    """The rows on the Minimax backbone, none where it is missing."""
+    return [] if setup.minimax_missing else [replace(row, backbone="minimax") for row in rows]
 
 
 def surrogates(setup: Experiment, names: Sequence[str]) -> list[Method]:
@@ -67,15 +84,23 @@ def selections(setup: Experiment, thresholds: Sequence[float]) -> list[Method]:
 
 
 def solvers(setup: Experiment) -> list[Method]:
-    """Table 10's rows: DiT and DiT-IGD by DDIM and by DPM-Solver++ with 20 steps and guided range (12, 18)."""
+    """Table 10's rows: either backbone, with and without guidance, by DDIM and by DPM-Solver++ with 20 steps and guided range (12, 18)."""
     ddim = replace(setup.fidelity, solver="ddim")
     dpm = dict(fidelity=replace(setup.fidelity, solver="dpmsolver++"), num_steps=20 if setup.scale != "smoke" else setup.num_steps)
     short = replace(setup.guidance, guided_range=(12, 18)) if setup.scale != "smoke" else setup.guidance
+    own = setup.minimax_guidance
     return [
         Method(f"DiT, DDIM {setup.num_steps}", fidelity=ddim),
         Method(f"DiT-IGD, DDIM {setup.num_steps}", setup.guidance, fidelity=ddim),
         Method("DiT, DPM-Solver++ 20", **dpm),
         Method("DiT-IGD, DPM-Solver++ 20", short, **dpm),
+        *_tuned(
+            setup,
+            Method(f"Minimax, DDIM {setup.num_steps}", fidelity=ddim),
+            Method(f"Minimax-IGD, DDIM {setup.num_steps}", own, fidelity=ddim),
+            Method("Minimax, DPM-Solver++ 20", **dpm),
+            Method("Minimax-IGD, DPM-Solver++ 20", replace(own, guided_range=short.guided_range), **dpm),
+        ),
     ]
 
 

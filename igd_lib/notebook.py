@@ -23,6 +23,7 @@ from igd_lib.config import IGD_HARD, RDED_SOFT, RELEASED, SMALL_HARD, SMALL_SOFT
 from igd_lib.data import load
 from igd_lib.datasets import DATASETS, missing
 from igd_lib.experiment import Experiment
+from igd_lib.minimax import Minimax
 from igd_lib.sampler import IGDPipeline
 from igd_lib.weights import match_original
 
@@ -141,11 +142,16 @@ def _paper(artefact: str, dataset: str, fidelity: Fidelity, ipc: int, labels: st
         guidance, source = preset(dataset, "dit", ipc), "Table 12"
     except KeyError:
         guidance, source = Guidance(), "not from Table 12, which has none for it"
-    return Experiment(
+    setup = Experiment(
         artefact, dataset, "paper", pipe, train, test, ids, "convnet6" if train.image_size > 64 else "convnet3",
         surrogate_training(fidelity, len(ids)), 0.7, fidelity, guidance, 1.5, RDED_SOFT if labels == "soft" else IGD_HARD, 50,
         f"**Scale: paper.** {dataset}, {_dit(dataset)[0]} (CC-BY-NC 4.0) and {fidelity.vae}; k and gamma {source}.",
     )  # fmt: skip
+    if source == "Table 12":
+        setup.minimax_guidance = preset(dataset, "minimax", ipc)
+    if setup.minimax_missing:
+        setup.banner += f" Without the rows on the Minimax backbone: {setup.minimax_missing}."
+    return setup
 
 
 def _small(artefact: str, dataset: str, stand_in: str, fidelity: Fidelity, scale: str, labels: str) -> Experiment:
@@ -165,10 +171,12 @@ def _small(artefact: str, dataset: str, stand_in: str, fidelity: Fidelity, scale
         artefact, dataset, scale, pipe, train, test, spec.label_ids or tuple(range(len(train.classes))), small.surrogate_name, options, 0.7, fidelity,
         small.guidance, small.best_cfg, protocol, num_steps, banner,
     )  # fmt: skip
-    setup.guidance = small.guidance.for_latents(setup.latent_values)
+    setup.guidance, setup.minimax_guidance = (own.for_latents(setup.latent_values) for own in (small.guidance, small.minimax_guidance))
+    setup.minimax_recipe = small.minimax
     if scale == "smoke":
         setup.protocol, setup.num_steps = replace(protocol, epochs=2, evaluations=1), 10
-        setup.guidance = replace(setup.guidance, guided_range=(6, 7))
+        setup.guidance, setup.minimax_guidance = (replace(own, guided_range=(6, 7)) for own in (setup.guidance, setup.minimax_guidance))
+        setup.minimax_recipe = replace(setup.minimax_recipe, epochs=1, images=2)
         setup.surrogate_options |= {"epochs": 1, "train_images": 20, "saves_in_first_epoch": 2}
         setup.fidelity = replace(fidelity, gradient_images=10)
         setup.test = test.per_class(20, seed=0)
@@ -185,6 +193,8 @@ class StandInSettings:
     surrogate: Mapping[str, Any]
     num_steps: int
     test_images: int  # a class: the first of the test split, fixed
+    minimax: Minimax
+    minimax_guidance: Guidance
 
 
 STAND_IN_SETTINGS = {
@@ -195,5 +205,7 @@ STAND_IN_SETTINGS = {
         surrogate=dict(epochs=2, train_images=1000, saves_in_first_epoch=6),
         num_steps=25,
         test_images=200,
+        minimax=Minimax(images=200, ema=0.999, flip=False),  # 2,000 steps: a few minutes
+        minimax_guidance=Guidance(30.0, 480.0, (15, 22)),  # DiT's
     ),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -88,11 +87,12 @@ def train_surrogate(
     done = 0
     if folder is not None:
         folder = Path(folder)
-        _same_trajectory(
+        files.same_settings(
             folder / "trajectory.json",
             dict(data=data.name, split=data.split, images=len(data), classes=list(data.classes), lr=lr, momentum=momentum,
                  weight_decay=weight_decay, batch_size=batch_size, saves_in_first_epoch=saves_in_first_epoch, seed=seed,
                  network=type(model).__name__, initial_norm=f"{_norm(initial):.5g}", keep_epochs=keep_epochs and chosen),
+            "a trajectory",
         )  # fmt: skip
         done = files.load_training(folder / "training.safetensors", optimizer, generator=generator, model=model)["step"]
         states, at = _read(folder, device, done) if done else (states, at)
@@ -121,17 +121,6 @@ def train_surrogate(
         if folder is not None:
             files.save_training(folder / "training.safetensors", epoch + 1, optimizer, generator=generator, model=model)
     return Checkpoints(model.eval(), states, at, [lr] * len(states))
-
-
-def _same_trajectory(path: Path, wanted: dict[str, Any]) -> None:
-    """Write the settings of a new trajectory, or compare them with those on disk."""
-    if not path.is_file():
-        files.write(path, json.dumps(wanted, indent=2) + "\n")
-        return
-    present = json.loads(path.read_text())
-    for key, value in wanted.items():
-        if present.get(key) != value:
-            raise ValueError(f"{path.parent} holds a trajectory of other settings: {key} = {present.get(key)}, wanted {value}; choose another folder")
 
 
 def _read(folder: Path, device: torch.device, done: int) -> tuple[list[dict[str, Tensor]], list[float]]:

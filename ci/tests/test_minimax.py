@@ -1,0 +1,273 @@
+"""Minimax fine-tuning: its losses, which parameters it trains, its memories, and a folder that loads."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from safetensors.torch import load_file
+from torch.distributions import Normal, kl_divergence
+
+from igd_lib import minimax
+from igd_lib.minimax import Memory, Minimax, add_scales, diffusion_loss, finetune, fold_scales, is_trained, minimax_losses, shards, share_embedders
+from igd_lib.sampler import IGDPipeline
+
+SHORT = Minimax(epochs=2, batch_size=4, memory_size=3)
+
+
+def schedule() -> DDPMScheduler:
+    return DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+
+
+# --- losses
+
+
+def naive(clean, labels, real, generated):
+    """One pair at a time, in Python."""
+
+    def cosine(a, b):
+        a, b = a.flatten().tolist(), b.flatten().tolist()
+        return sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+
+    present, far, near = sorted(set(labels)), 0.0, 0.0
+    for label in present:
+        own = [z for z, other in zip(clean, labels, strict=True) if other == label]
+        if generated[label]:
+            far += 1 - min(cosine(z, m) for z in own for m in real[label])
+            near += max(cosine(z, m) for z in own for m in generated[label])
+    return far / len(present), near / len(present)
+
+
+def test_the_two_losses_match_a_naive_reference():
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randn(6, 4, 3, 3, generator=generator)
+    labels = [2, 0, 2, 1, 0, 2]
+    stored = {0: 2, 1: 0, 2: 5}  # class 1 has nothing yet; class 2 has more than fits
+    real, generated = Memory(3, 4, 36), Memory(3, 4, 36)
+    kept = {"real": {}, "generated": {}}
+    for name, memory in (("real", real), ("generated", generated)):
+        for label, count in stored.items():
+            vectors = torch.randn(count, 36, generator=generator)
+            memory.push(vectors, torch.full((count,), label))
+            kept[name][label] = list(vectors.double())[-4:]
+    found = minimax_losses(clean, torch.tensor(labels), real, generated)
+    assert [value.item() for value in found] == pytest.approx(naive(clean.double(), labels, **kept), rel=1e-5)
+
+
+def test_the_losses_pull_where_they_should():
+    """Down the gradient of the first the worst real neighbour comes nearer, of the second the nearest prediction goes further."""
+    generator = torch.Generator().manual_seed(1)
+    real, generated = Memory(1, 8, 16), Memory(1, 8, 16)
+    label = torch.zeros(8, dtype=torch.long)
+    real.push(torch.randn(8, 16, generator=generator), label)
+    generated.push(torch.randn(8, 16, generator=generator), label)
+    clean = torch.randn(1, 4, 2, 2, generator=generator)
+    for index in range(2):
+        z = clean.clone().requires_grad_()
+        before = minimax_losses(z, label[:1], real, generated)[index]
+        before.backward()
+        assert minimax_losses((z - 0.05 * z.grad).detach(), label[:1], real, generated)[index] < before - 1e-4
+
+
+def test_a_memory_is_first_in_first_out():
+    memory = Memory(2, 3, 1)
+    assert memory.of(0).shape == (0, 1)
+    memory.push(torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0]]), torch.tensor([0, 1, 0, 0, 0]))
+    assert sorted(memory.of(0).flatten().tolist()) == [3, 4, 5] and memory.of(1).tolist() == [[2.0]]
+
+
+@pytest.mark.parametrize("t", [1, 400, 999])
+def test_the_variance_is_trained_by_the_variational_bound(t):
+    """Against torch's divergence of the posterior, computed from the definition of the forward process."""
+    generator = torch.Generator().manual_seed(t)
+    clean, noise, v = (torch.randn(2, 4, 3, 3, generator=generator, dtype=torch.float64) for _ in range(3))
+    eps = noise + 0.1 * torch.randn(noise.shape, generator=generator, dtype=torch.float64)
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    bar = torch.cumprod(1 - betas, 0)
+    noisy = bar[t].sqrt() * clean + (1 - bar[t]).sqrt() * noise
+    # q(z_{t-1} | z_t, z_0) is proportional to q(z_t | z_{t-1}) q(z_{t-1} | z_0): precisions add.
+    precision = (1 - betas[t]) / betas[t] + 1 / (1 - bar[t - 1])
+
+    def posterior_mean(x_0):
+        return ((1 - betas[t]).sqrt() * noisy / betas[t] + bar[t - 1].sqrt() * x_0 / (1 - bar[t - 1])) / precision
+
+    deviation = ((v + 1) / 2 * betas[t].log() + (1 - v) / 2 * (1 / precision).log()).mul(0.5).exp()
+    predicted = (noisy - (1 - bar[t]).sqrt() * eps) / bar[t].sqrt()
+    bound = kl_divergence(Normal(posterior_mean(clean), precision.rsqrt()), Normal(posterior_mean(predicted), deviation)) / math.log(2)
+    expected = ((eps - noise) ** 2).mean((1, 2, 3)) + bound.mean((1, 2, 3))
+    timesteps = torch.full((2,), t)
+    found = diffusion_loss(torch.cat([eps, v], 1), noise, clean, noisy, timesteps, schedule())
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)  # the scheduler's products are float32
+    assert torch.equal(diffusion_loss(eps, noise, clean, noisy, timesteps, schedule()), ((eps - noise) ** 2).flatten(1).mean(1))
+
+
+def test_the_bound_does_not_train_the_mean():
+    clean, noise, noisy = (torch.randn(1, 4, 2, 2) for _ in range(3))
+    output = torch.cat([noise, torch.zeros(1, 4, 2, 2)], 1).requires_grad_()  # exact noise: its squared error has no gradient
+    diffusion_loss(output, noise, clean, noisy, torch.tensor([500]), schedule()).sum().backward()
+    assert (output.grad[:, :4] == 0).all() and (output.grad[:, 4:] != 0).all()
+
+
+# --- parameters
+
+
+def test_only_the_stated_kinds_are_trained(tiny):
+    transformer = copy.deepcopy(tiny(num_classes=10).transformer)
+    add_scales(transformer)
+    trained = {name for name, parameter in transformer.named_parameters() if is_trained(name, parameter)}
+    block = "transformer_blocks.0."
+    scales = {f"{block}attn1.{part}.gammas.0" for part in ("to_q", "to_k", "to_v", "to_out.0")}
+    scales |= {f"{block}attn1.to_out.0.gammas.1", f"{block}ff.net.2.gammas.0"}
+    assert {name for name in trained if "gammas" in name} == scales  # the first half of two blocks
+    biases = {name for name, _ in transformer.named_parameters() if name.endswith(".bias")}
+    classes = {f"transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table.weight" for i in range(2)}
+    assert trained == scales | biases | classes
+    assert not any(name.endswith("linear.weight") or "proj.weight" in name or "timestep_embedder.linear_1.weight" in name for name in trained)
+
+
+def test_scales_fold_into_the_weights(tiny):
+    transformer = copy.deepcopy(tiny(num_classes=10).transformer)
+    names = list(transformer.state_dict())
+    inputs = dict(hidden_states=torch.randn(2, 4, 8, 8), timestep=torch.tensor([3, 700]), class_labels=torch.tensor([1, 10]))
+    with torch.no_grad():
+        plain = transformer(**inputs).sample
+        add_scales(transformer)
+        torch.testing.assert_close(transformer(**inputs).sample, plain)  # scales of 1
+        for name, parameter in transformer.named_parameters():
+            if "gammas" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        scaled = transformer(**inputs).sample
+        assert (scaled - plain).norm() > 0.01 * plain.norm()
+        fold_scales(transformer)
+        torch.testing.assert_close(transformer(**inputs).sample, scaled, rtol=1e-4, atol=1e-6)
+    assert list(transformer.state_dict()) == names
+
+
+def test_equal_embedders_are_shared_and_different_ones_are_not(tiny):
+    transformer = copy.deepcopy(tiny(num_classes=10).transformer)
+    first, second = (block.norm1.emb for block in transformer.transformer_blocks)
+    assert not share_embedders(transformer) and first.class_embedder is not second.class_embedder
+    second.load_state_dict(first.state_dict())
+    assert share_embedders(transformer) and first.class_embedder is second.class_embedder
+
+
+# --- training
+
+
+def trained(folder):
+    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def test_a_fine_tuned_folder_loads_and_differs_where_it_may(tiny_pipe, toy_data, tmp_path):
+    before = copy.deepcopy(tiny_pipe.transformer.state_dict())
+    out = finetune(tiny_pipe, toy_data, tmp_path / "out", recipe=replace(SHORT, ema=0.5))
+    assert all(torch.equal(before[name], value) for name, value in tiny_pipe.transformer.state_dict().items())  # a copy was trained
+    found = IGDPipeline.from_pretrained(out)
+    assert not found.transformer.training and not (out / ".work").exists()
+    after = found.transformer.state_dict()
+    assert after.keys() == before.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    folded = {f"transformer_blocks.0.{part}.weight" for part in ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.2")}
+    kinds = {name for name in before if name.endswith(".bias") or "class_embedder" in name}
+    assert changed <= folded | kinds and folded <= changed and len(changed & kinds) > len(kinds) / 2
+    # Nothing is done twice, and other settings are refused.
+    stamp = (out / "model_index.json").stat().st_mtime_ns
+    assert finetune(tiny_pipe, toy_data, out, recipe=replace(SHORT, ema=0.5)) == out and (out / "model_index.json").stat().st_mtime_ns == stamp
+    with pytest.raises(ValueError, match=r"a fine-tuned model of other settings: ema = 0\.5, wanted 0\.9"):
+        finetune(tiny_pipe, toy_data, out, recipe=replace(SHORT, ema=0.9))
+
+
+def test_shared_embedders_are_trained_as_one(tiny_pipe, toy_data, tmp_path):
+    first, second = (block.norm1.emb for block in tiny_pipe.transformer.transformer_blocks)
+    second.load_state_dict(first.state_dict())
+    state = trained(finetune(tiny_pipe, toy_data, tmp_path / "out", recipe=replace(SHORT, ema=0.5)))
+    name = "transformer_blocks.{}.norm1.emb.class_embedder.embedding_table.weight"
+    assert torch.equal(state[name.format(0)], state[name.format(1)])
+    assert not torch.equal(state[name.format(0)], first.class_embedder.embedding_table.weight)
+
+
+def test_only_the_classes_of_a_shard_are_seen(tiny_pipe, toy_data, tmp_path):
+    name = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
+    before = tiny_pipe.transformer.state_dict()[name]
+    out = finetune(tiny_pipe, toy_data, tmp_path / "out", recipe=replace(SHORT, ema=0.5, label_dropout=0.0), classes=[0, 2], label_ids=[4, 5, 6])
+    changed = (trained(out)[name] != before).any(1).nonzero().flatten().tolist()
+    assert changed == [4, 6]
+    assert shards(10, 3) == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]] and [label for part in shards(1000, 7) for label in part] == list(range(1000))
+    with pytest.raises(ValueError, match="1 ... 10, got 11"):
+        shards(10, 11)
+
+
+def test_the_average_begins_with_the_weights_as_they_were(tiny_pipe, toy_data, tmp_path):
+    out = finetune(tiny_pipe, toy_data, tmp_path / "out", recipe=replace(SHORT, ema=1.0))
+    for name, value in tiny_pipe.transformer.state_dict().items():
+        torch.testing.assert_close(trained(out)[name], value, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("accumulate", "steps"), [(1, 8), (2, 4)])
+def test_accumulated_batches_are_one_step(tiny_pipe, toy_data, tmp_path, monkeypatch, accumulate, steps):
+    taken, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *rest: taken.append(1) or step(self, *rest))
+    finetune(tiny_pipe, toy_data, tmp_path / "out", recipe=SHORT, accumulate=accumulate)  # two epochs of four batches
+    assert len(taken) == steps
+
+
+WORKER = """
+import sys, torch
+from ci.tests.test_minimax import SHORT, victim
+victim(sys.argv[1])
+"""
+
+
+def victim(folder) -> None:
+    """Fine-tunes the tiny model slowly, its state saved after every step."""
+    import numpy as np  # noqa: F401
+
+    from igd_lib import data
+
+    torch.manual_seed(0)
+    from ci.bench.shapes import tiny_models
+
+    minimax.SAVE_SECONDS = 0.0
+    pipe = IGDPipeline(*tiny_models(10))
+    images = torch.randint(0, 256, (40, 3, 16, 16), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    found = data.from_tensors("toy", "train", [str(i) for i in range(10)], images, torch.arange(10).repeat_interleave(4))
+    finetune(pipe, found, folder, recipe=replace(SHORT, epochs=4))
+
+
+def test_a_killed_run_ends_with_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(minimax, "SAVE_SECONDS", 0.0)
+    environment = {**os.environ, "IGD_QUIET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
+    command = [sys.executable, "-c", WORKER, str(tmp_path / "cut")]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    state, deadline = tmp_path / "cut" / ".work" / "training.safetensors", time.monotonic() + 120
+    while not state.is_file() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert state.is_file(), process.stderr.read().decode()[-2000:]
+    assert not (tmp_path / "cut" / "model_index.json").exists()
+    step = json.loads(state.read_bytes()[8:][: int.from_bytes(state.read_bytes()[:8], "little")])["__metadata__"]["igd"]
+    assert 0 < json.loads(step)["step"] < 40
+    for folder in ("cut", "whole"):
+        subprocess.run([sys.executable, "-c", WORKER, str(tmp_path / folder)], env=environment, check=True, capture_output=True)
+    cut, whole = trained(tmp_path / "cut"), trained(tmp_path / "whole")
+    assert all(torch.equal(cut[name], value) for name, value in whole.items())
+
+
+def test_a_loss_that_is_not_finite_stops_it(tiny_pipe, toy_data, tmp_path):
+    with torch.no_grad():
+        tiny_pipe.transformer.proj_out_2.bias.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="minimax: the loss is nan at step 0"):
+        finetune(tiny_pipe, toy_data, tmp_path / "out", recipe=SHORT)
+    with pytest.raises(ValueError, match="18 images are fewer than a batch"):
+        finetune(tiny_pipe, toy_data, tmp_path / "big", recipe=replace(SHORT, batch_size=19))

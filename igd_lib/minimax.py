@@ -1,0 +1,365 @@
+"""Minimax fine-tuning of a DiT (Gu et al., CVPR 2024): few parameters, two memories, and a folder that `IGDPipeline` loads.
+
+`accelerate launch -m igd_lib.minimax DATASET OUT` trains on one GPU, several or a CPU; an interrupted run goes on where
+it was. DiT-XL/2's weights, and what is fine-tuned from them, are under CC-BY-NC 4.0 (no commercial use).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, DiTTransformer2DModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from igd_lib import files
+from igd_lib.data import ImageData, to_float
+from igd_lib.progress import progress
+from igd_lib.sampler import IGDPipeline
+
+SAVE_SECONDS = 60.0  # at most one training state is written in so much time
+
+
+@dataclass(frozen=True)
+class Minimax:
+    """How a DiT is fine-tuned; the defaults are the released training script's."""
+
+    epochs: int = 8
+    batch_size: int = 8  # of one process
+    lr: float = 1e-3  # AdamW without weight decay, constant
+    ema: float = 0.9999  # the averaged weights are what is kept
+    real_weight: float = 0.002  # of 1 - the lowest cosine to the class's real latents
+    generated_weight: float = 0.008  # of the highest cosine to the class's earlier predictions
+    memory_size: int = 64  # latents a class, first in, first out, of either kind
+    label_dropout: float = 0.1
+    flip: bool = True
+    images: int | None = None  # a class, the first in file order; None: all
+    seed: int = 0
+
+
+# --- the losses
+
+
+class Memory(nn.Module):
+    """The last `size` vectors of each class, first in, first out. Buffers, so that it is saved with the training."""
+
+    def __init__(self, classes: int, size: int, dimension: int):
+        super().__init__()
+        self.register_buffer("entries", torch.zeros(classes, size, dimension))
+        self.register_buffer("count", torch.zeros(classes, dtype=torch.long))  # ever pushed
+
+    def of(self, label: int) -> Tensor:
+        """(m, D), in no particular order; m = 0 at first."""
+        return self.entries[label, : min(int(self.count[label]), self.entries.shape[1])]
+
+    @torch.no_grad()
+    def push(self, vectors: Tensor, labels: Tensor) -> None:
+        """Add (B, D) in order."""
+        for vector, label in zip(vectors, labels.tolist(), strict=True):
+            self.entries[label, int(self.count[label]) % self.entries.shape[1]] = vector
+            self.count[label] += 1
+
+
+def minimax_losses(clean: Tensor, labels: Tensor, real: Memory, generated: Memory) -> tuple[Tensor, Tensor]:
+    """Representativeness and diversity losses, scalars (Minimax's Eqs. 3 and 5, as its code has them).
+
+    clean: predicted clean latents (B, ...); labels (B,). For every class of the batch the lowest cosine of its predictions
+    to the real memory, subtracted from 1, and the highest to the generated memory; each is averaged over the batch's
+    classes, to which a class with empty memories adds nothing.
+    """
+    vectors = F.normalize(clean.flatten(1).float(), dim=1)
+    representativeness, diversity = vectors.new_zeros(()), vectors.new_zeros(())
+    present = labels.unique().tolist()
+    for label in present:
+        if len(generated.of(label)) and len(real.of(label)):
+            own = vectors[labels == label]
+            representativeness = representativeness + 1 - (own @ F.normalize(real.of(label), dim=1).T).min()
+            diversity = diversity + (own @ F.normalize(generated.of(label), dim=1).T).max()
+    return representativeness / len(present), diversity / len(present)
+
+
+def diffusion_loss(output: Tensor, noise: Tensor, clean: Tensor, noisy: Tensor, timesteps: Tensor, scheduler: DDPMScheduler) -> Tensor:
+    """DiT's training loss, (B,): squared error of the noise, and for a model that learns its variance the variational bound.
+
+    output: (B, C, h, w), or (B, 2C, h, w) with the variance's interpolation coefficient in [-1, 1] behind; noise, clean and
+    noisy: (B, C, h, w). The bound is the divergence (bits a value) of the true posterior of z_{t-1} from the model's, whose
+    mean it does not train; at t = 0, where DiT's code takes a likelihood of 8-bit pixels, too.
+    """
+    channels = noise.shape[1]
+    eps, rest = output[:, :channels], output[:, channels:]
+    loss = (eps - noise).square().flatten(1).mean(1)
+    if rest.shape[1] == 0:
+        return loss
+    product = scheduler.alphas_cumprod.to(noise)
+    before = torch.cat([product.new_ones(1), product[:-1]])
+    beta = 1 - product / before
+    variance = beta * (1 - before) / (1 - product)
+    variance = torch.cat([variance[1:2], variance[1:]])  # at t = 0 it is 0; DiT's code takes t = 1's
+    a, a_before, b, low = (values[timesteps].reshape(-1, 1, 1, 1) for values in (product, before, beta, variance.log()))
+    high = b.log()
+    model_log_variance = (rest + 1) / 2 * high + (1 - rest) / 2 * low
+
+    def mean(x_0: Tensor) -> Tensor:
+        return (a_before.sqrt() * b * x_0 + (1 - b).sqrt() * (1 - a_before) * noisy) / (1 - a)
+
+    predicted = (noisy - (1 - a).sqrt() * eps.detach()) / a.sqrt()
+    difference = (mean(clean) - mean(predicted)).square()
+    divergence = 0.5 * (model_log_variance - low - 1 + (low - model_log_variance).exp() + difference * (-model_log_variance).exp())
+    return loss + divergence.flatten(1).mean(1) / torch.log(torch.tensor(2.0))
+
+
+# --- which parameters are trained
+
+
+class Scaled(nn.Module):
+    """A linear layer whose output is multiplied by learned vectors, 1 at first (DiffFit)."""
+
+    def __init__(self, linear: nn.Linear, scales: int):
+        super().__init__()
+        self.linear = linear
+        self.gammas = nn.ParameterList([nn.Parameter(linear.weight.new_ones(linear.out_features)) for _ in range(scales)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        for gamma in self.gammas:
+            x = x * gamma
+        return x
+
+    @torch.no_grad()
+    def folded(self) -> nn.Linear:
+        """The linear layer with the scales in its weights."""
+        for gamma in self.gammas:
+            self.linear.weight.mul_(gamma[:, None])
+            if self.linear.bias is not None:
+                self.linear.bias.mul_(gamma)
+        return self.linear
+
+
+def add_scales(transformer: DiTTransformer2DModel) -> None:
+    """Learned scales in the first half of the blocks: on q, k and v, on the attention's projection and its branch, on the MLP's branch."""
+    for block in transformer.transformer_blocks[: len(transformer.transformer_blocks) // 2]:
+        for name in ("to_q", "to_k", "to_v"):
+            setattr(block.attn1, name, Scaled(getattr(block.attn1, name), 1))
+        block.attn1.to_out[0] = Scaled(block.attn1.to_out[0], 2)
+        block.ff.net[2] = Scaled(block.ff.net[2], 1)
+
+
+def fold_scales(transformer: DiTTransformer2DModel) -> None:
+    """Undo `add_scales`, the scales multiplied into the weights: the same function."""
+    for module in list(transformer.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Scaled):
+                setattr(module, name, child.folded())
+
+
+def share_embedders(transformer: DiTTransformer2DModel) -> bool:
+    """Let all blocks use the first's timestep and class embedders where theirs are equal, as they are in the original DiT.
+
+    diffusers keeps a copy in every block, and copies would be trained apart. Returns whether they were equal.
+    """
+    first, *others = [block.norm1.emb for block in transformer.transformer_blocks]
+    reference = first.state_dict()
+    if any(not torch.equal(value, reference[name]) for other in others for name, value in other.state_dict().items()):
+        return False
+    for other in others:
+        other.timestep_embedder, other.class_embedder = first.timestep_embedder, first.class_embedder
+    return True
+
+
+def is_trained(name: str, parameter: nn.Parameter) -> bool:
+    """DiffFit's choice: biases, norms, learned scales and the class embedding."""
+    affine_norm = parameter.ndim == 1 and ".norm" in name
+    return name.endswith("bias") or ".gammas." in name or ".class_embedder." in name or affine_norm
+
+
+# --- training
+
+
+def finetune(
+    pipe: IGDPipeline,
+    data: ImageData,
+    out: str | Path,
+    *,
+    recipe: Minimax | None = None,
+    classes: Sequence[int] | None = None,
+    label_ids: Sequence[int] | None = None,
+    mixed_precision: str = "no",
+    accumulate: int = 1,
+) -> Path:
+    """Fine-tune `pipe`'s transformer on `data` and write a pipeline folder, the scales folded into its weights. Returns it.
+
+    classes: the labels to train on, e.g. one of `shards`; label_ids: the transformer's id of every class (default 0 ...
+    C-1); mixed_precision: "no", "bf16" or "fp16"; accumulate: batches a step. `pipe` itself stays as it is. Work in progress lies
+    in `out/.work`; a folder of other settings is refused. Raises FloatingPointError on a non-finite loss.
+    """
+    recipe, out = recipe or Minimax(), Path(out)
+    selected = list(range(len(data.classes))) if classes is None else list(classes)
+    ids = torch.tensor(list(label_ids) if label_ids is not None else range(len(data.classes)))
+    settings = asdict(recipe) | {"data": data.name, "split": data.split, "classes": [data.classes[label] for label in selected], "accumulate": accumulate}
+    settings |= {"model": f"{sum(p.double().abs().sum().item() for p in pipe.transformer.parameters()):.8g}"}
+    files.same_settings(out / "minimax.json", settings, "a fine-tuned model")
+    if (out / "model_index.json").is_file():
+        return out
+
+    accelerator = Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=accumulate)
+    vae, transformer = pipe.vae.to(accelerator.device), copy.deepcopy(pipe.transformer).to(accelerator.device).float()
+    model = _Trained(transformer, recipe)
+    optimizer = torch.optim.AdamW(model.chosen.parameters(), lr=recipe.lr, weight_decay=0.0)
+    dimension = transformer.config.in_channels * transformer.config.sample_size**2
+    real, generated = (Memory(len(data.classes), recipe.memory_size, dimension).to(accelerator.device) for _ in range(2))
+    state = out / ".work" / "training.safetensors"
+    kept = dict(chosen=model.chosen, average=model.average, real=real, generated=generated)
+    step = files.load_training(state, optimizer, **kept)["step"]
+    wrapped, optimizer = accelerator.prepare(transformer, optimizer)
+
+    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False)
+    product = scheduler.alphas_cumprod.to(accelerator.device)
+    saved, said = time.monotonic(), []
+    for number, images, labels, generator in progress(_Batches(data, selected, recipe, step, accelerator), "minimax, step"):
+        latents = vae.encode(to_float(images).to(vae.device, vae.dtype)).latent_dist.sample(generator).float() * vae.config.scaling_factor
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        timesteps = torch.randint(1000, (len(labels),), generator=generator)
+        dropped = torch.rand(len(labels), generator=generator) < recipe.label_dropout
+        given = ids[labels].masked_fill(dropped, transformer.config.num_embeds_ada_norm).to(latents.device)
+        timesteps, labels = timesteps.to(latents.device), labels.to(latents.device)
+        alpha_bar = product[timesteps].reshape(-1, 1, 1, 1)
+        noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
+        with accelerator.accumulate(wrapped):
+            with accelerator.autocast():
+                output = wrapped(noisy, timestep=timesteps, class_labels=given).sample
+            output = output.float()
+            clean = (noisy - (1 - alpha_bar).sqrt() * output[:, : noise.shape[1]]) / alpha_bar.sqrt()
+            diffusion = diffusion_loss(output, noise, latents, noisy, timesteps, scheduler).mean()
+            representativeness, diversity = minimax_losses(clean, labels, real, generated)
+            loss = diffusion + recipe.real_weight * representativeness + recipe.generated_weight * diversity
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"minimax: the loss is {loss.item()} at step {number}; lower lr ({recipe.lr})")
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                model.average.update_parameters(model.chosen)
+        everyones = [accelerator.gather(value) for value in (labels, latents.flatten(1), clean.detach().flatten(1))]
+        real.push(everyones[1], everyones[0])
+        generated.push(everyones[2], everyones[0])
+        said.append([diffusion.item(), representativeness.item(), diversity.item()])
+        if accelerator.sync_gradients and accelerator.is_main_process and time.monotonic() - saved >= SAVE_SECONDS:
+            files.save_training(state, number + 1, optimizer.optimizer, **kept)
+            saved = time.monotonic()
+    if accelerator.is_main_process:
+        means = torch.tensor(said[-500:]).mean(0).tolist() if said else []
+        print("minimax: mean of the last 500 steps: diffusion {:.4f}, representativeness {:.4f}, diversity {:.4f}".format(*means) if means else "minimax: done")
+        IGDPipeline(model.finished(), pipe.vae, pipe.scheduler).save_pretrained(out)
+        names = {str(label): name for name, label in pipe.labels.items()}  # diffusers does not save them
+        index = json.loads((out / "model_index.json").read_text()) | {"id2label": names}
+        files.write(out / "model_index.json", json.dumps(index, indent=2) + "\n")
+        shutil.rmtree(out / ".work", ignore_errors=True)
+    accelerator.wait_for_everyone()
+    return out
+
+
+class _Trained:
+    """A transformer with scales, its chosen parameters under one roof, and their running average."""
+
+    def __init__(self, transformer: DiTTransformer2DModel, recipe: Minimax):
+        self.transformer = transformer.train()
+        self.shared = share_embedders(transformer)
+        for module in transformer.modules():  # labels are dropped once a sample by the training loop, not once a block
+            if hasattr(module, "dropout_prob"):
+                module.dropout_prob = 0.0
+        add_scales(transformer)
+        for name, parameter in transformer.named_parameters():
+            parameter.requires_grad_(is_trained(name, parameter))
+        self.chosen = nn.ParameterDict({name.replace(".", ":"): p for name, p in transformer.named_parameters() if p.requires_grad})
+        self.average = AveragedModel(self.chosen, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
+        self.average.update_parameters(self.chosen)  # the first update copies: it begins with the weights as they were
+
+    @torch.no_grad()
+    def finished(self) -> DiTTransformer2DModel:
+        """The transformer with the averaged parameters, without scales, every block with embedders of its own again."""
+        for own, averaged in zip(self.chosen.parameters(), self.average.module.parameters(), strict=True):
+            own.copy_(averaged)
+        fold_scales(self.transformer)
+        if self.shared:
+            for block in self.transformer.transformer_blocks[1:]:
+                block.norm1.emb = copy.deepcopy(block.norm1.emb)
+        for module in self.transformer.modules():
+            if hasattr(module, "dropout_prob"):
+                module.dropout_prob = self.transformer.config.get("class_dropout_prob", 0.1)
+        return self.transformer.requires_grad_(False).eval()
+
+
+class _Batches(Sequence):
+    """(step, uint8 images, labels, generator) of every step from `start` on; a process's own share of each epoch's order."""
+
+    def __init__(self, data: ImageData, classes: Sequence[int], recipe: Minimax, start: int, accelerator: Accelerator):
+        self.data, self.recipe, self.start = data, recipe, start
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.indices = torch.cat([data.class_indices(label)[: recipe.images] for label in classes])
+        self.per_epoch = len(self.indices) // (recipe.batch_size * self.world)
+        if self.per_epoch == 0:
+            raise ValueError(f"{len(self.indices)} images are fewer than a batch ({recipe.batch_size} x {self.world} processes)")
+
+    def __len__(self) -> int:
+        return self.per_epoch * self.recipe.epochs - self.start
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor, torch.Generator]:
+        if index >= len(self):
+            raise IndexError(index)
+        step, size, seed = self.start + index, self.recipe.batch_size, self.recipe.seed
+        epoch, position = divmod(step, self.per_epoch)
+        order = self.indices[torch.randperm(len(self.indices), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))]
+        own = order[(position * self.world + self.rank) * size :][:size]
+        generator = torch.Generator().manual_seed(((seed + 1) * 1_000_003 + step) * 1_009 + self.rank)
+        images = self.data.fetch(own)
+        if self.recipe.flip:
+            flipped = torch.rand(size, generator=generator) < 0.5
+            images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+        return step, images, self.data.labels[own], generator
+
+    def __iter__(self) -> Iterator:
+        return (self[index] for index in range(len(self)))
+
+
+def shards(classes: int, count: int) -> list[list[int]]:
+    """`classes` labels in `count` consecutive shards of nearly equal size: ImageNet-1K is fine-tuned a shard at a time."""
+    if not 1 <= count <= classes:
+        raise ValueError(f"count is 1 ... {classes}, got {count}")
+    edges = [classes * i // count for i in range(count + 1)]
+    return [list(range(a, b)) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    from igd_lib import notebook  # which needs this module
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dataset", help="a data set's name")
+    parser.add_argument("out", type=Path, help="the folder to write; one a shard is made in it with --shards")
+    parser.add_argument("--scale", default="paper", choices=("small", "paper"))
+    parser.add_argument("--shards", type=int, default=1, help="train so many models, each on its own classes")
+    parser.add_argument("--shard", type=int, help="this one alone, from 0")
+    parser.add_argument("--mixed-precision", default="no", choices=("no", "bf16", "fp16"))
+    parser.add_argument("--accumulate", type=int, default=1, help="batches a step")
+    arguments = parser.parse_args(argv)
+    setup = notebook.prepare("minimax", arguments.dataset, arguments.scale)
+    for number, labels in enumerate(shards(len(setup.train.classes), arguments.shards)):
+        if arguments.shard in (None, number):
+            out = arguments.out / f"{number:04d}" if arguments.shards > 1 else arguments.out
+            options: dict[str, Any] = dict(mixed_precision=arguments.mixed_precision, accumulate=arguments.accumulate)
+            print(json.dumps({"shard": number, "classes": len(labels), "out": str(out)}))
+            finetune(setup.pipe, setup.train, out, recipe=setup.minimax_recipe, classes=labels, label_ids=setup.label_ids, **options)
+
+
+if __name__ == "__main__":
+    main()
