@@ -18,7 +18,7 @@ from torchvision.models import ResNet18_Weights
 from igd_lib import files, metrics, results, standin
 from igd_lib.baselines.rded import rded
 from igd_lib.config import RDED_SOFT, Fidelity, Guidance, Protocol, cache_dir, fixed_checkpoints
-from igd_lib.data import ImageData, load
+from igd_lib.data import ImageData, from_tensors, load
 from igd_lib.datasets import DATASETS
 from igd_lib.distill import DistilledSet, distill, in_memory
 from igd_lib.evaluate import Teacher, evaluate_all, fingerprint
@@ -190,7 +190,7 @@ class Experiment:
         if method.real == "random":
             return self.train.per_class(ipc, seed)
         if method.real == "rded":
-            return rded(self.train, self._teacher(), ipc, seed=seed, device=self.device)
+            return self._rded(ipc, seed)
         pipe = self.pipe if method.backbone == "dit" else self.minimax_pipe
         fidelity, num_steps, checkpoints, gradients = method.fidelity or self.fidelity, method.num_steps or self.num_steps, None, None
         if method.influenced:
@@ -212,6 +212,17 @@ class Experiment:
             out_dir=cache_dir() / "runs" / f"{results.settings_hash(settings)}-seed{seed}", seed=seed,
             classes=self.classes, label_ids=self.label_ids, cfg_scale=method.cfg_scale, num_steps=num_steps, fidelity=fidelity, **options,
         )  # fmt: skip
+
+    def _rded(self, ipc: int, seed: int) -> ImageData:
+        """RDED's images by the teacher of the soft-label protocol; selected once, then read from `$IGD_CACHE/rded`."""
+        teacher, candidates = self._teacher(), 300 if self.scale != "smoke" else 10
+        settings = [self.train.name, self.train.split, self.scale, self.surrogate_options, teacher.architecture, teacher.weights, ipc, seed]
+        path = cache_dir() / "rded" / f"{results.settings_hash(settings)}.safetensors"
+        if not path.is_file():
+            made = rded(self.train, teacher, ipc, candidates=candidates, seed=seed, device=self.device)
+            files.save_tensors(path, {"images": made.fetch(torch.arange(len(made))), "labels": made.labels}, split=made.split)
+        tensors, note = files.load_tensors(path)
+        return from_tensors(self.train.name, note["split"], self.train.classes, tensors["images"], tensors["labels"])
 
     @staticmethod
     def _weights(pipe: IGDPipeline, *others: Mapping[str, Tensor]) -> list[str]:

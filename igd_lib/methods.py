@@ -73,14 +73,23 @@ def surrogates(setup: Experiment, names: Sequence[str]) -> list[Method]:
     return [plain, deviation, *(Method(f"DiT-IGD, {name}", setup.guidance, surrogate=name) for name in names)]
 
 
-def selections(setup: Experiment, thresholds: Sequence[float]) -> list[Method]:
-    """Table 6's rows: DiT, and DiT-IGD with Algorithm 2's checkpoints by threshold and with as many at regular intervals."""
-    chosen = setup.choices(thresholds)
-    found = {}
+def selections(setup: Experiment, thresholds: Sequence[float], backbone: str = "dit") -> list[Method]:
+    """Table 6's rows: no guidance, and IGD with Algorithm 2's checkpoints by threshold and with as many at regular intervals.
+
+    Raises ValueError for another backbone than "dit" or "minimax", FileNotFoundError where there is no Minimax model.
+    """
+    if backbone not in ("dit", "minimax"):
+        raise ValueError(f"backbone is 'dit' or 'minimax', got {backbone!r}")
+    if backbone == "minimax" and setup.minimax_missing:
+        raise FileNotFoundError(setup.minimax_missing)
+    guidance = setup.guidance if backbone == "dit" else setup.minimax_guidance
+    prefix = "" if backbone == "dit" else "Minimax, "
+    chosen, found = setup.choices(thresholds), {}
     for entry in chosen[chosen.similarity == setup.fidelity.similarity].itertuples():
-        found[tuple(entry.kept)] = Method(f"threshold {entry.threshold} ({len(entry.kept)})", setup.guidance, keep=tuple(entry.kept))
-        found.setdefault(tuple(entry.regular), Method(f"regular ({len(entry.regular)})", setup.guidance, keep=tuple(entry.regular)))
-    return [Method("DiT"), *found.values()]
+        found[tuple(entry.kept)] = Method(f"{prefix}threshold {entry.threshold} ({len(entry.kept)})", guidance, keep=tuple(entry.kept))
+        found.setdefault(tuple(entry.regular), Method(f"{prefix}regular ({len(entry.regular)})", guidance, keep=tuple(entry.regular)))
+    rows = [Method("DiT" if backbone == "dit" else "Minimax"), *found.values()]
+    return [replace(row, backbone=backbone) for row in rows]
 
 
 def solvers(setup: Experiment) -> list[Method]:
@@ -147,3 +156,32 @@ def by_cfg(setup: Experiment, cfgs: Sequence[float]) -> list[Method]:
     """DiT, G_D alone and DiT-IGD, each at each cfg."""
     kinds = (("DiT", None), ("DiT + G_D", replace(setup.guidance, k=0.0)), ("DiT-IGD", setup.guidance))
     return [Method(f"{name}, cfg {cfg:g}", guidance, cfg_scale=cfg) for name, guidance in kinds for cfg in cfgs]
+
+
+# --- which differences a table's claims are about, as far as its rows have the methods
+
+
+def claims(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Of `baselines`: the paper's claims, the controls, and what influence guidance adds."""
+    pairs = [("DiT-IGD", "DiT"), ("DiT, best cfg", "DiT"), ("DiT-IGD", "DiT + G_D"), ("DiT-IGD", "DiT, best cfg"), ("DiT-IGD", "RDED")]
+    pairs += [("Minimax", "DiT"), ("Minimax-IGD", "Minimax"), ("Minimax-IGD", "DiT-IGD")]
+    return [pair for pair in pairs if set(pair) <= set(names)]
+
+
+def ablation_claims(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Of `ablation`: each guidance alone, both, what influence guidance adds to the other, and the control."""
+    pairs = [("DiT, best cfg", "DiT")]
+    for name in ("DiT", "Minimax"):
+        pairs += [(f"{name} + G_I", name), (f"{name} + G_D", name), (f"{name}-IGD", name), (f"{name}-IGD", f"{name} + G_D")]
+    return [pair for pair in pairs if set(pair) <= set(names)]
+
+
+def solver_claims(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Of `solvers`: guidance with either solver, then the quick solver against the slow one; on each backbone."""
+    pairs = []
+    for backbone in ("DiT", "Minimax"):
+        own = sorted({name for name in names if name.startswith(backbone)}, key=lambda name: ("DPM" in name, "IGD" in name))
+        if own:
+            plain, guided, quick, guided_quick = own
+            pairs += [(guided, plain), (guided_quick, quick), (quick, plain), (guided_quick, guided)]
+    return pairs

@@ -14,13 +14,21 @@ STYLE = Path(__file__).parents[1] / "paper_figures" / "igd.mplstyle"
 # Okabe and Ito's colour-blind-safe palette.
 COLOURS = {
     "Random": "#000000",
+    "RDED": "#777777",
     "DiT": "#0072B2",
     "DiT, best cfg": "#56B4E9",
     "DiT + G_I": "#CC79A7",
     "DiT + G_D": "#009E73",
     "DiT-IGD": "#D55E00",
+    "Minimax": "#332288",
+    "Minimax + G_I": "#AA4499",
+    "Minimax + G_D": "#117733",
+    "Minimax-IGD": "#882255",
 }
-MARKERS = {"Random": "s", "DiT": "o", "DiT, best cfg": "D", "DiT + G_I": "v", "DiT + G_D": "^", "DiT-IGD": "*"}
+MARKERS = {
+    "Random": "s", "DiT": "o", "DiT, best cfg": "D", "DiT + G_I": "v", "DiT + G_D": "^", "DiT-IGD": "*",
+    "RDED": "P", "Minimax": "o", "Minimax + G_I": "v", "Minimax + G_D": "^", "Minimax-IGD": "*",
+}  # fmt: skip
 
 
 def use_style() -> None:

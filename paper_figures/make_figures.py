@@ -14,26 +14,15 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from igd_lib import files, plotting, results, tables
+from igd_lib import files, methods, plotting, results, tables
 
 HERE = Path(__file__).parent
 Pairs = Sequence[tuple[str, str]]
 
 
-def controls(_: Sequence[str]) -> Pairs:
-    """The claim, the control without guidance, and what influence guidance adds."""
-    return (("DiT-IGD", "DiT"), ("DiT, best cfg", "DiT"), ("DiT-IGD", "DiT + G_D"), ("DiT-IGD", "DiT, best cfg"))
-
-
 def against(reference: str, only: str = "") -> Callable[[Sequence[str]], Pairs]:
     """Every other method, or those whose name contains `only`, against `reference`."""
     return lambda names: [(name, reference) for name in names if name != reference and only in name]
-
-
-def solver_pairs(names: Sequence[str]) -> Pairs:
-    """Guidance with either solver, then the quick solver against the slow one."""
-    plain, guided, quick, guided_quick = sorted(names, key=lambda name: ("DPM" in name, "IGD" in name))
-    return ((guided, plain), (guided_quick, quick), (quick, plain), (guided_quick, guided))
 
 
 def scores(accuracy: pd.DataFrame, _: pd.DataFrame, title: str) -> Figure:
@@ -55,7 +44,7 @@ class Artefact:
     source: str  # data/SOURCE.csv
     heading: str
     name: str  # NAME.md, .png, .svg, .pdf
-    pairs: Callable[[Sequence[str]], Pairs] = controls  # of the methods' names: whose differences are shown
+    pairs: Callable[[Sequence[str]], Pairs] = methods.claims  # of the methods' names: whose differences are shown
     table: int | None = None  # of the paper, to be shown beside
     figure: Callable[[pd.DataFrame, pd.DataFrame, str], Figure] = scores
     correlations: bool = False  # of every metric with accuracy
@@ -66,15 +55,12 @@ ARTEFACTS = (
     Artefact("01_nette_woof", "Table 1 on the stand-in", "table01"),
     Artefact("03_imagenet1k", "Table 2 on the stand-in, soft labels", "table02", table=2),
     Artefact("04_surrogate_architecture", "Table 4 on the stand-in", "table04", against("DiT + G_D", "IGD")),
-    Artefact(
-        "05_guidance_ablation", "Table 5 on the stand-in", "table05",
-        lambda names: [*against("DiT")(names), ("DiT-IGD", "DiT + G_D")],
-    ),
+    Artefact("05_guidance_ablation", "Table 5 on the stand-in", "table05", methods.ablation_claims),
     Artefact("06_checkpoint_selection", "Table 6 on the stand-in", "table06", against("DiT")),
     Artefact("07_food101", "Table 7 on the stand-in", "table07", table=7),
     Artefact("08_cifar", "Table 8 on the stand-in", "table08"),
     Artefact("09_diffusion_baselines", "Table 9 on the stand-in, soft labels", "table09"),
-    Artefact("10_dpm_solver", "Table 10 on the stand-in", "table10", solver_pairs),
+    Artefact("10_dpm_solver", "Table 10 on the stand-in", "table10", methods.solver_claims),
     Artefact("11_fid_coverage", "Table 11 on the stand-in", "table11", against("DiT"), figure=against_accuracy, correlations=True),
     Artefact("12_hyperparameters", "k and gamma on the stand-in, validation data", "table12", against("DiT")),
     Artefact("13_paper_vs_code", "Paper against released code, on the stand-in", "paper_vs_code", against("DiT-IGD", "="), figure=by_cfg),
