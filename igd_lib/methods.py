@@ -176,6 +176,13 @@ def ablation_claims(names: Sequence[str]) -> list[tuple[str, str]]:
     return [pair for pair in pairs if set(pair) <= set(names)]
 
 
+def selection_claims(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Of `selections`: every choice against no guidance, and Algorithm 2's against as many checkpoints at regular intervals."""
+    first, *others = dict.fromkeys(names)
+    pairs = [(name, first) for name in others]
+    return pairs + [(ours, name) for ours in others for name in others if "threshold" in ours and "regular" in name and ours.split()[-1] == name.split()[-1]]
+
+
 def solver_claims(names: Sequence[str]) -> list[tuple[str, str]]:
     """Of `solvers`: guidance with either solver, then the quick solver against the slow one; on each backbone."""
     pairs = []
