@@ -2,17 +2,19 @@
 
 Classes are independent; image j of a class depends on images 0 ... j-1 through the deviation memory.
 So a run batches over classes, and resumes each class from its longest prefix on disk. Every image's
-noise comes from its own generator, so results do not depend on batch, order or restart.
+noise comes from its own generator, so results do not depend on batch, order or restart; and a resumed run
+samples in the batches of an uninterrupted one, so on the same device not even the last bit does.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 import igd_lib
-from igd_lib import files
+from igd_lib import cluster, files
 from igd_lib.config import RELEASED, Fidelity, Guidance
 from igd_lib.data import ImageData, from_tensors, to_uint8
 from igd_lib.progress import progress
@@ -82,6 +84,12 @@ class DistilledSet:
             count += 1
         return count
 
+    def remove_leftovers(self, labels: Sequence[int] = ()) -> None:
+        """Delete what a killed run was writing: beside the manifest, and of the classes `labels`."""
+        for folder in (self.path, *(path(label, 0).parent for label in labels for path in (self.image_path, self.latent_path))):
+            for leftover in folder.glob(".*.tmp"):
+                leftover.unlink()
+
     def images(self, label: int) -> Tensor:
         """uint8 (ipc, 3, H, W) of one class, in order. Raises ValueError when the class is not finished."""
         if self.finished(label) < self.ipc:
@@ -94,6 +102,46 @@ class DistilledSet:
         count = self.ipc if count is None else count
         found = [files.load_tensors(self.latent_path(label, index))[0]["latent"] for index in range(count)]
         return torch.stack(found) if found else torch.empty(0)
+
+    def verify(self, *, repair: bool = False) -> list[str]:
+        """Read everything again; what is missing, damaged or changed since it was sampled, a line each, class by class.
+
+        repair: remove damaged images, their latents and leftovers of killed runs, so that `distill` samples them anew.
+        """
+        found = []
+        for label in self.selected:
+            for index in range(self.ipc):
+                if (problem := self._problem(label, index)) is not None:
+                    found.append(f"class {label}, image {index}: {problem}")
+                    if repair:
+                        for path in (self.image_path(label, index), self.latent_path(label, index)):
+                            path.unlink(missing_ok=True)
+        known = {path(label, index) for label in self.selected for index in range(self.ipc) for path in (self.image_path, self.latent_path)}
+        for path in sorted(self.path.rglob("*")):
+            if path.is_file() and path not in known and path.name not in ("manifest.json", files.LOCK):
+                found.append(f"{path.relative_to(self.path)}: no part of the set")
+                if repair and path.name.endswith(".tmp"):
+                    path.unlink()
+        return found
+
+    def _problem(self, label: int, index: int) -> str | None:
+        """What is wrong with one image, None if nothing."""
+        image, latent = self.image_path(label, index), self.latent_path(label, index)
+        if not image.is_file() or not latent.is_file():
+            return "missing" if not image.is_file() and not latent.is_file() else f"no {'image' if latent.is_file() else 'latent'}"
+        try:
+            tensors, note = files.load_tensors(latent)
+            with Image.open(image) as picture:
+                size = picture.convert("RGB").size
+        except (OSError, ValueError, SyntaxError) as error:
+            return f"cannot be read ({error})"
+        if size != (self.manifest["image_size"],) * 2:
+            return f"{size[0]} x {size[1]} px"
+        if note.get("latent_sha256", _tensor_sha256(tensors["latent"])) != _tensor_sha256(tensors["latent"]):
+            return "another latent than was sampled"
+        if note.get("image_sha256", files.sha256(image)) != files.sha256(image):
+            return "another image than was sampled"
+        return None
 
     @property
     def seconds(self) -> float:
@@ -135,6 +183,8 @@ def distill(
     cfg_scale: float = 4.0,
     num_steps: int = 50,
     fidelity: Fidelity = RELEASED,
+    ray: bool | str = False,
+    workers: int | None = None,
     **shortcuts: Any,
 ) -> DistilledSet:
     """Sample `ipc` images of each class into `out_dir`, resuming what is there, and return the set.
@@ -143,9 +193,11 @@ def distill(
     (default all); label_ids: the diffusion model's id of every class (default 0 ... C-1); gradients:
     (E, C, P) of all classes, or a function of the label that gives (E, P), such as `ClassGradients`; else
     computed a batch of classes at a time;
-    batch_classes: classes sampled side by side; shortcuts: `sample_igd`'s (jacobian, guidance_decoder, every,
-    checkpoints_per_step). Raises ValueError when `out_dir` holds a set of other
-    settings (the first difference is named) or ipc < 1, OSError when it cannot be written.
+    batch_classes: classes sampled side by side (at most 50 by default); ray: chunks of so many classes as tasks of a
+    Ray cluster that sees `out_dir` (True: a local one, or its address; extra [cluster]), on `workers` actors (default
+    one a GPU); shortcuts: `sample_igd`'s (jacobian, guidance_decoder, every, checkpoints_per_step).
+    Raises ValueError when `out_dir` holds a set of other settings (the first difference is named) or ipc < 1, OSError
+    when it cannot be written, BlockingIOError when another run is sampling into it.
     """
     if ipc < 1:
         raise ValueError(f"ipc is at least 1, got {ipc}")
@@ -157,7 +209,6 @@ def distill(
     ids = list(range(len(dataset.classes))) if label_ids is None else [int(i) for i in label_ids]
     if len(ids) != len(dataset.classes):
         raise ValueError(f"label_ids has one id a class: {len(dataset.classes)}, got {len(ids)}")
-    remember = guidance is not None and guidance.gamma > 0
     influence = guidance is not None and guidance.k > 0
     if influence and checkpoints is None:
         raise ValueError("k > 0 needs checkpoints")
@@ -190,54 +241,120 @@ def distill(
             "settings": json.loads(json.dumps(settings)),
         },
     )
-    together = batch_classes or max(1, min(len(selected), 50))
-    chunks = [selected[i : i + together] for i in range(0, len(selected), together)]
-    rounds = 1 if remember else max(1, 100 // together)  # without a memory, images of a class are independent too
-    for number, chunk in enumerate(chunks):
-        finished = {label: out.finished(label) for label in chunk}
-        memory = {label: list(out.latents(label, finished[label]).to(pipe._execution_device)) if remember else [] for label in chunk}
-        if all(count == ipc for count in finished.values()):
-            continue
-        if not influence:
-            own = {}
-        elif gradients is not None:
-            own = {label: gradients(label) if callable(gradients) else gradients[:, label] for label in chunk}
+    options = dict(cfg_scale=cfg_scale, num_steps=num_steps, fidelity=fidelity, **shortcuts)
+    job = _Job(pipe, dataset, out.path, ids, guidance, checkpoints, gradients, seed, options)
+    if all(out.finished(label) == ipc for label in selected):
+        return out
+    with files.locked(out.path, "a run that samples into it"):
+        out.remove_leftovers()
+        if ray:
+            _on_a_cluster(job, out, batch_classes, workers, address=ray if isinstance(ray, str) else None)
         else:
-            own = {label: class_gradients(checkpoints, dataset.of_class(label, fidelity.gradient_images), label) for label in chunk}
-        first = range(min(finished.values()), ipc, rounds)
-        for start in progress(first, f"distil, classes {number + 1}/{len(chunks)}, image"):
-            items = [(label, j) for j in range(start, min(start + rounds, ipc)) for label in chunk if j >= finished[label]]
-            if items:
-                _sample(pipe, out, items, ids, memory if remember else None, own, guidance, checkpoints, seed,
-                        dict(cfg_scale=cfg_scale, num_steps=num_steps, fidelity=fidelity, **shortcuts))  # fmt: skip
+            chunks = _chunks(selected, batch_classes or 50)
+            for number, chunk in enumerate(chunks):
+                job.run(chunk, f"distil, classes {number + 1}/{len(chunks)}, image")
     return out
 
 
-def _sample(pipe, out, items, ids, memory, own, guidance, checkpoints, seed, options) -> None:
-    """Sample one batch of (label, index) items and store it; extends `memory`."""
-    device, started = pipe._execution_device, time.monotonic()
-    generators = [image_generator(seed, ids[label], index) for label, index in items]
+def _chunks(selected: Sequence[int], size: int) -> list[list[int]]:
+    return [list(selected[i : i + size]) for i in range(0, len(selected), size)]
+
+
+def _on_a_cluster(job: _Job, out: DistilledSet, batch_classes: int | None, workers: int | None, *, address: str | None) -> None:
+    """Chunks of classes as tasks on Ray actors that hold the pipeline."""
+    with cluster.cluster(address) as ray:
+        count, _ = cluster.workers_of(ray, workers)
+        chunks = _chunks(out.selected, batch_classes or min(50, -(-len(out.selected) // count)))
+
+        def done() -> str:
+            return f"{sum(out.finished(label) for label in out.selected)} of {len(out.selected) * out.ipc} images"
+
+        cluster.run_all(ray, _Job.run, job, chunks, workers=workers, label="distil, chunks of classes", done=done)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a chunk of classes needs to be sampled, on this machine or another one that sees the same folder."""
+
+    pipe: IGDPipeline
+    dataset: ImageData
+    path: Path
+    ids: list[int]
+    guidance: Guidance | None
+    checkpoints: Checkpoints | None
+    gradients: Tensor | Callable[[int], Tensor] | None
+    seed: int
+    options: dict[str, Any]  # of `sample_igd`
+
+    def to(self, device: str) -> _Job:
+        """The same with its models on a device."""
+        gradients = self.gradients.to(device) if isinstance(self.gradients, Tensor) else self.gradients
+        return replace(self, pipe=self.pipe.to(device), checkpoints=self.checkpoints and self.checkpoints.to(device), gradients=gradients)
+
+    def run(self, chunk: Sequence[int], label: str = "distil, image") -> None:
+        """Sample what is missing of the classes `chunk`, in the batches of an uninterrupted run."""
+        out = DistilledSet(self.path)
+        out.remove_leftovers(chunk)  # of a worker that died
+        finished = {label: out.finished(label) for label in chunk}
+        if all(count == out.ipc for count in finished.values()):
+            return
+        remember = self.guidance is not None and self.guidance.gamma > 0
+        rounds = 1 if remember else max(1, 100 // len(chunk))  # without a memory, images of a class are independent too
+        memory = {label: list(out.latents(label, finished[label]).to(self.pipe._execution_device)) for label in chunk} if remember else None
+        own = self._own_gradients(chunk)
+        first = min(finished.values()) // rounds * rounds
+        for start in progress(range(first, out.ipc, rounds), label):
+            indices = range(start, min(start + rounds, out.ipc))
+            items = [(label, index) for index in indices for label in chunk]
+            wanted = {(label, index) for label, index in items if index >= finished[label]}
+            if wanted:
+                earlier = {label: memory[label][:start] for label in chunk} if memory is not None else None
+                for (label, _), latent in _sample(self, out, items, wanted, earlier, own).items():
+                    if memory is not None:
+                        memory[label].append(latent)
+
+    def _own_gradients(self, chunk: Sequence[int]) -> dict[int, Tensor]:
+        """(E, P) of each class, empty without influence guidance."""
+        if self.guidance is None or self.guidance.k == 0:
+            return {}
+        given, images = self.gradients, self.options["fidelity"].gradient_images
+        if given is not None:
+            return {label: given(label) if callable(given) else given[:, label] for label in chunk}
+        return {label: class_gradients(self.checkpoints, self.dataset.of_class(label, images), label) for label in chunk}
+
+
+def _sample(job: _Job, out: DistilledSet, items, wanted, memory, own) -> dict[tuple[int, int], Tensor]:
+    """Sample one batch of (label, index) items, store those that are wanted and return their latents."""
+    pipe, started = job.pipe, time.monotonic()
+    device = pipe._execution_device
+    generators = [image_generator(job.seed, job.ids[label], index) for label, index in items]
     noise = pipe.latent_noise(generators)
     labels = [label for label, _ in items]
     latents = sample_igd(
-        pipe.transformer, pipe.vae, pipe.scheduler_for(options["fidelity"]), noise,
-        torch.tensor([ids[label] for label in labels], device=device),
+        pipe.transformer, pipe.vae, pipe.scheduler_for(job.options["fidelity"]), noise,
+        torch.tensor([job.ids[label] for label in labels], device=device),
         targets=torch.tensor(labels, device=device) if own else None,
-        guidance=guidance,
-        checkpoints=checkpoints if own else None,
+        guidance=job.guidance,
+        checkpoints=job.checkpoints if own else None,
         gradients=torch.stack([own[label] for label in labels], dim=1).to(device) if own else None,
         memory=[torch.stack(memory[label]) if memory[label] else noise[:0] for label in labels] if memory is not None else None,
         generator=generators,
-        **options,
+        **job.options,
     )  # fmt: skip
     images = to_uint8(pipe.decode(latents)).cpu()
-    seconds = (time.monotonic() - started) / len(items)
-    for (label, index), latent, image in zip(items, latents, images, strict=True):
-        files.save_tensors(out.latent_path(label, index), {"latent": latent}, seconds=round(seconds, 4))
-        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        files.write(out.image_path(label, index), lambda path, picture=picture: picture.save(path, format="PNG"))
-        if memory is not None:
-            memory[label].append(latent)
+    seconds, found = (time.monotonic() - started) / len(items), {}
+    for item, latent, image in zip(items, latents, images, strict=True):
+        if item in wanted:
+            found[item] = latent
+            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+            png = files.write(out.image_path(*item), lambda path, picture=picture: picture.save(path, format="PNG"))
+            note = {"seconds": round(seconds, 4), "image_sha256": files.sha256(png), "latent_sha256": _tensor_sha256(latent)}
+            files.save_tensors(out.latent_path(*item), {"latent": latent}, **note)
+    return found
+
+
+def _tensor_sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def _open(path: Path, wanted: dict[str, Any]) -> DistilledSet:

@@ -73,7 +73,7 @@ def export(found: DistilledSet, out_dir: str | Path, *, format: str = "imagefold
         expected = (present or {}).get("files", {}).get(TENSORS)
         if expected is None or not _intact(out / TENSORS, expected):
             _write_tensors(out / TENSORS, found, chosen)
-        sums[TENSORS] = _file_sha256(out / TENSORS)
+        sums[TENSORS] = files.sha256(out / TENSORS)
     if present is None or present.get("files") != sums:
         _write_manifest(out, wanted | {"files": sums})
     return out
@@ -168,7 +168,7 @@ def _image_hashes(found: DistilledSet, labels: Sequence[int]) -> dict[tuple[int,
                     image.load()
             except (OSError, SyntaxError, ValueError) as error:
                 raise ValueError(f"cannot read the image {path}: {error}; delete it and run distill again, then export") from error
-            hashes[label, index] = _file_sha256(path)
+            hashes[label, index] = files.sha256(path)
     return hashes
 
 
@@ -223,16 +223,11 @@ def _restore(path: Path, expected: str, content: bytes | Path) -> None:
 
 
 def _intact(path: Path, expected: str) -> bool:
-    return path.is_file() and _file_sha256(path) == expected
+    return path.is_file() and files.sha256(path) == expected
 
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _parse(file: Path) -> dict[str, Any]:

@@ -6,10 +6,14 @@ flushes it to disk and renames it, so a crash, a full disk or a kill never leave
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
+import socket
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +54,44 @@ def write(path: str | Path, content: bytes | str | Callable[[Path], None]) -> Pa
             temporary.unlink(missing_ok=True)
         raise
     return path
+
+
+def sha256(path: str | Path) -> str:
+    """A file's hash, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(folder: str | Path, what: str) -> Iterator[None]:
+    """Hold a folder's lock, which the system releases when the process ends, however it ends.
+
+    Raises BlockingIOError where another process holds it.
+    """
+    path = Path(folder) / LOCK
+    while True:
+        file = open(path, "a+")  # noqa: SIM115 - closed below, or by the end of the process
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip()
+            file.close()
+            raise BlockingIOError(error.errno, f"{folder} is in use by {what} ({holder}); wait for it, or choose another folder") from error
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # its holder has just removed it: the lock is on no file any more
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
 
 
 def same_settings(path: str | Path, wanted: Mapping[str, Any], what: str) -> None:

@@ -7,7 +7,6 @@ is called FID; any network can stand in for it, under its own name.
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib.util
 import os
 import warnings
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from igd_lib import files
 from igd_lib.augment import centre, normalise, resize
 from igd_lib.config import cache_dir
 from igd_lib.data import ImageData, to_float
@@ -104,9 +104,8 @@ def inception(*, weights: str | Path | None = None, device: str | None = None, a
     if lines := missing_for_inception(weights):
         raise FileNotFoundError("FID lacks:\n" + "\n".join(f"- {line}" for line in lines))
     path = _inception_file(weights)
-    with open(path, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != INCEPTION_SHA256:
-            raise ValueError(f"{path} is damaged or another file: its SHA-256 is not {INCEPTION_SHA256}; download {INCEPTION_URL}")
+    if files.sha256(path) != INCEPTION_SHA256:
+        raise ValueError(f"{path} is damaged or another file: its SHA-256 is not {INCEPTION_SHA256}; download {INCEPTION_URL}")
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

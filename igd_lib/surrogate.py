@@ -40,6 +40,11 @@ class Checkpoints:
             [self.learning_rates[i] for i in indices],
         )
 
+    def to(self, device: str) -> Checkpoints:
+        """The same on a device."""
+        states = [{name: value.to(device) for name, value in state.items()} for state in self.states]
+        return Checkpoints(self.model.to(device), states, self.epochs, self.learning_rates)
+
     @property
     def weights(self) -> list[float]:
         """Eq. 7's learning rates divided by their mean: a common factor drops out of Eq. 9."""

@@ -51,7 +51,7 @@ def test_lock_names_no_place():
 
 def test_lock_satisfies_every_dependency():
     extras = PROJECT["optional-dependencies"]
-    for line in PROJECT["dependencies"] + extras["dev"] + extras["bench"]:
+    for line in PROJECT["dependencies"] + extras["dev"] + extras["bench"] + extras["cluster"]:
         requirement = Requirement(line)
         assert LOCKED[canonicalize_name(requirement.name)] in requirement.specifier, line
 

@@ -1,0 +1,107 @@
+"""Ray: the same images with one worker, two, or none; dead actors; and refusals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ci.tests.test_distill import latents, pixels, victim
+from igd_lib import cluster
+from igd_lib.distill import DistilledSet
+
+ray = pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="module")
+def two_processors():
+    """A local cluster of two processors, whatever the machine has; workers find the tests' modules."""
+    paths = os.pathsep.join([os.getcwd(), os.path.join(os.getcwd(), "ci", "tests")])
+    environment = {"env_vars": {"PYTHONPATH": paths, "IGD_QUIET": "1", "OMP_NUM_THREADS": "1"}}
+    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, runtime_env=environment, logging_level="warning")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as every worker has
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def whole(tmp_path, one_thread) -> DistilledSet:
+    return victim(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_give_the_images_of_a_run_without_them(two_processors, tmp_path, whole, workers):
+    found = victim(tmp_path / "set", ray=True, workers=workers)
+    assert found.verify() == []
+    assert torch.equal(pixels(found), pixels(whole)) and torch.equal(latents(found), latents(whole))
+
+
+def test_a_dead_worker_s_chunk_is_taken_up_again(two_processors, tmp_path, whole):
+    """kill -9 of the processes that hold the actors, as soon as the first images are there."""
+    killed = []
+
+    def kill():
+        while not list((tmp_path / "set").rglob("*.png")):
+            time.sleep(0.002)
+        for process in _workers():
+            os.kill(process, signal.SIGKILL)
+            killed.append(process)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    found = victim(tmp_path / "set", ray=True, workers=2)
+    killer.join()
+    assert killed and found.verify() == []
+    assert torch.equal(pixels(found), pixels(whole))
+
+
+def _workers() -> list[int]:
+    """The processes of this cluster's actors: descendants of this one that Ray has named after their class."""
+    parents, named = {}, []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if (entry / "cmdline").read_bytes().startswith(b"ray::_Worker"):
+                named.append(int(entry.name))
+        except (OSError, ValueError):  # it has ended meanwhile
+            continue
+
+    def is_ours(process: int) -> bool:
+        return process == os.getpid() or (process in parents and is_ours(parents[process]))
+
+    return [process for process in named if is_ours(process)]
+
+
+def double(shared: int, item: int) -> int:
+    if item < 0:
+        raise ValueError(f"{item} is negative")
+    return shared * item
+
+
+def test_results_keep_their_order_and_errors_are_the_task_s_own(two_processors):
+    assert cluster.run_all(ray, double, 3, list(range(7)), workers=2) == [0, 3, 6, 9, 12, 15, 18]
+    with pytest.raises(ValueError, match="-1 is negative"):
+        cluster.run_all(ray, double, 3, [1, -1])
+
+
+def test_more_workers_than_processors_are_refused(two_processors):
+    with pytest.raises(ValueError, match="3 workers, but the cluster has 0 GPUs and 2 processors"):
+        cluster.workers_of(ray, 3)
+
+
+def test_without_ray_the_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(ImportError, match=r"igd_lib\[cluster\]"):
+        victim(tmp_path / "set", ray=True)
