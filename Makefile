@@ -2,10 +2,10 @@
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lab figures bench lint standin clean
+.PHONY: help setup demo test lab figures reproduce-small soak doctor bench lint standin clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup:  ## .venv, the locked packages, the data
 	@sh ci/setup.sh
@@ -25,6 +25,15 @@ lab: setup  ## the notebooks in JupyterLab
 
 figures: setup  ## figures and tables from the saved results in paper_figures/data
 	@$(PYTHON) paper_figures/make_figures.py
+
+reproduce-small: setup  ## every notebook at scale "small", then figures and tables (some hours; goes on where it was stopped)
+	@$(PYTHON) ci/reproduce_small.py
+
+soak: setup  ## a 200-image run killed at ten random moments, and what is left of it
+	@OMP_NUM_THREADS=1 IGD_SOAK=1 $(PYTHON) -m pytest -q ci/tests/test_distill.py -k killed_at_random
+
+doctor: setup  ## what is on this machine: versions, memory, data, models, and what each notebook would do
+	@$(PYTHON) -m igd_lib doctor
 
 bench: setup  ## what guided sampling costs on this machine: seconds, arithmetic, memory
 	@$(PYTHON) -m ci.bench.bench

@@ -1,13 +1,16 @@
 """Redraws figures and tables from the result rows in `paper_figures/data`; needs no GPU and no images.
 
 `python paper_figures/make_figures.py FOLDER` first takes new rows over: every FOLDER/NN_name/rows.csv that a notebook
-saved (`-p save_to FOLDER/NN_name`) becomes data/NN_name.csv, sorted and checked.
+saved (`-p save_to FOLDER/NN_name`) becomes data/NN_name.csv, sorted and checked. Drawing twice gives the same bytes;
+MANIFEST.json has the hashes of what went in and what came out, and `--check` draws anew elsewhere and names what is stale.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ from matplotlib.figure import Figure
 from igd_lib import files, methods, plotting, results, tables
 
 HERE = Path(__file__).parent
+MANIFEST = "MANIFEST.json"
 Pairs = Sequence[tuple[str, str]]
 
 
@@ -83,7 +87,7 @@ def in_order(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.iloc[sorted(range(len(rows)), key=lambda position: (rank.iloc[position], position))]
 
 
-def draw(artefact: Artefact) -> None:
+def draw(artefact: Artefact, out: Path) -> None:
     """One figure and one page of tables from the rows of one notebook."""
     rows = in_order(results.load(HERE / "data" / f"{artefact.source}.csv"))
     accuracy = tables.top1(rows)
@@ -99,7 +103,7 @@ def draw(artefact: Artefact) -> None:
         whole.append(tables.rank_correlations(first, others))
     pairs = artefact.pairs(list(dict.fromkeys(first.method)))
     figure = artefact.figure(first, others, title)
-    plotting.keep(figure, str(HERE), artefact.name)
+    plotting.keep(figure, str(out), artefact.name)
     parts = [f"# {artefact.heading}\n\n{title}. Means ± sd over n generation seeds.", *(results.markdown(table, 3) for table in whole)]
     if pairs:
         parts.append("Paired differences in top-1 (same noise):\n\n- " + tables.verdict(tables.differences(first, pairs)).replace("\n", "\n- "))
@@ -107,20 +111,53 @@ def draw(artefact: Artefact) -> None:
         paper = tables.reported(artefact.table, ipc=one.ipc)
         beside = results.markdown(tables.beside_paper(accuracy, paper, by=("network", "method")), 1)
         parts.append("Beside the paper's figures, which are for other data:\n\n" + beside)
-    files.write(HERE / f"{artefact.name}.md", "\n\n".join(part.strip() for part in parts) + "\n")
-    print(f"wrote {HERE / artefact.name}.md, .pdf, .svg and .png")
+    files.write(out / f"{artefact.name}.md", "\n\n".join(part.strip() for part in parts) + "\n")
 
 
-def main(arguments: list[str]) -> None:
+def draw_all(out: Path) -> dict[str, dict[str, str]]:
+    """Everything there are rows for, into `out`; the hashes of inputs and outputs (of those that no compression library has a hand in)."""
     plotting.use_style()
-    if arguments:
-        take_over(Path(arguments[0]))
-    for artefact in ARTEFACTS:
-        if (HERE / "data" / f"{artefact.source}.csv").is_file():
-            draw(artefact)
-    if (HERE / "data" / "bench.json").is_file():
-        plotting.keep(plotting.bench(json.loads((HERE / "data" / "bench.json").read_text())), str(HERE), "bench")
+    there = [artefact for artefact in ARTEFACTS if (HERE / "data" / f"{artefact.source}.csv").is_file()]
+    for artefact in there:
+        draw(artefact, out)
+    inputs = [HERE / "igd.mplstyle", HERE / "data" / "paper_reported.csv", *(HERE / "data" / f"{artefact.source}.csv" for artefact in there)]
+    names = [f"{artefact.name}.{kind}" for artefact in there for kind in ("md", "svg")]
+    bench = HERE / "data" / "bench.json"
+    if bench.is_file():
+        plotting.keep(plotting.bench(json.loads(bench.read_text())), str(out), "bench")
+        inputs, names = [*inputs, bench], [*names, "bench.svg"]
+    return {
+        "inputs": {path.relative_to(HERE).as_posix(): files.sha256(path) for path in sorted(inputs)},
+        "outputs": {name: files.sha256(out / name) for name in sorted(names)},
+    }
+
+
+def stale() -> list[str]:
+    """What is not as drawing it now would make it, a line a file; empty if nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = draw_all(Path(folder))
+    present = json.loads((HERE / MANIFEST).read_text()) if (HERE / MANIFEST).is_file() else {}
+    lines = [f"{kind} {name}" for kind in wanted for name, value in wanted[kind].items() if present.get(kind, {}).get(name) != value]
+    lines += [f"file {name}" for name, value in wanted["outputs"].items() if not (HERE / name).is_file() or files.sha256(HERE / name) != value]
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, help="take new rows over from here first")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a figure or table is stale")
+    given = parser.parse_args(arguments)
+    if given.check:
+        lines = stale()
+        print("\n".join(["stale: run `make figures`", *lines]) if lines else "figures and tables are up to date")
+        return int(bool(lines))
+    if given.folder:
+        take_over(given.folder)
+    manifest = draw_all(HERE)
+    files.write(HERE / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    print(f"drew {len(manifest['outputs'])} tables and figures into {HERE}")
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""The command line: what `doctor` finds, what `verify` says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from igd_lib import doctor
+from igd_lib.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_doctor_says_what_is_here(only_fashion, capsys):
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    for expected in ("no CUDA GPU", "fashion-mnist: found", "stand-in fashion-mnist: found", "facebook/DiT-XL-2-256", "Inception-V3 (FID): "):
+        assert expected in said, expected
+    assert re.search(r"\d+ cores .* GiB of memory", said) and re.search(r"IGD_CACHE: .* GiB free", said)
+    assert re.search(r"imagenet: .*imagenet", said)
+
+
+def test_every_notebook_has_its_line(only_fashion):
+    lines = doctor.notebooks()
+    assert [line.split(":")[0] for line in lines] == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+    assert all(": small (" in line for line in lines)
+
+
+def test_other_versions_than_the_locked_ones_are_named(monkeypatch):
+    real = doctor.version
+    monkeypatch.setattr(doctor, "version", lambda name: "0.1" if name == "timm" else real(name))
+    assert any(re.fullmatch(r"timm: 0\.1, locked [0-9.]+", line) for line in doctor.versions())
+
+
+def test_a_folder_that_cannot_be_written_is_seen(monkeypatch):
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    assert any("NOT WRITABLE" in line for line in doctor.machine())
+
+
+def test_verify_by_command(tmp_path, tiny_pipe, toy_data, capsys):
+    from igd_lib.distill import distill
+
+    found = distill(tiny_pipe, toy_data, ipc=1, guidance=None, checkpoints=None, out_dir=tmp_path / "set", num_steps=2)
+    assert main(["verify", str(tmp_path / "set")]) == 0 and "complete" in capsys.readouterr().out
+    found.image_path(1, 0).write_bytes(b"x")
+    assert main(["verify", str(tmp_path / "set"), "--repair"]) == 1
+    assert "class 1, image 0: cannot be read" in capsys.readouterr().out and not found.image_path(1, 0).exists()
+    assert main(["verify", str(tmp_path)]) == 2 and "no distilled set" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["treat"])
