@@ -17,8 +17,9 @@ _PUBLIC = {
 }  # fmt: skip
 # `distill` and `evaluate` are modules; their functions are `igd_lib.distill.distill` and `igd_lib.evaluate.evaluate`.
 _MODULES = (
-    "augment", "cluster", "config", "data", "datasets", "distill", "doctor", "evaluate", "experiment", "export", "files", "guidance", "methods", "metrics", "minimax", "models",
-    "notebook", "plotting", "results", "sampler", "sources", "standin", "surrogate", "tables", "weights",
+    "augment", "cluster", "config", "data", "datasets", "distill", "doctor", "evaluate", "experiment", "export", "files", "guidance",
+    "methods", "metrics", "minimax", "models", "notebook", "plotting", "results", "sampler", "sources", "standin", "surrogate", "tables",
+    "weights",
 )  # fmt: skip
 __all__ = ["__version__", *_PUBLIC, *_MODULES]  # noqa: PLE0604
 

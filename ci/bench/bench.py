@@ -138,11 +138,31 @@ def part_standin(repeats: int) -> dict[str, Any]:
     return {"steps": setup.num_steps, "checkpoints": len(setup.checkpoints), "batch": batch, "rows": found, "relative difference to the straight line": same}
 
 
-def part_batch(batch: int) -> dict[str, Any]:
-    """Exact guided sampling of one batch: images a second and peak memory."""
+def part_batch(batch: int, recompute: int = 0) -> dict[str, Any]:
+    """Exact guided sampling of one batch: images a second and peak memory; recompute: with activation checkpointing."""
     setup, tiny = standin_setup()
+    if recompute:
+        setup.pipe.transformer.enable_gradient_checkpointing()
+        setup.pipe.vae.enable_gradient_checkpointing()
     run = sampler(setup, tiny, batch, guided=True)
-    return {"batch": batch, "images_per_second": batch / timed(run, setup.device, 1, warm=setup.device == "cuda"), "peak_gib": peak_gib(setup.device)}
+    seconds = timed(run, setup.device, 1, warm=setup.device == "cuda")
+    return {"batch": batch, "recompute": bool(recompute), "images_per_second": batch / seconds, "peak_gib": peak_gib(setup.device)}
+
+
+def part_variants(repeats: int) -> dict[str, Any]:
+    """Whether other memory layouts and compilation pay, batch 10: seconds an image, vanilla and exact."""
+    found = {}
+    for name in ("plain", "channels_last", "torch.compile"):
+        setup, tiny = standin_setup()
+        if name == "channels_last":
+            setup.pipe.vae.to(memory_format=torch.channels_last)
+            setup.checkpoints.model.to(memory_format=torch.channels_last)
+        if name == "torch.compile":
+            setup.pipe.transformer.compile()
+            setup.pipe.vae.decoder.compile()
+        runs = {kind: sampler(setup, tiny, 10, guided=kind == "exact") for kind in ("vanilla", "exact")}
+        found[name] = {kind: timed(run, setup.device, repeats) / 10 for kind, run in runs.items()}
+    return found
 
 
 # --- the paper's shapes
@@ -227,7 +247,7 @@ def part(name: str, *arguments: object) -> dict[str, Any]:
     return found
 
 
-PARTS = {"standin": part_standin, "batch": part_batch, "paper": part_paper, "growth": part_growth}
+PARTS = {"standin": part_standin, "batch": part_batch, "variants": part_variants, "paper": part_paper, "growth": part_growth}
 
 
 def main() -> None:
@@ -245,6 +265,8 @@ def main() -> None:
         "threads": torch.get_num_threads(), "torch": torch.__version__,
         "standin": part("standin", 3),
         "batches": [part("batch", batch) for batch in (1, 2, 4, 8, 16, 32, 64)],
+        "recompute": part("batch", 64, 1),
+        "variants": part("variants", 3),
         "paper": part("paper", 10 if cuda else 1, 3 if cuda else 1),
         "growth": [part("growth", images, classes) for images, classes in ((10, 10), (100, 10), (1000, 10), (1000, 100))],
     }  # fmt: skip
@@ -258,8 +280,10 @@ def main() -> None:
         print(f"paper's shapes, {name:42s} {row['seconds / vanilla']:6.2f} x vanilla  {row['tflop / vanilla']:6.2f} x its arithmetic")
     straight, ours = rows["straight line, both halves"]["seconds"], rows["exact"]["seconds"]
     print(f"exact is {straight / ours:.1f} times as fast as the straight line (both halves, a backward a checkpoint, an image at a time)")
-    for row in report["batches"]:
-        print(f"batch {row['batch']:3d}: {row['images_per_second']:.2f} images/s, {row['peak_gib']:.2f} GiB")
+    for row in [*report["batches"], report["recompute"]]:
+        print(f"batch {row['batch']:3d}: {row['images_per_second']:.2f} images/s, {row['peak_gib']:.2f} GiB{', activations recomputed' * row['recompute']}")
+    for name, row in report["variants"].items():
+        print(f"{name:14s} {row['vanilla']:.3f} and {row['exact']:.3f} s/image, vanilla and exact")
     for row in report["growth"]:
         print(f"{row['images']:5d} images of {row['classes']:4d} classes: {row['seconds_per_image']:.3f} s/image, {row['peak_gib']:.2f} GiB")
     print(f"written to {arguments.out}; python paper_figures/make_figures.py draws it")

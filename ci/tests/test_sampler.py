@@ -238,6 +238,22 @@ def test_memory_keeps_the_last_entries(tiny, guided):
     assert torch.equal(*runs)
 
 
+def test_recomputing_activations_gives_the_same_latents(tiny, guided):
+    """diffusers' gradient checkpointing: every guided step's blocks run once more in the backward pass, the result is the same."""
+    models = tiny()
+    found, calls = [], []
+    models.transformer.transformer_blocks[0].attn1.register_forward_hook(lambda *_: calls.append(1))
+    for recompute, expected in ((False, 10), (True, 14)):
+        if recompute:
+            models.transformer.enable_gradient_checkpointing()
+            models.vae.enable_gradient_checkpointing()
+        calls.clear()
+        scheduler = scheduler_of(models, RELEASED)
+        found.append(sample_igd(models.transformer, models.vae, scheduler, noise(), LABELS, generator=generators(), **guided()))
+        assert len(calls) == expected
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
 def test_decoder_jacobian_differs_from_full(tiny, guided):
     models, options = tiny(), guided()
     found = [
