@@ -83,7 +83,7 @@ def selections(setup: Experiment, thresholds: Sequence[float], backbone: str = "
     if backbone == "minimax" and setup.minimax_missing:
         raise FileNotFoundError(setup.minimax_missing)
     guidance = setup.guidance if backbone == "dit" else setup.minimax_guidance
-    prefix = "" if backbone == "dit" else "Minimax, "
+    prefix = "" if backbone == "dit" else "Minimax-IGD, "
     chosen, found = setup.choices(thresholds), {}
     for entry in chosen[chosen.similarity == setup.fidelity.similarity].itertuples():
         found[tuple(entry.kept)] = Method(f"{prefix}threshold {entry.threshold} ({len(entry.kept)})", guidance, keep=tuple(entry.kept))

@@ -38,6 +38,12 @@ def use_style() -> None:
         plt.style.use(STYLE)
 
 
+def look(method: str, other: str = "#777777") -> tuple[str, str]:
+    """A method's colour and marker; "DiT-IGD, DDIM 25" has DiT-IGD's, an unknown one `other` and a circle."""
+    known = method if method in COLOURS else method.split(", ")[0]
+    return COLOURS.get(known, other), MARKERS.get(known, "o")
+
+
 def save(figure: Figure, path: str | Path) -> list[Path]:
     """Write PDF, SVG and PNG beside each other with reproducible bytes; returns the three paths."""
     path = Path(path)
@@ -63,7 +69,7 @@ def scores(rows: pd.DataFrame, *, title: str, label: str = "top-1 accuracy (%)")
     figure, axes = plt.subplots(figsize=(1.1 * len(methods) + 1.2, 3.2), layout="constrained")
     for position, method in enumerate(methods):
         values = rows[rows.method == method].value
-        colour, marker = COLOURS.get(method, "#777777"), MARKERS.get(method, "o")
+        colour, marker = look(method)
         axes.plot([position - 0.13] * len(values), values, marker, color=colour, alpha=0.45, markersize=5, linestyle="none")
         sd = values.std() if len(values) > 1 else 0.0
         axes.errorbar(position + 0.13, values.mean(), yerr=sd, fmt=marker, color=colour, markersize=8, capsize=3)
@@ -83,7 +89,7 @@ def by_cfg(rows: pd.DataFrame, *, title: str, label: str = "top-1 accuracy (%)")
     for position, kind in enumerate(kinds):
         own = parts[parts.kind == kind]
         spread = own.groupby("cfg")["value"].agg(["mean", "std"]).fillna(0.0)
-        colour, marker = COLOURS.get(kind, "#777777"), MARKERS.get(kind, "o")
+        colour, marker = look(kind)
         shift = 0.05 * (position - (len(kinds) - 1) / 2)  # so that the bars do not hide each other
         axes.plot(own.cfg + shift, own.value, marker, color=colour, alpha=0.3, markersize=4, linestyle="none")
         axes.errorbar(spread.index + shift, spread["mean"], yerr=spread["std"], fmt=f"{marker}-", color=colour, markersize=6, capsize=2, label=kind)
@@ -102,7 +108,7 @@ def against_accuracy(rows: pd.DataFrame, distances: pd.DataFrame, *, title: str,
     for axes, metric in zip(panels[0], metrics, strict=True):
         own = distances[distances.metric == metric].set_index(["method", "seed"])["value"]
         for method in dict.fromkeys(accuracy.index.get_level_values("method")):
-            colour, marker = COLOURS.get(method, "#777777"), MARKERS.get(method, "o")
+            colour, marker = look(method)
             points = own[method].index
             axes.plot(own[method], accuracy[method].reindex(points), marker, color=colour, alpha=0.7, markersize=6, linestyle="none", label=method)
         axes.set_xlabel(metric.replace(" over ", "\nover "))
@@ -124,7 +130,7 @@ def gallery(columns: Mapping[str, Tensor], *, titles: Sequence[str], title: str)
             axis.spines[:].set_visible(False)
             if position == 0:
                 axis.set_title(titles[index], fontsize=7)
-        row[0].set_ylabel(method, rotation=0, ha="right", va="center", color=COLOURS.get(method, "#333333"))
+        row[0].set_ylabel(method, rotation=0, ha="right", va="center", color=look(method, "#333333")[0])
     figure.suptitle(title)
     return figure
 
