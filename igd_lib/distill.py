@@ -185,6 +185,7 @@ def distill(
     fidelity: Fidelity = RELEASED,
     ray: bool | str = False,
     workers: int | None = None,
+    wait: bool = False,
     **shortcuts: Any,
 ) -> DistilledSet:
     """Sample `ipc` images of each class into `out_dir`, resuming what is there, and return the set.
@@ -195,7 +196,7 @@ def distill(
     computed a batch of classes at a time;
     batch_classes: classes sampled side by side (at most 50 by default); ray: chunks of so many classes as tasks of a
     Ray cluster that sees `out_dir` (True: a local one, or its address; extra [cluster]), on `workers` actors (default
-    one a GPU); shortcuts: `sample_igd`'s (jacobian, guidance_decoder, every, checkpoints_per_step).
+    one a GPU); wait: for another run into the same folder, instead of refusing; shortcuts: `sample_igd`'s (jacobian, guidance_decoder, every, checkpoints_per_step).
     Raises ValueError when `out_dir` holds a set of other settings (the first difference is named) or ipc < 1, OSError
     when it cannot be written, BlockingIOError when another run is sampling into it.
     """
@@ -245,7 +246,7 @@ def distill(
     job = _Job(pipe, dataset, out.path, ids, guidance, checkpoints, gradients, seed, options)
     if all(out.finished(label) == ipc for label in selected):
         return out
-    with files.locked(out.path, "a run that samples into it"):
+    with files.locked(out.path, "a run that samples into it", wait=wait):
         out.remove_leftovers()
         if ray:
             _on_a_cluster(job, out, batch_classes, workers, address=ray if isinstance(ray, str) else None)

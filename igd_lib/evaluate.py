@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from igd_lib import files
+from igd_lib import cluster, files
 from igd_lib.augment import augment, centre, cutmix, normalise, resize
 from igd_lib.config import Protocol
 from igd_lib.data import ImageData
@@ -121,15 +121,41 @@ def evaluate(
 
 
 def evaluate_all(
-    distilled: DistilledSet | ImageData, dataset: ImageData, *, networks: Sequence[str], seeds: Sequence[int], folder: str | Path | None = None, **options: Any
+    distilled: DistilledSet | ImageData,
+    dataset: ImageData,
+    *,
+    networks: Sequence[str],
+    seeds: Sequence[int],
+    folder: str | Path | None = None,
+    ray: bool | str = False,
+    workers: int | None = None,
+    **options: Any,
 ) -> list[Score]:
-    """`evaluate` for every network and training seed of a set, its images read once; folder gets a folder a cell."""
-    train = in_memory(distilled)
+    """`evaluate` for every network and training seed of a set, its images read once; folder gets a folder a cell.
+
+    ray, workers: cells as tasks of a Ray cluster, as in `distill`.
+    """
     cells = [(name, seed) for name in networks for seed in seeds]
-    return [
-        evaluate(train, dataset, network=name, seed=seed, folder=Path(folder) / f"{name.replace('/', '-')}-{seed}" if folder is not None else None, **options)
-        for name, seed in cells
-    ]
+    shared = _Cells(in_memory(distilled), dataset, folder, options)
+    if not ray:
+        return [shared.run(cell) for cell in cells]
+    with cluster.cluster(ray if isinstance(ray, str) else None) as connected:
+        return cluster.run_all(connected, _Cells.run, shared, cells, workers=workers, label="evaluate, cells")
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """What the cells of a table have in common."""
+
+    train: ImageData
+    test: ImageData
+    folder: str | Path | None
+    options: dict[str, Any]
+
+    def run(self, cell: tuple[str, int]) -> Score:
+        name, seed = cell
+        own = Path(self.folder) / f"{name.replace('/', '-')}-{seed}" if self.folder is not None else None
+        return evaluate(self.train, self.test, network=name, seed=seed, folder=own, **self.options)
 
 
 @torch.random.fork_rng()

@@ -210,7 +210,8 @@ class Experiment:
         return distill(
             pipe, self.train, ipc=ipc, guidance=method.guidance, checkpoints=checkpoints, gradients=gradients,
             out_dir=cache_dir() / "runs" / f"{results.settings_hash(settings)}-seed{seed}", seed=seed,
-            classes=self.classes, label_ids=self.label_ids, cfg_scale=method.cfg_scale, num_steps=num_steps, fidelity=fidelity, **options,
+            classes=self.classes, label_ids=self.label_ids, cfg_scale=method.cfg_scale, num_steps=num_steps, fidelity=fidelity,
+            wait=True, **options,  # notebooks that run side by side share sets
         )  # fmt: skip
 
     def _rded(self, ipc: int, seed: int) -> ImageData:
@@ -246,9 +247,9 @@ class Experiment:
         folder = cache_dir() / "models" / f"Minimax-{self.dataset}"
         if self.scale != "paper":
             folder = cache_dir() / "minimax" / results.settings_hash([self.train.name, self.minimax_recipe, self._weights(self.pipe)])
-            finetune(self.pipe, self.train, folder, recipe=self.minimax_recipe, label_ids=self.label_ids)
-        pipe = IGDPipeline.from_pretrained(folder, vae=self.pipe.vae).to(self.device)
-        return pipe
+            with files.locked(folder, "a fine-tuning", wait=True):  # of a notebook that runs beside this one
+                finetune(self.pipe, self.train, folder, recipe=self.minimax_recipe, label_ids=self.label_ids)
+        return IGDPipeline.from_pretrained(folder, vae=self.pipe.vae).to(self.device)
 
     def all_sets(self, ipc: int, seeds: int, methods: Sequence[Method]) -> dict[tuple[str, int], ImageData | DistilledSet]:
         """Every method's set for generation seeds 0 ... seeds - 1; the noise is the same for every method."""

@@ -66,16 +66,17 @@ LOCK = ".lock"
 
 
 @contextmanager
-def locked(folder: str | Path, what: str) -> Iterator[None]:
+def locked(folder: str | Path, what: str, *, wait: bool = False) -> Iterator[None]:
     """Hold a folder's lock, which the system releases when the process ends, however it ends.
 
-    Raises BlockingIOError where another process holds it.
+    Where another process holds it, wait for it, or raise BlockingIOError.
     """
     path = Path(folder) / LOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         file = open(path, "a+")  # noqa: SIM115 - closed below, or by the end of the process
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             holder = file.read().strip()

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ import torch
 
 from ci.tests.test_distill import latents, pixels, victim
 from igd_lib import cluster
+from igd_lib.config import IGD_HARD
 from igd_lib.distill import DistilledSet
+from igd_lib.evaluate import evaluate_all
 
 ray = pytest.importorskip("ray")
 
@@ -82,6 +85,14 @@ def _workers() -> list[int]:
         return process == os.getpid() or (process in parents and is_ours(parents[process]))
 
     return [process for process in named if is_ours(process)]
+
+
+def test_evaluation_cells_as_tasks(two_processors, one_thread, tmp_path, toy_data):
+    options = dict(networks=["convnet1", "convnet2"], seeds=[0, 1], protocol=replace(IGD_HARD, image_size=16, epochs=2), device="cpu")
+    alone = evaluate_all(toy_data, toy_data, **options)
+    spread = evaluate_all(toy_data, toy_data, ray=True, workers=2, folder=tmp_path, **options)
+    assert [replace(score, seconds=0) for score in spread] == [replace(score, seconds=0) for score in alone]
+    assert len(list(tmp_path.glob("*/score.json"))) == 4
 
 
 def double(shared: int, item: int) -> int:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -405,6 +406,25 @@ def test_a_second_run_into_the_same_folder_is_refused(run, tmp_path, monkeypatch
     (tmp_path / "set" / ".lock").write_text("process 1 on a machine that crashed")  # held by nobody
     (tmp_path / "set" / "images" / "00001" / "00002.png").unlink()
     assert run().verify() == [] and not (tmp_path / "set" / ".lock").exists()
+
+
+def test_a_second_run_can_wait_for_the_first(run, tmp_path, monkeypatch):
+    """Both end with the whole set, the second having sampled nothing."""
+    real, sampled, ended = module._sample, [], []
+
+    def spy(*arguments):
+        sampled.append(threading.current_thread().name)
+        if len(sampled) == 1:
+            other.start()
+            time.sleep(0.3)
+            assert other.is_alive()
+        return real(*arguments)
+
+    other = threading.Thread(target=lambda: ended.append(run(wait=True).verify()), name="second")
+    monkeypatch.setattr(module, "_sample", spy)
+    found = run()
+    other.join(60)
+    assert ended == [[]] and found.verify() == [] and "second" not in sampled and not (tmp_path / "set" / ".lock").exists()
 
 
 def test_a_finished_set_needs_no_lock(run, tmp_path):
