@@ -196,7 +196,8 @@ def distill(
     computed a batch of classes at a time;
     batch_classes: classes sampled side by side (at most 50 by default); ray: chunks of so many classes as tasks of a
     Ray cluster that sees `out_dir` (True: a local one, or its address; extra [cluster]), on `workers` actors (default
-    one a GPU); wait: for another run into the same folder, instead of refusing; shortcuts: `sample_igd`'s (jacobian, guidance_decoder, every, checkpoints_per_step).
+    one a GPU); wait: for another run into the same folder, instead of refusing; shortcuts: `sample_igd`'s (jacobian,
+    guidance_decoder, every, checkpoints_per_step).
     Raises ValueError when `out_dir` holds a set of other settings (the first difference is named) or ipc < 1, OSError
     when it cannot be written, BlockingIOError when another run is sampling into it.
     """

@@ -318,6 +318,23 @@ class Experiment:
             rows += [self.row(method, ipc, seed, metric, value) for metric, value in values.items()]
         return results.frame(rows)
 
+    def map_of_sets(self, sets: Sets, ipc: int, label: int, *, images: int = 300) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """One class of every set (seed 0) and `images` real training ones of it: a joint t-SNE, and result rows of Wasserstein distances.
+
+        In the features that `distribution_rows` measures in.
+        """
+        extractor = self.extractor()
+
+        def points(data: ImageData) -> Tensor:
+            return metrics.features(extractor, data.subset(data.class_indices(label)[:images]))
+
+        real = points(self.train)
+        own = {method: points(in_memory(found)) for (method, seed), found in sets.items() if seed == 0}
+        name = extractor.name if extractor.is_inception else f"{extractor.name} features"
+        rows = [self.row(method, ipc, 0, f"Wasserstein over {name}", metrics.wasserstein(real, found)) for method, found in own.items()]
+        places = metrics.joint_tsne({"real": real, **own}, perplexity=min(30.0, (len(real) + sum(map(len, own.values()))) // 3))
+        return places, results.frame(rows)
+
     def tiny_decoder(self) -> AutoencoderTiny:
         """The guidance decoder: TAESD's folder at "paper", the stand-in's own elsewhere. Raises FileNotFoundError without it."""
         if self.scale != "paper":
@@ -362,6 +379,20 @@ class Experiment:
             results.append(cache_dir() / "results", results.Row(**record))
         if folder:
             files.write(Path(folder) / "rows.csv", rows.to_csv(index=False, lineterminator="\n"))
+
+    def keep_table(self, table: pd.DataFrame, folder: str, name: str) -> None:
+        """Write a table that is no result row (coordinates, curves), with its origin, as `folder/NAME.csv` if a folder is given."""
+        if folder:
+            origin = dict(dataset=self.train.name, scale=self.scale, git_revision=results.git_revision())
+            files.write(Path(folder) / f"{name}.csv", table.assign(**origin).to_csv(index=False, lineterminator="\n"))
+
+    def gallery_rows(self, sets: Sets, columns: int) -> dict[str, Tensor]:
+        """Two rows a class, without and with guidance, by "CLASS, METHOD": uint8 (columns, 3, H, W), the first images."""
+        found = {}
+        for label in self.classes or range(len(self.train.classes)):
+            for method, images in self.images_of(sets, label, seeds=1, first=columns).items():
+                found[f"{self.train.classes[label]}, {method}"] = images
+        return found
 
     def across_classes(self, sets: Sets, classes: int = 10) -> dict[str, Tensor]:
         """Per method, uint8 (n, 3, H, W): the first image of each of the first classes, seed 0."""

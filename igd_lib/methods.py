@@ -53,6 +53,19 @@ def baselines(setup: Experiment) -> list[Method]:
     return [random, Method("RDED", real="rded"), *others, *_tuned(setup, Method("Minimax"), Method("Minimax-IGD", setup.minimax_guidance))]
 
 
+def sampled(setup: Experiment) -> list[Method]:
+    """The rows of `baselines` that a diffusion model samples at the paper's cfg."""
+    return [row for row in baselines(setup) if row.real is None and row.cfg_scale == 4.0]
+
+
+def plain_and_guided(setup: Experiment, backbone: str) -> tuple[Method, Method]:
+    """A backbone's rows without and with guidance. Raises ValueError for another than "dit" or "minimax", or one that is missing."""
+    found = [row for row in sampled(setup) if row.backbone == backbone and (row.guidance is None or row.influenced)]
+    if len(found) != 2:
+        raise ValueError(setup.minimax_missing if backbone == "minimax" else f"backbone is 'dit' or 'minimax', got {backbone!r}")
+    return found[0], found[1]
+
+
 def ablation(setup: Experiment) -> list[Method]:
     """Table 5's rows: neither guidance, each alone, both, on either backbone; and vanilla sampling at its best cfg."""
     _, plain, best, deviation, both = comparison(setup)

@@ -10,11 +10,12 @@ import copy
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -296,6 +297,25 @@ def wasserstein(
     return max(mean, 0.0) ** (1 / p)
 
 
+# --- a map of sets
+
+
+def joint_tsne(points: Mapping[str, Tensor], *, perplexity: float = 30.0, seed: int = 0) -> pd.DataFrame:
+    """t-SNE of several sets of features (N, D) in one fit (Figure 3), so that their places compare: columns set, x, y.
+
+    Raises ValueError for fewer points in all than three times the perplexity.
+    """
+    from sklearn.manifold import TSNE
+
+    _check(**points)
+    whole = torch.cat(list(points.values())).float().cpu().numpy()
+    if len(whole) < 3 * perplexity:
+        raise ValueError(f"{len(whole)} points are too few for a perplexity of {perplexity:g}")
+    places = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(whole)
+    names = [name for name, own in points.items() for _ in range(len(own))]
+    return pd.DataFrame({"set": names, "x": places[:, 0].round(3), "y": places[:, 1].round(3)})
+
+
 # --- a set's images
 
 
@@ -316,8 +336,7 @@ def influence_of_set(
     if isinstance(gradients, Tensor) and gradients.shape[1] != len(data.classes):
         raise ValueError(f"class gradients of {gradients.shape[1]} classes for a set of {len(data.classes)}; they belong to another data set")
     device = torch.device(device) if device is not None else next(iter(checkpoints.states[0].values())).device
-    states = [{name: value.to(device) for name, value in state.items()} for state in checkpoints.states]
-    checkpoints = Checkpoints(checkpoints.model, states, checkpoints.epochs, checkpoints.learning_rates)
+    checkpoints = checkpoints.to(device)
     losses = torch.empty(len(data))
     for label in data.labels.unique().tolist():
         own = (gradients[:, label] if isinstance(gradients, Tensor) else gradients(label)).to(device)

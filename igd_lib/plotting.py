@@ -119,6 +119,43 @@ def against_accuracy(rows: pd.DataFrame, distances: pd.DataFrame, *, title: str,
     return figure
 
 
+def influence(rows: pd.DataFrame, losses: pd.DataFrame, *, title: str, label: str = "top-1 accuracy (%)") -> Figure:
+    """A panel a network: every set's mean influence loss against the accuracy of the network trained on it; methods by colour and marker."""
+    accuracy = rows[rows.metric == "top1"]
+    networks = list(dict.fromkeys(accuracy.network))
+    own = losses.set_index(["method", "seed"])["value"]
+    figure, panels = plt.subplots(1, len(networks), figsize=(3.3 * len(networks) + 0.6, 3.6), sharex=True, layout="constrained", squeeze=False)
+    for axes, network in zip(panels[0], networks, strict=True):
+        for method in dict.fromkeys(accuracy.method):
+            points = accuracy[(accuracy.network == network) & (accuracy.method == method)].set_index("seed")["value"]
+            colour, marker = look(method)
+            axes.plot(own[method].reindex(points.index), points, marker, color=colour, alpha=0.7, markersize=6, linestyle="none", label=method)
+        axes.set(xlabel="mean influence loss", title=network)
+    panels[0][0].set_ylabel(label)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(title)
+    return figure
+
+
+def places(coordinates: pd.DataFrame, distances: pd.DataFrame, *, title: str) -> Figure:
+    """A panel a set: its points of a joint t-SNE over the real ones, with its distance to them."""
+    real, names = coordinates[coordinates.set == "real"], [name for name in dict.fromkeys(coordinates.set) if name != "real"]
+    columns = min(4, len(names))
+    lines = -(-len(names) // columns)
+    figure, panels = plt.subplots(lines, columns, figsize=(2.1 * columns, 2.2 * lines + 0.4), sharex=True, sharey=True, layout="constrained", squeeze=False)
+    for axes in panels.flat[len(names) :]:
+        axes.set_visible(False)
+    for axes, name in zip(panels.flat, names, strict=False):
+        own, (colour, marker) = coordinates[coordinates.set == name], look(name)
+        axes.plot(real.x, real.y, ".", color="#cccccc", markersize=3)
+        axes.plot(own.x, own.y, marker, color=colour, markersize=6, markeredgecolor="white", markeredgewidth=0.4, linestyle="none")
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(f"{name}\nWasserstein {distances[distances.method == name].value.mean():.2f}", fontsize=8)
+    figure.suptitle(title)
+    return figure
+
+
 def gallery(columns: Mapping[str, Tensor], *, titles: Sequence[str], title: str) -> Figure:
     """A row a method, a column a noise: `columns[method]` is uint8 (n, 3, H, W), `titles` one a column."""
     count = len(titles)

@@ -63,6 +63,13 @@ def rank_correlations(rows: pd.DataFrame, distances: pd.DataFrame) -> pd.DataFra
     return pd.DataFrame(found)
 
 
+def correlations_by(rows: pd.DataFrame, distances: pd.DataFrame, by: str = "network") -> pd.DataFrame:
+    """`rank_correlations` for every value of a column in turn."""
+    found = top1(rows)
+    parts = [rank_correlations(found[found[by] == value], distances).assign(**{by: value}) for value in dict.fromkeys(found[by])]
+    return pd.concat(parts, ignore_index=True)
+
+
 def mean_difference(rows: pd.DataFrame, method: str, reference: str) -> float:
     """The mean paired difference between two methods."""
     return results.paired(rows, method, reference).mean()
