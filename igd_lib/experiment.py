@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -204,6 +205,7 @@ class Experiment:
         sums = self._weights(pipe, *(checkpoints.states if checkpoints else []))
         settings = [self.train.name, self.scale, method.guidance, method.cfg_scale, ipc, num_steps, fidelity, self.classes, sums]
         settings += [dict(method.shortcuts)] if method.shortcuts else []
+        settings += [method.backbone, _digest(pipe.transformer)] if method.backbone != "dit" else []  # a sum could miss what little fine-tuning changes
         options = dict(method.shortcuts)
         if options.get("guidance_decoder") == "tiny":
             options["guidance_decoder"] = self.tiny_decoder()
@@ -419,6 +421,14 @@ class Experiment:
         held = load(replace(spec, holdout=spec.holdout or 0.1), "validation")
         count = len(self.test) // len(self.test.classes)
         return replace(self, test=held.first(count) if self.scale != "paper" else held)
+
+
+def _digest(model: torch.nn.Module) -> str:
+    """Twelve hex digits of a model's weights."""
+    digest = hashlib.sha256()
+    for value in model.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().float().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def imagenet_teacher(classes: Sequence[str], label_ids: Sequence[int]) -> Teacher:

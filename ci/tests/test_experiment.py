@@ -10,7 +10,24 @@ import torch
 from igd_lib import experiment, tables
 from igd_lib.config import cache_dir
 from igd_lib.guidance import influence_loss
-from igd_lib.methods import Method, ablation, by_cfg, comparison, flipped, grid, selections, solvers, surrogates
+from igd_lib.methods import (
+    Method,
+    ablation,
+    ablation_claims,
+    baselines,
+    by_cfg,
+    claims,
+    comparison,
+    flipped,
+    grid,
+    plain_and_guided,
+    sampled,
+    selection_claims,
+    selections,
+    solver_claims,
+    solvers,
+    surrogates,
+)
 from igd_lib.models import network
 from igd_lib.notebook import prepare
 
@@ -66,7 +83,7 @@ def test_other_weights_get_another_folder(small_loads):
 
 def test_random_images_are_a_draw_of_real_ones(small_loads):
     found = prepare("01", "fashion-mnist", "smoke")
-    a, b = (found.distilled(Method("Random", cfg_scale=None), 2, seed) for seed in (0, 1))
+    a, b = (found.distilled(Method("Random", real="random"), 2, seed) for seed in (0, 1))
     assert len(a) == 20 and not torch.equal(a.fetch(torch.arange(20)), b.fetch(torch.arange(20)))
 
 
@@ -220,3 +237,62 @@ def test_distances_are_named_after_their_features(only_fashion):
     assert list(rows.index.levels[0]) == sorted([f"FD over {name}", f"coverage over {name}", f"Wasserstein over {name}"])
     for metric, better in ((f"FD over {name}", -1), (f"Wasserstein over {name}", -1), (f"coverage over {name}", 1)):
         assert better * (rows[metric, "Random"] - rows[metric, "dark"]) > 0, metric
+
+
+# --- either backbone, and RDED
+
+
+def test_the_minimax_backbone_is_fine_tuned_once(small_loads, monkeypatch):
+    found = prepare("01", "fashion-mnist", "smoke")
+    found.classes = [0]
+    assert found.minimax_missing == "" and found.minimax_pipe is found.minimax_pipe
+    own, plain = (found.distilled(Method(name, backbone=name.lower()), 1, seed=0) for name in ("Minimax", "DiT"))
+    assert own.path != plain.path and not torch.equal(own.latents(0), plain.latents(0))
+    monkeypatch.setattr("igd_lib.minimax.Accelerator", None)  # a second experiment reads what the first made
+    again = prepare("01", "fashion-mnist", "smoke")
+    again.classes = [0]
+    assert again.distilled(Method("Minimax", backbone="minimax"), 1, seed=0).path == own.path
+    assert found.row("Minimax-IGD", 1, 0, "top1", 1.0).backbone == "minimax" and found.row("DiT-IGD", 1, 0, "top1", 1.0).backbone == "dit"
+
+
+def test_without_a_minimax_model_its_rows_are_left_out(small_loads):
+    found = prepare("01", "fashion-mnist", "smoke")
+    with_it = [method.name for method in baselines(found)]
+    assert with_it == ["Random", "RDED", "DiT", "DiT, best cfg", "DiT + G_D", "DiT-IGD", "Minimax", "Minimax-IGD"]
+    assert [method.name for method in sampled(found)] == ["DiT", "DiT + G_D", "DiT-IGD", "Minimax", "Minimax-IGD"]
+    assert [method.name for method in plain_and_guided(found, "minimax")] == ["Minimax", "Minimax-IGD"]
+    found.scale = "paper"  # where no folder of such a model is
+    assert [method.name for method in baselines(found)] == with_it[:6] and len(ablation(found)) == 5
+    assert "accelerate launch -m igd_lib.minimax fashion-mnist" in found.minimax_missing
+    for make in (lambda: found.minimax_pipe, lambda: selections(found, [0.7], "minimax"), lambda: plain_and_guided(found, "minimax")):
+        with pytest.raises((FileNotFoundError, ValueError), match="no Minimax model in"):
+            make()
+
+
+def test_rded_s_images_are_kept(small_loads, monkeypatch):
+    found = prepare("01", "fashion-mnist", "smoke")
+    first = found.distilled(Method("RDED", real="rded"), 1, seed=0)
+    assert first.labels.tolist() == list(range(10)) and "RDED, ipc 1, factor 2, seed 0" in first.split
+    monkeypatch.setattr(experiment, "rded", None)
+    again = found.distilled(Method("RDED", real="rded"), 1, seed=0)
+    assert torch.equal(again.fetch(torch.arange(10)), first.fetch(torch.arange(10)))
+
+
+def test_a_map_of_sets(small_loads, tmp_path):
+    found = prepare("23", "fashion-mnist", "smoke")
+    few = found.train.per_class(3, seed=0)
+    coordinates, distances = found.map_of_sets({("Random", 0): few, ("Random", 1): few}, 3, 4, images=30)
+    assert coordinates.set.tolist() == ["real"] * 30 + ["Random"] * 3 and list(distances.metric) == ["Wasserstein over convnet3 features"]
+    found.keep_table(coordinates, str(tmp_path), "coordinates")
+    kept = pd.read_csv(tmp_path / "coordinates.csv")
+    assert list(kept.columns) == ["set", "x", "y", "dataset", "scale", "git_revision"] and set(kept.scale) == {"smoke"}
+
+
+def test_claims_name_only_rows_that_are_there():
+    assert claims(["DiT", "DiT-IGD"]) == [("DiT-IGD", "DiT")]
+    assert ablation_claims(["Minimax", "Minimax + G_D", "Minimax-IGD"]) == [
+        ("Minimax + G_D", "Minimax"), ("Minimax-IGD", "Minimax"), ("Minimax-IGD", "Minimax + G_D"),
+    ]  # fmt: skip
+    assert selection_claims(["DiT", "threshold 0.7 (3)", "regular (3)", "regular (4)"])[-1] == ("threshold 0.7 (3)", "regular (3)")
+    names = ["DiT-IGD, DPM-Solver++ 20", "DiT, DDIM 50", "DiT, DPM-Solver++ 20", "DiT-IGD, DDIM 50"]
+    assert solver_claims(names) == [(names[3], names[1]), (names[0], names[2]), (names[2], names[1]), (names[0], names[3])]

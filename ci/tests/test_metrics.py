@@ -523,3 +523,19 @@ def test_per_class_accuracy_refuses_labels_of_other_classes():
         per_class_accuracy(labels - 1, labels, 3)
     with pytest.raises(ValueError, match=r"\(N,\)"):
         per_class_accuracy(labels[:1], labels, 3)
+
+
+# --- a map of sets
+
+
+def test_one_tsne_for_all_sets_keeps_neighbours_together():
+    generator = torch.Generator().manual_seed(0)
+    near, far = torch.randn(40, 5, generator=generator), torch.randn(20, 5, generator=generator) + 40
+    points = {"real": near[:30], "same": near[30:], "other": far}
+    found = metrics.joint_tsne(points, perplexity=10)
+    assert found.set.tolist() == ["real"] * 30 + ["same"] * 10 + ["other"] * 20
+    centres = found.groupby("set")[["x", "y"]].mean()
+    assert (centres.loc["real"] - centres.loc["same"]).pow(2).sum() < 0.1 * (centres.loc["real"] - centres.loc["other"]).pow(2).sum()
+    assert found.equals(metrics.joint_tsne(points, perplexity=10))  # the same seed, the same map
+    with pytest.raises(ValueError, match="20 points are too few for a perplexity of 10"):
+        metrics.joint_tsne({"a": near[:20]}, perplexity=10)
