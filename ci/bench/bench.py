@@ -50,18 +50,17 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def timed(run: Callable[[], Any], device: str, repeats: int, warm: bool = True) -> float:
-    """The median of `repeats` runs in seconds."""
+def timed(run: Callable[[], Any], device: str, repeats: int) -> float:
+    """The median of `repeats` runs in seconds; whoever calls has warmed up."""
     times = []
-    for number in range(repeats + warm):
+    for _ in range(repeats):
         if device == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
         run()
         if device == "cuda":
             torch.cuda.synchronize()
-        if number >= warm:
-            times.append(time.perf_counter() - started)
+        times.append(time.perf_counter() - started)
     return sorted(times)[len(times) // 2]
 
 
@@ -76,6 +75,7 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
     """Operations a second of a large matrix product on this machine."""
     size = 8192 if device == "cuda" else 2048
     a = torch.randn(size, size, device=device, dtype=dtype)
+    a @ a
     return 2 * size**3 / timed(lambda: a @ a, device, 5)
 
 
@@ -128,8 +128,8 @@ def part_standin(repeats: int) -> dict[str, Any]:
     found = {}
     for name, run in rows.items():  # the slow ones once
         slow = name.startswith("straight line")
-        seconds = timed(run, device, 1 if slow else repeats, warm=not slow)
-        found[name] = {"seconds": seconds / batch, "gflop": counted(run) / batch / 1e9}
+        work = counted(run)  # which warms up too
+        found[name] = {"seconds": timed(run, device, 1 if slow else repeats) / batch, "gflop": work / batch / 1e9}
     results = {name: rows[name]() for name in ("exact", "straight line, one half", "exact, both halves", "straight line, both halves")}
     same = {
         ours: float((results[ours] - results[reference]).norm() / results[reference].norm())
@@ -145,7 +145,9 @@ def part_batch(batch: int, recompute: int = 0) -> dict[str, Any]:
         setup.pipe.transformer.enable_gradient_checkpointing()
         setup.pipe.vae.enable_gradient_checkpointing()
     run = sampler(setup, tiny, batch, guided=True)
-    seconds = timed(run, setup.device, 1, warm=setup.device == "cuda")
+    if setup.device == "cuda":
+        run()
+    seconds = timed(run, setup.device, 1)
     return {"batch": batch, "recompute": bool(recompute), "images_per_second": batch / seconds, "peak_gib": peak_gib(setup.device)}
 
 
@@ -161,6 +163,8 @@ def part_variants(repeats: int) -> dict[str, Any]:
             setup.pipe.transformer.compile()
             setup.pipe.vae.decoder.compile()
         runs = {kind: sampler(setup, tiny, 10, guided=kind == "exact") for kind in ("vanilla", "exact")}
+        for run in runs.values():  # compiles
+            run()
         found[name] = {kind: timed(run, setup.device, repeats) / 10 for kind, run in runs.items()}
     return found
 
@@ -192,7 +196,8 @@ def part_paper(batch: int, repeats: int) -> dict[str, Any]:
     runs = {"vanilla": step(False)}
     runs |= {name: step(True, **dict(options)) for name, options in SHORTCUTS.items() if "every" not in options}
     runs["released code"] = step(True, STRAIGHT)
-    found = {name: {"seconds": timed(run, device, repeats) / batch, "tflop": counted(run) / batch / 1e12} for name, run in runs.items()}
+    work = {name: counted(run) for name, run in runs.items()}  # which warms up too
+    found = {name: {"seconds": timed(run, device, repeats) / batch, "tflop": work[name] / batch / 1e12} for name, run in runs.items()}
     plain = found["vanilla"]
 
     def over_50(row: dict[str, float], guided: int = 16) -> dict[str, float]:
