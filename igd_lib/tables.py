@@ -45,7 +45,7 @@ def metric_table(*frames: pd.DataFrame) -> pd.DataFrame:
     """A line a method, a column a metric: "mean ± sd" over n seeds; of the accuracies top-1 alone."""
     rows = pd.concat([frame[(frame.metric == "top1") | ~frame.metric.str.startswith("top")].assign(network="") for frame in frames])
     table = results.summary(rows, ("method", "metric"))
-    decimals = table.groupby("metric")["mean"].transform(lambda means: 1 if means.abs().max() >= 10 else 3)
+    decimals = table.groupby("metric")["mean"].transform(lambda means: 1 if means.abs().median() >= 10 else 3)
     table["shown"] = [f"{mean:.{places}f} ± {sd:.{places}f}" for mean, sd, places in zip(table["mean"], table.sd, decimals, strict=True)]
     wide = table.pivot_table(index="method", columns="metric", values="shown", aggfunc="first", sort=False)
     wide = wide[sorted(wide.columns, key=lambda metric: metric != "top1")]  # accuracy first, the others as they come
