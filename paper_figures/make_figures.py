@@ -94,7 +94,7 @@ def draw(artefact: Artefact, out: Path) -> None:
     networks = list(dict.fromkeys(accuracy.network))
     first = accuracy[accuracy.network == networks[0]]
     one = first.iloc[0]
-    title = f"{one.dataset}, IPC {one.ipc}, {', '.join(networks)}, scale {one.scale}"
+    title, whole_title = (f"{one.dataset}, IPC {one.ipc}, {names}, scale {one.scale}" for names in (networks[0], ", ".join(networks)))
     others = rows[~rows.metric.str.startswith("top")]
     whole = [tables.accuracy_table(accuracy) if len(networks) == 1 else tables.cross_table(accuracy)]
     if len(others):
@@ -104,7 +104,7 @@ def draw(artefact: Artefact, out: Path) -> None:
     pairs = artefact.pairs(list(dict.fromkeys(first.method)))
     figure = artefact.figure(first, others, title)
     plotting.keep(figure, str(out), artefact.name)
-    parts = [f"# {artefact.heading}\n\n{title}. Means ± sd over n generation seeds.", *(results.markdown(table, 3) for table in whole)]
+    parts = [f"# {artefact.heading}\n\n{whole_title}. Means ± sd over n generation seeds.", *(results.markdown(table, 3) for table in whole)]
     if pairs:
         parts.append("Paired differences in top-1 (same noise):\n\n- " + tables.verdict(tables.differences(first, pairs)).replace("\n", "\n- "))
     if artefact.table is not None:
