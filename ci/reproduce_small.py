@@ -7,7 +7,6 @@ and a second one takes minutes. Executed notebooks, pictures and rows are in `ou
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import time
@@ -24,16 +23,15 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     every = sorted((ROOT / "notebooks").glob("*.ipynb"))
     chosen = [path for path in every if not given.notebooks or path.stem.startswith(tuple(given.notebooks))]
-    failed, started = [], time.monotonic()
+    base, failed, started = given.out.resolve(), [], time.monotonic()
     for path in chosen:
-        out, log = given.out.resolve() / path.name, given.out.resolve() / f"{path.stem}.log"
-        folder = given.out.resolve() / path.stem
+        folder, log = base / path.stem, base / f"{path.stem}.log"
         folder.mkdir(parents=True, exist_ok=True)
         parameters = ["-p", "scale", given.scale, "-p", "save_to", str(folder)]
-        command = [sys.executable, "-m", "papermill", str(path), str(out), *parameters, "-k", "python3", "--no-progress-bar", "--log-output"]
+        command = [sys.executable, "-m", "papermill", str(path), str(base / path.name), *parameters, "-k", "python3", "--no-progress-bar", "--log-output"]
         before = time.monotonic()
         with open(log, "w") as file:
-            code = subprocess.run(command, cwd=ROOT / "notebooks", stdout=file, stderr=subprocess.STDOUT, env=dict(os.environ), check=False).returncode
+            code = subprocess.run(command, cwd=ROOT / "notebooks", stdout=file, stderr=subprocess.STDOUT, check=False).returncode
         print(f"{path.stem}: {'done' if code == 0 else f'FAILED, see {log}'}, {(time.monotonic() - before) / 60:.1f} minutes", flush=True)
         failed += [path.stem] * (code != 0)
     if given.scale == "small":

@@ -40,8 +40,7 @@ def _named(value: Any) -> Any:
     """A shortcut's value as the manifest has it: a decoder by its kind, size and weights."""
     if not isinstance(value, torch.nn.Module):
         return value
-    weights = [parameter.double().abs().sum().item() for parameter in value.parameters()]
-    return f"{type(value).__name__}, {sum(parameter.numel() for parameter in value.parameters())} parameters, sum {sum(weights):.6g}"
+    return f"{type(value).__name__}, {sum(parameter.numel() for parameter in value.parameters())} parameters, {files.digest(value.state_dict())}"
 
 
 def image_generator(seed: int, label: int, index: int) -> torch.Generator:
@@ -369,18 +368,8 @@ def _open(path: Path, wanted: dict[str, Any]) -> DistilledSet:
     }
     if (path / "manifest.json").exists():
         present = DistilledSet(path)
-        for key, value in wanted.items():
-            if present.manifest.get(key) != value:
-                old, new = _difference(key, present.manifest.get(key), value)
-                raise ValueError(f"{path} holds a set of other settings: {old}, wanted {new}; choose another out_dir or delete it")
+        if found := files.difference(present.manifest, wanted):
+            raise ValueError(f"{path} holds a set of other settings: {found}; choose another out_dir or delete it")
         return present
     files.write(path / "manifest.json", json.dumps({**wanted, "versions": versions}, indent=2) + "\n")
     return DistilledSet(path)
-
-
-def _difference(key: str, old: Any, new: Any) -> tuple[str, str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for inner in new:
-            if old.get(inner) != new[inner]:
-                return _difference(f"{key}.{inner}", old.get(inner), new[inner])
-    return f"{key} = {old}", f"{new}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -180,9 +179,10 @@ class Experiment:
         if keep is None:
             keep = kept(similarities_along(self.similarity_matrices(images, name)[fidelity.similarity], self.threshold), self.threshold)
         checkpoints = trajectory.keep(keep)
-        if self.scale != "paper":  # what the filter has made and kept
+        if self.scale != "paper":  # what the filter has made and kept: a few classes, a small network, in memory
             whole = self.class_gradients(images, name)
-            return checkpoints, lambda label: whole(label)[list(keep)].to(self.device)
+            gradients = torch.stack([whole(label)[list(keep)] for label in range(len(self.train.classes))], dim=1).to(self.device)
+            return checkpoints, lambda label: gradients[:, label]
         folder = self._surrogate_folder("gradients", images, *(f"{epoch:g}" for epoch in checkpoints.epochs), surrogate=name)
         return checkpoints, ClassGradients(checkpoints, self.train, folder, images)
 
@@ -202,10 +202,9 @@ class Experiment:
             if method.keep is not None or method.surrogate is not None or choice[0] != choice[1]:
                 checkpoints, gradients = self.guides(fidelity, method.keep, method.surrogate)
         # Everything but the method's name: sets are shared between notebooks.
-        sums = self._weights(pipe, *(checkpoints.states if checkpoints else []))
-        settings = [self.train.name, self.scale, method.guidance, method.cfg_scale, ipc, num_steps, fidelity, self.classes, sums]
+        weights = [files.digest(state) for state in (pipe.transformer.state_dict(), pipe.vae.state_dict(), *(checkpoints.states if checkpoints else []))]
+        settings = [self.train.name, self.scale, method.guidance, method.cfg_scale, ipc, num_steps, fidelity, self.classes, weights]
         settings += [dict(method.shortcuts)] if method.shortcuts else []
-        settings += [method.backbone, _digest(pipe.transformer)] if method.backbone != "dit" else []  # a sum could miss what little fine-tuning changes
         options = dict(method.shortcuts)
         if options.get("guidance_decoder") == "tiny":
             options["guidance_decoder"] = self.tiny_decoder()
@@ -227,12 +226,6 @@ class Experiment:
         tensors, note = files.load_tensors(path)
         return from_tensors(self.train.name, note["split"], self.train.classes, tensors["images"], tensors["labels"])
 
-    @staticmethod
-    def _weights(pipe: IGDPipeline, *others: Mapping[str, Tensor]) -> list[str]:
-        """A sum of each model's weights, by which sets made from other weights are told apart."""
-        states = [pipe.transformer.state_dict(), pipe.vae.state_dict(), *others]
-        return [f"{sum(value.double().abs().sum().item() for value in state.values()):.6g}" for state in states]
-
     @property
     def minimax_missing(self) -> str:
         """Why there is no Minimax backbone here, and how to make it; empty where there is one or it is quickly made."""
@@ -248,7 +241,7 @@ class Experiment:
             raise FileNotFoundError(self.minimax_missing)
         folder = cache_dir() / "models" / f"Minimax-{self.dataset}"
         if self.scale != "paper":
-            folder = cache_dir() / "minimax" / results.settings_hash([self.train.name, self.minimax_recipe, self._weights(self.pipe)])
+            folder = cache_dir() / "minimax" / results.settings_hash([self.train.name, self.minimax_recipe, files.digest(self.pipe.transformer.state_dict())])
             with files.locked(folder, "a fine-tuning", wait=True):  # of a notebook that runs beside this one
                 finetune(self.pipe, self.train, folder, recipe=self.minimax_recipe, label_ids=self.label_ids)
         return IGDPipeline.from_pretrained(folder, vae=self.pipe.vae).to(self.device)
@@ -307,15 +300,14 @@ class Experiment:
         taken = {image.numpy().tobytes() for data in selected for image in data.fetch(torch.arange(len(data)))}
         rest = rest[torch.tensor([image.numpy().tobytes() not in taken for image in drawn.fetch(rest)])]
         real, other = (metrics.features(extractor, drawn.subset(indices)) for indices in (rest, order))
-        space = extractor.name if extractor.is_inception else f"{extractor.name} features"
         threshold = 300**0.5 if extractor.is_inception else metrics.coverage_threshold(real, other)
         spread, rows = metrics.gaussian(real), []
         for (method, seed), own in progress(list(sets.items()), "distances, set"):
             fake = metrics.features(extractor, in_memory(own))
             values = {
                 metrics.distance_name(extractor): metrics.frechet_distance(spread, fake),
-                f"coverage over {space}": metrics.coverage(real, fake, threshold),
-                f"Wasserstein over {space}": metrics.wasserstein(real, fake),
+                f"coverage over {extractor.space}": metrics.coverage(real, fake, threshold),
+                f"Wasserstein over {extractor.space}": metrics.wasserstein(real, fake),
             }
             rows += [self.row(method, ipc, seed, metric, value) for metric, value in values.items()]
         return results.frame(rows)
@@ -332,8 +324,7 @@ class Experiment:
 
         real = points(self.train)
         own = {method: points(in_memory(found)) for (method, seed), found in sets.items() if seed == 0}
-        name = extractor.name if extractor.is_inception else f"{extractor.name} features"
-        rows = [self.row(method, ipc, 0, f"Wasserstein over {name}", metrics.wasserstein(real, found)) for method, found in own.items()]
+        rows = [self.row(method, ipc, 0, f"Wasserstein over {extractor.space}", metrics.wasserstein(real, found)) for method, found in own.items()]
         places = metrics.joint_tsne({"real": real, **own}, perplexity=min(30.0, (len(real) + sum(map(len, own.values()))) // 3))
         return places, results.frame(rows)
 
@@ -421,14 +412,6 @@ class Experiment:
         held = load(replace(spec, holdout=spec.holdout or 0.1), "validation")
         count = len(self.test) // len(self.test.classes)
         return replace(self, test=held.first(count) if self.scale != "paper" else held)
-
-
-def _digest(model: torch.nn.Module) -> str:
-    """Twelve hex digits of a model's weights."""
-    digest = hashlib.sha256()
-    for value in model.state_dict().values():
-        digest.update(value.detach().cpu().contiguous().float().numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 def imagenet_teacher(classes: Sequence[str], label_ids: Sequence[int]) -> Teacher:

@@ -180,7 +180,7 @@ def _present(out: Path, wanted: dict[str, Any], names: set[str]) -> dict[str, An
     if present is not None:
         if "format" not in present:
             raise ValueError(f"{out} holds a {MANIFEST} that is not an export's; choose another folder")
-        if difference := _difference("", present, wanted):
+        if difference := files.difference(present, wanted):
             raise ValueError(f"{out} holds another export: {difference}; choose another folder or delete it")
     strangers = [path for path in sorted(out.rglob("*")) if not path.is_dir() and path.relative_to(out).as_posix() not in names]
     left = {path for path in strangers if path.suffix == ".tmp" and path.with_suffix("").stem.removeprefix(".") in {Path(name).name for name in names}}
@@ -190,18 +190,6 @@ def _present(out: Path, wanted: dict[str, Any], names: set[str]) -> dict[str, An
     for path in left:  # what a killed run was writing
         path.unlink()
     return present
-
-
-def _difference(where: str, old: Any, new: Any) -> str | None:
-    """The first difference between two JSON values in words; keys that only `old` has do not count at the top."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = list(new) if not where else list(dict.fromkeys([*new, *old]))
-        pairs = [(f"{where}.{key}".lstrip("."), old.get(key), new.get(key)) for key in keys]
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = [(f"{where}[{index}]", *pair) for index, pair in enumerate(zip(old, new, strict=True))]
-    else:
-        return None if old == new else f"{where} = {old}, wanted {new}"
-    return next((found for pair in pairs if (found := _difference(*pair))), None)
 
 
 def _write_tensors(path: Path, found: DistilledSet, labels: Sequence[int]) -> None:

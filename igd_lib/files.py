@@ -13,7 +13,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,9 @@ def locked(folder: str | Path, what: str, *, wait: bool = False) -> Iterator[Non
             holder = file.read().strip()
             file.close()
             raise BlockingIOError(error.errno, f"{folder} is in use by {what} ({holder}); wait for it, or choose another folder") from error
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            break
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
         file.close()  # its holder has just removed it: the lock is on no file any more
     try:
         file.truncate(0)
@@ -108,9 +109,28 @@ def same_settings(path: str | Path, wanted: Mapping[str, Any], what: str) -> Non
         present = dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete its folder and run again") from error
-    for key, value in wanted.items():
-        if present.get(key) != value:
-            raise ValueError(f"{path.parent} holds {what} of other settings: {key} = {present.get(key)}, wanted {value}; choose another folder")
+    if found := difference(present, wanted):
+        raise ValueError(f"{path.parent} holds {what} of other settings: {found}; choose another folder")
+
+
+def difference(old: Any, new: Any, where: str = "") -> str | None:
+    """The first difference between two JSON values in words ("a.b[0] = 1, wanted 2"); keys that only `old` has do not count at the top."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = list(new) if not where else list(dict.fromkeys([*new, *old]))
+        pairs = [(old.get(key), new.get(key), f"{where}.{key}".lstrip(".")) for key in keys]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(*pair, f"{where}[{index}]") for index, pair in enumerate(zip(old, new, strict=True))]
+    else:
+        return None if old == new else f"{where} = {old}, wanted {new}"
+    return next((found for pair in pairs if (found := difference(*pair))), None)
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """Twelve hex digits of a state dict's tensors, by which sets and models made from other weights are told apart."""
+    found = hashlib.sha256()
+    for value in state.values():
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], **metadata: Any) -> Path:

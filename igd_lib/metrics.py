@@ -51,6 +51,11 @@ class Extractor:
     compute: Callable[[Tensor], Tensor]
     is_inception: bool = False  # set by `inception` alone: whether the Fréchet distance is FID
 
+    @property
+    def space(self) -> str:
+        """What a distance in it is said to be over."""
+        return self.name if self.is_inception else f"{self.name} features"
+
     def __call__(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images are uint8 (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
@@ -214,7 +219,7 @@ def frechet_distance(real: Tensor | Gaussian, fake: Tensor | Gaussian) -> float:
 
 def distance_name(extractor: Extractor) -> str:
     """What to call the Fréchet distance: FID in Inception-V3's space alone."""
-    return "FID" if extractor.is_inception else f"FD over {extractor.name} features"
+    return "FID" if extractor.is_inception else f"FD over {extractor.space}"
 
 
 # --- coverage

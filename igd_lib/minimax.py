@@ -11,6 +11,7 @@ import copy
 import json
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -207,7 +208,7 @@ def finetune(
     selected = list(range(len(data.classes))) if classes is None else list(classes)
     ids = torch.tensor(list(label_ids) if label_ids is not None else range(len(data.classes)))
     settings = asdict(recipe) | {"data": data.name, "split": data.split, "classes": [data.classes[label] for label in selected], "accumulate": accumulate}
-    settings |= {"model": f"{sum(p.double().abs().sum().item() for p in pipe.transformer.parameters()):.8g}"}
+    settings |= {"model": files.digest(pipe.transformer.state_dict())}
     files.same_settings(out / "minimax.json", settings, "a fine-tuned model")
     if (out / "model_index.json").is_file():
         return out
@@ -225,7 +226,7 @@ def finetune(
 
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False)
     product = scheduler.alphas_cumprod.to(accelerator.device)
-    saved, said = time.monotonic(), []
+    saved, said = time.monotonic(), deque(maxlen=500)
     for number, images, labels, generator in progress(_Batches(data, selected, recipe, step, accelerator), "minimax, step"):
         latents = vae.encode(to_float(images).to(vae.device, vae.dtype)).latent_dist.sample(generator).float() * vae.config.scaling_factor
         noise = torch.randn(latents.shape, generator=generator).to(latents)
@@ -253,13 +254,14 @@ def finetune(
         everyones = [accelerator.gather(value) for value in (labels, latents.flatten(1), clean.detach().flatten(1))]
         real.push(everyones[1], everyones[0])
         generated.push(everyones[2], everyones[0])
-        said.append([diffusion.item(), representativeness.item(), diversity.item()])
+        said.append(torch.stack([diffusion, representativeness, diversity]).detach())
         if accelerator.sync_gradients and accelerator.is_main_process and time.monotonic() - saved >= SAVE_SECONDS:
             files.save_training(state, number + 1, optimizer.optimizer, **kept)
             saved = time.monotonic()
     if accelerator.is_main_process:
-        means = torch.tensor(said[-500:]).mean(0).tolist() if said else []
-        print("minimax: mean of the last 500 steps: diffusion {:.4f}, representativeness {:.4f}, diversity {:.4f}".format(*means) if means else "minimax: done")
+        if said:
+            means = torch.stack(list(said)).mean(0).tolist()
+            print("minimax: mean of the last {} steps: diffusion {:.4f}, representativeness {:.4f}, diversity {:.4f}".format(len(said), *means))
         IGDPipeline(model.finished(), pipe.vae, pipe.scheduler).save_pretrained(out)
         names = {str(label): name for name, label in pipe.labels.items()}  # diffusers does not save them
         index = json.loads((out / "model_index.json").read_text()) | {"id2label": names}
@@ -300,7 +302,7 @@ class _Trained:
         return self.transformer.requires_grad_(False).eval()
 
 
-class _Batches(Sequence):
+class _Batches:
     """(step, uint8 images, labels, generator) of every step from `start` on; a process's own share of each epoch's order."""
 
     def __init__(self, data: ImageData, classes: Sequence[int], recipe: Minimax, start: int, accelerator: Accelerator):
@@ -314,22 +316,18 @@ class _Batches(Sequence):
     def __len__(self) -> int:
         return self.per_epoch * self.recipe.epochs - self.start
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor, torch.Generator]:
-        if index >= len(self):
-            raise IndexError(index)
-        step, size, seed = self.start + index, self.recipe.batch_size, self.recipe.seed
-        epoch, position = divmod(step, self.per_epoch)
-        order = self.indices[torch.randperm(len(self.indices), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))]
-        own = order[(position * self.world + self.rank) * size :][:size]
-        generator = torch.Generator().manual_seed(((seed + 1) * 1_000_003 + step) * 1_009 + self.rank)
-        images = self.data.fetch(own)
-        if self.recipe.flip:
-            flipped = torch.rand(size, generator=generator) < 0.5
-            images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
-        return step, images, self.data.labels[own], generator
-
-    def __iter__(self) -> Iterator:
-        return (self[index] for index in range(len(self)))
+    def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor, torch.Generator]]:
+        size, seed = self.recipe.batch_size, self.recipe.seed
+        for epoch in range(self.start // self.per_epoch, self.recipe.epochs):
+            order = self.indices[torch.randperm(len(self.indices), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))]
+            for step in range(max(self.start, epoch * self.per_epoch), (epoch + 1) * self.per_epoch):
+                own = order[(step % self.per_epoch * self.world + self.rank) * size :][:size]
+                generator = torch.Generator().manual_seed(((seed + 1) * 1_000_003 + step) * 1_009 + self.rank)
+                images = self.data.fetch(own)
+                if self.recipe.flip:
+                    flipped = torch.rand(size, generator=generator) < 0.5
+                    images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+                yield step, images, self.data.labels[own], generator
 
 
 def shards(classes: int, count: int) -> list[list[int]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -107,33 +108,34 @@ def against_accuracy(rows: pd.DataFrame, distances: pd.DataFrame, *, title: str,
     figure, panels = plt.subplots(1, len(metrics), figsize=(2.7 * len(metrics) + 0.4, 3.4), sharey=True, layout="constrained", squeeze=False)
     for axes, metric in zip(panels[0], metrics, strict=True):
         own = distances[distances.metric == metric].set_index(["method", "seed"])["value"]
-        for method in dict.fromkeys(accuracy.index.get_level_values("method")):
-            colour, marker = look(method)
-            points = own[method].index
-            axes.plot(own[method], accuracy[method].reindex(points), marker, color=colour, alpha=0.7, markersize=6, linestyle="none", label=method)
+        _sets_as_points(axes, own, accuracy)
         axes.set_xlabel(metric.replace(" over ", "\nover "))
-    panels[0][0].set_ylabel(label)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.suptitle(title)
-    return figure
+    return _finish(figure, panels[0][0], title, label, per_line=len(set(rows.method)))
 
 
 def influence(rows: pd.DataFrame, losses: pd.DataFrame, *, title: str, label: str = "top-1 accuracy (%)") -> Figure:
     """A panel a network: every set's mean influence loss against the accuracy of the network trained on it; methods by colour and marker."""
-    accuracy = rows[rows.metric == "top1"]
+    accuracy = rows[rows.metric == "top1"].set_index(["method", "seed"])
     networks = list(dict.fromkeys(accuracy.network))
     own = losses.set_index(["method", "seed"])["value"]
     figure, panels = plt.subplots(1, len(networks), figsize=(3.3 * len(networks) + 0.6, 3.6), sharex=True, layout="constrained", squeeze=False)
     for axes, network in zip(panels[0], networks, strict=True):
-        for method in dict.fromkeys(accuracy.method):
-            points = accuracy[(accuracy.network == network) & (accuracy.method == method)].set_index("seed")["value"]
-            colour, marker = look(method)
-            axes.plot(own[method].reindex(points.index), points, marker, color=colour, alpha=0.7, markersize=6, linestyle="none", label=method)
+        _sets_as_points(axes, own, accuracy[accuracy.network == network]["value"])
         axes.set(xlabel="mean influence loss", title=network)
-    panels[0][0].set_ylabel(label)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return _finish(figure, panels[0][0], title, label, per_line=4)
+
+
+def _sets_as_points(axes: Axes, x: pd.Series, y: pd.Series) -> None:
+    """A point a set, by method and seed: both series have them as their index."""
+    for method in dict.fromkeys(y.index.get_level_values("method")):
+        colour, marker = look(method)
+        axes.plot(x[method], y[method].reindex(x[method].index), marker, color=colour, alpha=0.7, markersize=6, linestyle="none", label=method)
+
+
+def _finish(figure: Figure, first: Axes, title: str, label: str, *, per_line: int) -> Figure:
+    """One legend for all panels below them, the label of their shared ordinate and the title."""
+    first.set_ylabel(label)
+    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=per_line, frameon=False)
     figure.suptitle(title)
     return figure
 

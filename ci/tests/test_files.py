@@ -129,3 +129,22 @@ def test_resumed_training_equals_uninterrupted_training(tmp_path):
 def test_no_training_state_starts_at_zero(tmp_path):
     model, _, optimizer = parts()
     assert files.load_training(tmp_path / "none", optimizer, model=model) == {"step": 0}
+
+
+def test_a_digest_sees_the_smallest_change_in_any_type():
+    state = {"a": torch.ones(3, 2), "b": torch.tensor(5), "c": torch.ones(2, dtype=torch.bfloat16)}
+    digests = {files.digest(state)}
+    for name in state:
+        changed = {key: value.clone() for key, value in state.items()}
+        changed[name].view(-1)[-1] += 1e-2 if name != "b" else 1
+        digests.add(files.digest(changed))
+    assert len(digests) == 4 and files.digest({key: value.clone() for key, value in state.items()}) in digests
+    assert files.digest({**state, "a": state["a"] + 1e-7}) not in digests
+
+
+def test_the_first_difference_is_named():
+    old = {"a": {"b": [1, 2]}, "c": 3, "more": 0}
+    assert files.difference(old, {"c": 3}) is None  # keys that only the old has do not count at the top
+    assert files.difference(old, {"a": {"b": [1, 5]}}) == "a.b[1] = 2, wanted 5"
+    assert files.difference(old, {"a": {}}) == "a.b = [1, 2], wanted None"
+    assert files.difference(old, {"a": {"b": [1]}}) == "a.b = [1, 2], wanted [1]"
