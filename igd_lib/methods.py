@@ -132,6 +132,8 @@ SHORTCUTS: dict[str, dict[str, Any]] = {
     "decoder Jacobian, tiny decoder": {"jacobian": "decoder", "guidance_decoder": "tiny"},
     "gradient every 2nd step": {"every": 2},
     "gradient every 4th step": {"every": 4},
+    "gradient every 8th step": {"every": 8},
+    "gradient every 4th step, decoder Jacobian": {"every": 4, "jacobian": "decoder"},
     "one checkpoint a step": {"checkpoints_per_step": 1},
 }
 
@@ -142,11 +144,31 @@ def shortcuts(setup: Experiment) -> list[Method]:
     return [plain, deviation, both, *(Method(name, setup.guidance, shortcuts=options) for name, options in SHORTCUTS.items())]
 
 
-def grid(setup: Experiment, ks: Sequence[float], gammas: Sequence[float]) -> list[Method]:
-    """DiT, and every pair of k and gamma (the paper's, for 4,096 latent values) but (0, 0)."""
+def grid(setup: Experiment, ks: Sequence[float], gammas: Sequence[float], backbone: str = "dit") -> list[Method]:
+    """A backbone without guidance, and with every pair of k and gamma (the paper's, for 4,096 latent values) but (0, 0)."""
     scaled = {gamma: replace(setup.guidance, k=0.0, gamma=gamma).for_latents(setup.latent_values).gamma for gamma in gammas}
     pairs = [(k, gamma) for gamma in gammas for k in ks if k or gamma]
-    return [Method("DiT"), *(Method(f"k {k:g}, gamma {gamma:g}", replace(setup.guidance, k=float(k), gamma=scaled[gamma])) for k, gamma in pairs)]
+    plain, _ = plain_and_guided(setup, backbone)
+    prefix = "" if backbone == "dit" else f"{plain.name}, "
+    named = [(f"{prefix}k {k:g}, gamma {gamma:g}", replace(setup.guidance, k=float(k), gamma=scaled[gamma])) for k, gamma in pairs]
+    return [plain, *(replace(plain, name=name, guidance=guidance) for name, guidance in named)]
+
+
+def early_stage(setup: Experiment, ks: Sequence[float]) -> list[Method]:
+    """Figure 2's rows: DiT, and influence guidance alone at each k, in the guided range and at every step."""
+    first = setup.fidelity.range_counts_from
+    whole = (first, setup.num_steps - 1 + first)
+    ranges = (("DiT + G_I", setup.guidance.guided_range), ("DiT + G_I throughout", whole))
+    return [Method("DiT"), *(Method(f"{name}, k {k:g}", Guidance(k, 0.0, steps)) for name, steps in ranges for k in ks)]
+
+
+def sensitivity(setup: Experiment, ks: Sequence[float], gammas: Sequence[float], backbone: str = "dit") -> list[Method]:
+    """Figure 6's rows: guidance with each k, and with each gamma (the paper's, for 4,096 latent values), the other as in use."""
+    plain, guided = plain_and_guided(setup, backbone)
+    scaled = [(gamma, Guidance(0.0, gamma).for_latents(setup.latent_values).gamma) for gamma in gammas]
+    pairs = [(f"k {k:g}", replace(guided.guidance, k=float(k))) for k in ks]
+    pairs += [(f"gamma {gamma:g}", replace(guided.guidance, gamma=own)) for gamma, own in scaled]
+    return [plain, *(replace(guided, name=f"{guided.name}, {name}", guidance=guidance) for name, guidance in pairs)]
 
 
 def flipped(setup: Experiment) -> list[Method]:
@@ -187,6 +209,13 @@ def ablation_claims(names: Sequence[str]) -> list[tuple[str, str]]:
     for name in ("DiT", "Minimax"):
         pairs += [(f"{name} + G_I", name), (f"{name} + G_D", name), (f"{name}-IGD", name), (f"{name}-IGD", f"{name} + G_D")]
     return [pair for pair in pairs if set(pair) <= set(names)]
+
+
+def early_stage_claims(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Of `early_stage`: every row against DiT, then guidance throughout against the guided range at the same k."""
+    found = [name for name in dict.fromkeys(names) if name != "DiT"]
+    early = [name for name in found if "throughout" not in name]
+    return [(name, "DiT") for name in found] + [(name.replace(",", " throughout,"), name) for name in early]
 
 
 def selection_claims(names: Sequence[str]) -> list[tuple[str, str]]:

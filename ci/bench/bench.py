@@ -1,7 +1,7 @@
 """What guided sampling costs: seconds, counted arithmetic and memory, on the stand-in and at the paper's shapes.
 
-`make bench` runs every part, each in a process of its own, and writes paper_figures/data/bench.json; `--part NAME`
-prints one part's JSON. Ratios within one run are what to quote; absolute times belong to the machine.
+`make bench` runs every part, each in a process of its own, and writes paper_figures/data/bench.json; `--only NAMES` measures
+these anew in it, `--part NAME` prints one part's JSON. Ratios within one part are what to quote; absolute times belong to the machine.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def timed(run: Callable[[], Any], device: str, repeats: int) -> float:
-    """The median of `repeats` runs in seconds; whoever calls has warmed up."""
-    times = []
+def timed(run: Callable[[], Any], device: str, repeats: int) -> tuple[float, Any]:
+    """The median of `repeats` runs in seconds, and what the last gave; whoever calls has warmed up."""
+    times, found = [], None
     for _ in range(repeats):
         if device == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
-        run()
+        found = run()
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    return sorted(times)[len(times) // 2]
+    return sorted(times)[len(times) // 2], found
 
 
 def counted(run: Callable[[], Any]) -> float:
@@ -76,7 +76,7 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
     size = 8192 if device == "cuda" else 2048
     a = torch.randn(size, size, device=device, dtype=dtype)
     a @ a
-    return 2 * size**3 / timed(lambda: a @ a, device, 5)
+    return 2 * size**3 / timed(lambda: a @ a, device, 5)[0]
 
 
 # --- the stand-in
@@ -125,12 +125,12 @@ def part_standin(repeats: int) -> dict[str, Any]:
     rows["straight line, one half"] = sampler(setup, tiny, batch, guided=True, fidelity=once, one_by_one=True)
     rows["straight line, both halves"] = sampler(setup, tiny, batch, guided=True, fidelity=STRAIGHT, one_by_one=True)
     rows["exact, both halves"] = sampler(setup, tiny, batch, guided=True, fidelity=replace(RELEASED, both_halves=True))
-    found = {}
+    found, results = {}, {}
     for name, run in rows.items():  # the slow ones once
         slow = name.startswith("straight line")
         work = counted(run)  # which warms up too
-        found[name] = {"seconds": timed(run, device, 1 if slow else repeats) / batch, "gflop": work / batch / 1e9}
-    results = {name: rows[name]() for name in ("exact", "straight line, one half", "exact, both halves", "straight line, both halves")}
+        seconds, results[name] = timed(run, device, 1 if slow else repeats)
+        found[name] = {"seconds": seconds / batch, "gflop": work / batch / 1e9}
     same = {
         ours: float((results[ours] - results[reference]).norm() / results[reference].norm())
         for ours, reference in (("exact", "straight line, one half"), ("exact, both halves", "straight line, both halves"))
@@ -147,7 +147,7 @@ def part_batch(batch: int, recompute: int = 0) -> dict[str, Any]:
     run = sampler(setup, tiny, batch, guided=True)
     if setup.device == "cuda":
         run()
-    seconds = timed(run, setup.device, 1)
+    seconds, _ = timed(run, setup.device, 1)
     return {"batch": batch, "recompute": bool(recompute), "images_per_second": batch / seconds, "peak_gib": peak_gib(setup.device)}
 
 
@@ -165,7 +165,7 @@ def part_variants(repeats: int) -> dict[str, Any]:
         runs = {kind: sampler(setup, tiny, 10, guided=kind == "exact") for kind in ("vanilla", "exact")}
         for run in runs.values():  # compiles
             run()
-        found[name] = {kind: timed(run, setup.device, repeats) / 10 for kind, run in runs.items()}
+        found[name] = {kind: timed(run, setup.device, repeats)[0] / 10 for kind, run in runs.items()}
     return found
 
 
@@ -197,7 +197,7 @@ def part_paper(batch: int, repeats: int) -> dict[str, Any]:
     runs |= {name: step(True, **dict(options)) for name, options in SHORTCUTS.items() if "every" not in options}
     runs["released code"] = step(True, STRAIGHT)
     work = {name: counted(run) for name, run in runs.items()}  # which warms up too
-    found = {name: {"seconds": timed(run, device, repeats) / batch, "tflop": work[name] / batch / 1e12} for name, run in runs.items()}
+    found = {name: {"seconds": timed(run, device, repeats)[0] / batch, "tflop": work[name] / batch / 1e12} for name, run in runs.items()}
     plain = found["vanilla"]
 
     def over_50(row: dict[str, float], guided: int = 16) -> dict[str, float]:
@@ -229,13 +229,34 @@ def part_growth(images: int, classes: int) -> dict[str, Any]:
     pixels = torch.randint(0, 256, (2 * classes, 3, 16, 16), dtype=torch.uint8)
     data = from_tensors("growth", "train", [str(label) for label in range(classes)], pixels, torch.arange(classes).repeat_interleave(2))
     ipc = images // classes
+
+    def sample(folder: str, ipc: int) -> None:
+        guided = dict(guidance=Guidance(5.0, 7.5, (1, 2)), checkpoints=checkpoints, num_steps=4)
+        distill(pipe, data, ipc=ipc, out_dir=folder, batch_classes=10, **guided)
+
     with tempfile.TemporaryDirectory() as folder:
+        sample(f"{folder}/first", 1)  # what a process does once
         started = time.perf_counter()
-        distill(
-            pipe, data, ipc=ipc, guidance=Guidance(5.0, 7.5, (1, 2)), checkpoints=checkpoints, out_dir=folder, num_steps=4, batch_classes=10
-        )
+        sample(f"{folder}/timed", ipc)
         seconds = time.perf_counter() - started
     return {"images": images, "classes": classes, "ipc": ipc, "seconds_per_image": seconds / images, "peak_gib": peak_gib("cpu")}
+
+
+# --- Ray
+
+
+def part_workers(workers: int) -> dict[str, Any]:
+    """Exact guided sampling of 40 images of ten classes by so many Ray workers (0: without Ray, all threads), Ray's start included."""
+    setup, _ = standin_setup()
+    guides = torch.stack([setup.gradients(label) for label in range(10)], dim=1)
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        found = distill(
+            setup.pipe, setup.train, ipc=4, guidance=setup.guidance, checkpoints=setup.checkpoints, gradients=guides, out_dir=folder,
+            num_steps=setup.num_steps, batch_classes=5, ray=bool(workers), workers=workers or None,
+        )  # fmt: skip
+        seconds = time.perf_counter() - started
+        return {"workers": workers, "images_per_second": 40 / seconds, "sampling_seconds_an_image": found.seconds / 40}
 
 
 # --- all of it
@@ -252,29 +273,38 @@ def part(name: str, *arguments: object) -> dict[str, Any]:
     return found
 
 
-PARTS = {"standin": part_standin, "batch": part_batch, "variants": part_variants, "paper": part_paper, "growth": part_growth}
+PARTS = {
+    "standin": part_standin, "batch": part_batch, "variants": part_variants, "paper": part_paper, "growth": part_growth, "workers": part_workers,
+}  # fmt: skip
+
+
+WHOLE: dict[str, Callable[[], Any]] = {
+    "standin": lambda: part("standin", 3),
+    "batches": lambda: [part("batch", batch) for batch in (1, 2, 4, 8, 16, 32, 64)],
+    "recompute": lambda: part("batch", 64, 1),
+    "variants": lambda: part("variants", 3),
+    "paper": lambda: part("paper", *((10, 3) if torch.cuda.is_available() else (1, 1))),
+    "growth": lambda: [part("growth", images, classes) for images, classes in ((10, 10), (100, 10), (1000, 10), (1000, 100))],
+    "workers": lambda: [part("workers", workers) for workers in (0, 1, 2)],
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", nargs="+", help="NAME and its integers: print this part's JSON alone")
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--only", nargs="+", choices=tuple(WHOLE), default=list(WHOLE), help="measure these anew")
     arguments = parser.parse_args()
     if arguments.part:
         name, *values = arguments.part
         print(json.dumps(PARTS[name](*map(int, values))))
         return
+    report = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
     cuda = torch.cuda.is_available()
-    report = {
-        "machine": torch.cuda.get_device_name() if cuda else processor(),
-        "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "standin": part("standin", 3),
-        "batches": [part("batch", batch) for batch in (1, 2, 4, 8, 16, 32, 64)],
-        "recompute": part("batch", 64, 1),
-        "variants": part("variants", 3),
-        "paper": part("paper", 10 if cuda else 1, 3 if cuda else 1),
-        "growth": [part("growth", images, classes) for images, classes in ((10, 10), (100, 10), (1000, 10), (1000, 100))],
-    }  # fmt: skip
+    here = {"machine": torch.cuda.get_device_name() if cuda else processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    if len(arguments.only) < len(WHOLE) and here != {key: report.get(key) for key in here}:
+        raise SystemExit(f"{arguments.out} was measured elsewhere; measure all of it anew")
+    report |= here | {name: WHOLE[name]() for name in arguments.only}
     files.write(arguments.out, json.dumps(report, indent=1) + "\n")
     rows, plain = report["standin"]["rows"], report["standin"]["rows"]["vanilla"]
     print(f"\nstand-in, {report['machine']}, {report['threads']} threads, batch {report['standin']['batch']}")
@@ -291,6 +321,8 @@ def main() -> None:
         print(f"{name:14s} {row['vanilla']:.3f} and {row['exact']:.3f} s/image, vanilla and exact")
     for row in report["growth"]:
         print(f"{row['images']:5d} images of {row['classes']:4d} classes: {row['seconds_per_image']:.3f} s/image, {row['peak_gib']:.2f} GiB")
+    for row in report["workers"]:
+        print(f"{row['workers'] or 'no':>2} Ray workers: {row['images_per_second']:.3f} images/s")
     print(f"written to {arguments.out}; python paper_figures/make_figures.py draws it")
 
 
