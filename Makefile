@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lab figures reproduce-small soak doctor bench lint standin clean
+.PHONY: help setup demo test lab figures reproduce-small soak browser-test doctor bench lint standin clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -31,6 +31,9 @@ reproduce-small: setup  ## every notebook at scale "small", then figures and tab
 
 soak: setup  ## a 200-image run killed at ten random moments, and what is left of it
 	@OMP_NUM_THREADS=1 IGD_SOAK=1 $(PYTHON) -m pytest -q ci/tests/test_distill.py -k killed_at_random
+
+browser-test: setup  ## 00_quickstart in JupyterLab in headless Chromium (needs chromium)
+	@$(PYTHON) ci/browser_test.py
 
 doctor: setup  ## what is on this machine: versions, memory, data, models, and what each notebook would do
 	@$(PYTHON) -m igd_lib doctor

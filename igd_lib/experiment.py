@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 from diffusers import AutoencoderTiny
+from PIL import Image
 from torch import Tensor
 from torchvision.models import ResNet18_Weights
 
@@ -192,8 +193,21 @@ class Experiment:
             return self.train.per_class(ipc, seed)
         if method.real == "rded":
             return self._rded(ipc, seed)
+        pipe, checkpoints, gradients, options = self.sampling(method)
+        # Everything but the method's name: sets are shared between notebooks.
+        weights = [files.digest(state) for state in (pipe.transformer.state_dict(), pipe.vae.state_dict(), *(checkpoints.states if checkpoints else []))]
+        settings = [self.train.name, self.scale, method.guidance, method.cfg_scale, ipc, options["num_steps"], options["fidelity"], self.classes, weights]
+        settings += [dict(method.shortcuts)] if method.shortcuts else []
+        return distill(
+            pipe, self.train, ipc=ipc, guidance=method.guidance, checkpoints=checkpoints, gradients=gradients,
+            out_dir=cache_dir() / "runs" / f"{results.settings_hash(settings)}-seed{seed}", seed=seed,
+            classes=self.classes, label_ids=self.label_ids, wait=True, **options,  # notebooks that run side by side share sets
+        )  # fmt: skip
+
+    def sampling(self, method: Method) -> tuple[IGDPipeline, Checkpoints | None, Callable[[int], Tensor] | None, dict[str, Any]]:
+        """What a method samples with: pipeline, checkpoints, class gradients (E, P) by label, and `sample_igd`'s options."""
         pipe = self.pipe if method.backbone == "dit" else self.minimax_pipe
-        fidelity, num_steps, checkpoints, gradients = method.fidelity or self.fidelity, method.num_steps or self.num_steps, None, None
+        fidelity, checkpoints, gradients = method.fidelity or self.fidelity, None, None
         if method.influenced:
             if self.checkpoints is None:
                 self.fit_surrogate()
@@ -201,19 +215,10 @@ class Experiment:
             choice = [(f.checkpoints, f.similarity, f.gradient_images) for f in (fidelity, self.fidelity)]
             if method.keep is not None or method.surrogate is not None or choice[0] != choice[1]:
                 checkpoints, gradients = self.guides(fidelity, method.keep, method.surrogate)
-        # Everything but the method's name: sets are shared between notebooks.
-        weights = [files.digest(state) for state in (pipe.transformer.state_dict(), pipe.vae.state_dict(), *(checkpoints.states if checkpoints else []))]
-        settings = [self.train.name, self.scale, method.guidance, method.cfg_scale, ipc, num_steps, fidelity, self.classes, weights]
-        settings += [dict(method.shortcuts)] if method.shortcuts else []
-        options = dict(method.shortcuts)
+        options = dict(cfg_scale=method.cfg_scale, num_steps=method.num_steps or self.num_steps, fidelity=fidelity, **method.shortcuts)
         if options.get("guidance_decoder") == "tiny":
             options["guidance_decoder"] = self.tiny_decoder()
-        return distill(
-            pipe, self.train, ipc=ipc, guidance=method.guidance, checkpoints=checkpoints, gradients=gradients,
-            out_dir=cache_dir() / "runs" / f"{results.settings_hash(settings)}-seed{seed}", seed=seed,
-            classes=self.classes, label_ids=self.label_ids, cfg_scale=method.cfg_scale, num_steps=num_steps, fidelity=fidelity,
-            wait=True, **options,  # notebooks that run side by side share sets
-        )  # fmt: skip
+        return pipe, checkpoints, gradients, options
 
     def _rded(self, ipc: int, seed: int) -> ImageData:
         """RDED's images by the teacher of the soft-label protocol; selected once, then read from `$IGD_CACHE/rded`."""
@@ -326,7 +331,7 @@ class Experiment:
         own = {method: points(in_memory(found)) for (method, seed), found in sets.items() if seed == 0}
         rows = [self.row(method, ipc, 0, f"Wasserstein over {extractor.space}", metrics.wasserstein(real, found)) for method, found in own.items()]
         places = metrics.joint_tsne({"real": real, **own}, perplexity=min(30.0, (len(real) + sum(map(len, own.values()))) // 3))
-        return places, results.frame(rows)
+        return places.assign(**{"class": self.train.classes[label]}), results.frame(rows)
 
     def tiny_decoder(self) -> AutoencoderTiny:
         """The guidance decoder: TAESD's folder at "paper", the stand-in's own elsewhere. Raises FileNotFoundError without it."""
@@ -372,6 +377,14 @@ class Experiment:
             results.append(cache_dir() / "results", results.Row(**record))
         if folder:
             files.write(Path(folder) / "rows.csv", rows.to_csv(index=False, lineterminator="\n"))
+
+    def keep_images(self, pictures: Mapping[str, Tensor], titles: Sequence[str], title: str, folder: str) -> None:
+        """Write what `plotting.gallery` shows as pixels, `folder/images.png`, and its words beside them, if a folder is given."""
+        if folder:
+            grid = torch.cat([torch.cat(list(row), dim=2) for row in pictures.values()], dim=1)
+            files.write(Path(folder) / "images.png", lambda path: Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path, format="PNG"))
+            words = pd.DataFrame([(row, title, *titles) for row in pictures], columns=["row", "title", *map(str, range(len(titles)))])
+            self.keep_table(words, folder, "images")
 
     def keep_table(self, table: pd.DataFrame, folder: str, name: str) -> None:
         """Write a table that is no result row (coordinates, curves), with its origin, as `folder/NAME.csv` if a folder is given."""

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 STYLE = Path(__file__).parents[1] / "paper_figures" / "igd.mplstyle"
@@ -20,6 +23,7 @@ COLOURS = {
     "DiT": "#0072B2",
     "DiT, best cfg": "#56B4E9",
     "DiT + G_I": "#CC79A7",
+    "DiT + G_I throughout": "#E69F00",
     "DiT + G_D": "#009E73",
     "DiT-IGD": "#D55E00",
     "Minimax": "#332288",
@@ -28,9 +32,14 @@ COLOURS = {
     "Minimax-IGD": "#882255",
 }
 MARKERS = {
-    "Random": "s", "DiT": "o", "DiT, best cfg": "D", "DiT + G_I": "v", "DiT + G_D": "^", "DiT-IGD": "*",
+    "Random": "s", "DiT": "o", "DiT, best cfg": "D", "DiT + G_I": "v", "DiT + G_I throughout": "X", "DiT + G_D": "^", "DiT-IGD": "*",
     "RDED": "P", "Minimax": "o", "Minimax + G_I": "v", "Minimax + G_D": "^", "Minimax-IGD": "*",
 }  # fmt: skip
+
+
+# What axes are called.
+PARAMETERS = {"cfg": "classifier-free guidance scale (cfg)", "k": "k", "gamma": "gamma (for 4,096 latent values)"}
+METRICS = {"top1": "top-1 accuracy (%)", "influence_loss": "mean influence loss"}
 
 
 def use_style() -> None:
@@ -82,22 +91,34 @@ def scores(rows: pd.DataFrame, *, title: str, label: str = "top-1 accuracy (%)")
     return figure
 
 
-def by_cfg(rows: pd.DataFrame, *, title: str, label: str = "top-1 accuracy (%)") -> Figure:
-    """A line a method over cfg; methods are named "METHOD, cfg X". Seeds as dots, mean and sd beside them."""
-    parts = rows.assign(kind=rows.method.str.rsplit(", cfg ", n=1).str[0], cfg=rows.method.str.rsplit(", cfg ", n=1).str[1].astype(float))
-    figure, axes = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
-    kinds = list(dict.fromkeys(parts.kind))
-    for position, kind in enumerate(kinds):
-        own = parts[parts.kind == kind]
-        spread = own.groupby("cfg")["value"].agg(["mean", "std"]).fillna(0.0)
-        colour, marker = look(kind)
-        shift = 0.05 * (position - (len(kinds) - 1) / 2)  # so that the bars do not hide each other
-        axes.plot(own.cfg + shift, own.value, marker, color=colour, alpha=0.3, markersize=4, linestyle="none")
-        axes.errorbar(spread.index + shift, spread["mean"], yerr=spread["std"], fmt=f"{marker}-", color=colour, markersize=6, capsize=2, label=kind)
-    axes.set(xlabel="classifier-free guidance scale (cfg)", ylabel=label)
-    count = parts.groupby("method").size().unique()
-    axes.set_title(f"{title}\n(mean and sd over n = {', '.join(map(str, count))} generation seeds)")
-    axes.legend(frameon=False)
+def curves(rows: pd.DataFrame, panels: Sequence[tuple[str, str]], *, title: str) -> Figure:
+    """A panel a (parameter, metric): the metric over the parameter, a line a method; methods are named "METHOD, PARAMETER VALUE".
+
+    Seeds as dots, mean and sd beside them; the mean of a plain "DiT" or "Minimax" as a dashed line.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels) + 0.6, 3.6), layout="constrained", squeeze=False)
+    counts = set()
+    for place, (parameter, metric) in zip(axes[0], panels, strict=True):
+        own = rows[(rows.metric == metric) & rows.method.str.contains(f", {parameter} ", regex=False)]
+        names = own.method.str.rsplit(f", {parameter} ", n=1)
+        own = own.assign(kind=names.str[0], at=names.str[1].astype(float))
+        kinds = list(dict.fromkeys(own.kind))
+        for position, kind in enumerate(kinds):
+            line = own[own.kind == kind]
+            spread = line.groupby("at")["value"].agg(["mean", "std"]).fillna(0.0)
+            colour, marker = look(kind)
+            shift = 0.012 * (own["at"].max() - own["at"].min()) * (position - (len(kinds) - 1) / 2)  # so that the bars do not hide each other
+            place.plot(line["at"] + shift, line.value, marker, color=colour, alpha=0.3, markersize=4, linestyle="none")
+            place.errorbar(spread.index + shift, spread["mean"], yerr=spread["std"], fmt=f"{marker}-", color=colour, markersize=6, capsize=2, label=kind)
+        for kind in ("DiT", "Minimax"):
+            plain = rows[(rows.metric == metric) & (rows.method == kind)].value
+            if len(plain):
+                place.axhline(plain.mean(), color=look(kind)[0], linewidth=1, linestyle="--", label=kind)
+        place.set(xlabel=PARAMETERS.get(parameter, parameter), ylabel=METRICS.get(metric, metric))
+        counts |= set(own.groupby("method").size())
+    handles = {label: handle for place in axes[0] for handle, label in zip(*place.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(f"{title}\n(mean and sd over n = {', '.join(map(str, sorted(counts)))} generation seeds)")
     return figure
 
 
@@ -158,6 +179,16 @@ def places(coordinates: pd.DataFrame, distances: pd.DataFrame, *, title: str) ->
     return figure
 
 
+def read_gallery(pixels: Path, words: Path) -> dict[str, Any]:
+    """`gallery`'s arguments from the two files that `Experiment.keep_images` writes."""
+    table = pd.read_csv(words, dtype=str, keep_default_na=False)
+    titles = [table[column].iloc[0] for column in table.columns if column.isdecimal()]
+    with Image.open(pixels) as picture:
+        grid = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    rows = [torch.stack(row.chunk(len(titles), dim=2)) for row in grid.chunk(len(table), dim=1)]
+    return {"columns": dict(zip(table.row, rows, strict=True)), "titles": titles, "title": table.title.iloc[0]}
+
+
 def gallery(columns: Mapping[str, Tensor], *, titles: Sequence[str], title: str) -> Figure:
     """A row a method, a column a noise: `columns[method]` is uint8 (n, 3, H, W), `titles` one a column."""
     count = len(titles)
@@ -172,6 +203,74 @@ def gallery(columns: Mapping[str, Tensor], *, titles: Sequence[str], title: str)
         row[0].set_ylabel(method, rotation=0, ha="right", va="center", color=look(method, "#333333")[0])
     figure.suptitle(title)
     return figure
+
+
+def overview(paths: pd.DataFrame, strips: Mapping[str, Tensor], steps: Sequence[int], *, title: str) -> Figure:
+    """Figure 5: how the guidances enter, the latents' ways in a plane (columns as `igd_lib.overview.overview`'s), and what the steps `steps` predict."""
+    figure = plt.figure(figsize=(10.6, 6.2), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.5))
+    left, right = bottom.subfigures(1, 2, width_ratios=(1, 1.25))
+    figure.suptitle(title)
+    _scheme(top.subplots(), int(paths[paths.guided].step.max()), int(paths[paths.guided].step.min()), int(paths.step.max()))
+    axes = left.subplots()
+    for (method, _), way in paths.groupby(["method", "image"], sort=False):
+        colour, marker = look(method)
+        axes.plot(way.x, way.y, "-", color=colour, linewidth=0.8, alpha=0.6)
+        guided = way[way.guided]
+        axes.plot(guided.x, guided.y, ".", color=colour, markersize=5)
+        axes.plot(way.x.iloc[-1:], way.y.iloc[-1:], marker, color=colour, markersize=9, markeredgecolor="white", markeredgewidth=0.6, label=method)
+    starts = paths[paths.step == paths.step.max()]
+    axes.plot(starts.x, starts.y, "o", color="#333333", markersize=5, markerfacecolor="white", label="noise")
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    axes.legend(handles.values(), handles.keys(), frameon=False, fontsize=7)
+    axes.set(xticks=[], yticks=[], xlabel="first principal component", ylabel="second")
+    axes.set_title("latents $z_T \\dots z_0$; dots: guided steps", fontsize=8)
+    guided_steps = set(paths[paths.guided].step)  # a latent's step is the one that led to it
+    panels = right.subplots(len(strips), len(steps), squeeze=False)
+    for row, (method, images) in zip(panels, strips.items(), strict=True):
+        colour = look(method)[0]
+        for axis, image, step in zip(row, images, steps, strict=True):
+            axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            inside = step in guided_steps and bool(paths[paths.method == method].guided.any())
+            axis.spines[:].set(visible=inside, color=colour, linewidth=2)
+            axis.set_title(str(step), fontsize=7)
+        row[0].set_ylabel(method, color=colour, fontsize=8)
+    right.suptitle("predicted clean image $\\hat z_{0|t}$ by step, the same noise (framed: guided)", fontsize=8)
+    return figure
+
+
+def _scheme(axes: Axes, first: int, last: int, steps: int) -> None:
+    """What a guided step uses, as boxes and arrows; steps `first` down to `last` of `steps` are guided."""
+    axes.set(xlim=(0, 10), ylim=(0, 3.1))
+    axes.set_axis_off()
+
+    def box(x: float, y: float, width: float, text: str, colour: str) -> None:
+        style = dict(boxstyle="round,pad=0.35", facecolor="white", edgecolor=colour, linewidth=1.2)
+        axes.text(x + width / 2, y, text, ha="center", va="center", fontsize=7.5, bbox=style)
+
+    def arrow(start: tuple[float, float], end: tuple[float, float], colour: str = "#333333") -> None:
+        axes.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", color=colour, linewidth=1.1, shrinkA=0, shrinkB=0))
+
+    influence, deviation = COLOURS["DiT + G_I"], COLOURS["DiT + G_D"]
+    box(0.1, 2.55, 1.4, "real images\nof class $c$", influence)
+    box(2.2, 2.55, 2.2, "surrogate's checkpoints $\\theta_e$\nthat Algorithm 2 keeps", influence)
+    box(5.2, 2.55, 2.0, "class-averaged\ngradients", influence)
+    box(7.9, 2.55, 1.9, "influence guidance\n$\\mathcal{G}_I$ (Eq. 7)", influence)
+    for start, end in ((1.62, 2.08), (4.52, 5.08), (7.32, 7.78)):
+        arrow((start, 2.55), (end, 2.55), influence)
+    box(0.1, 0.45, 1.9, "latents drawn so far\nfor class $c$", deviation)
+    box(2.7, 0.45, 2.1, "deviation guidance\n$\\mathcal{G}_D$ (Eq. 8)", deviation)
+    arrow((2.12, 0.45), (2.58, 0.45), deviation)
+    axes.annotate("", (9.85, 1.5), (0.1, 1.5), arrowprops=dict(arrowstyle="-|>", color="#777777", linewidth=1.2))
+    left, right = (0.1 + 9.7 * (steps - step) / steps for step in (first + 1, last))
+    axes.plot([left, right], [1.5, 1.5], color=COLOURS["DiT-IGD"], linewidth=5, solid_capstyle="butt")
+    axes.text(0.1, 1.68, f"noise, step {steps - 1}", fontsize=7.5, color="#555555")
+    axes.text(9.8, 1.32, "image, step 0", ha="right", va="top", fontsize=7.5, color="#555555")
+    middle = (left + right) / 2
+    axes.text(middle, 1.68, f"guided steps {first} to {last}", ha="center", fontsize=7.5, color=COLOURS["DiT-IGD"])
+    arrow((8.85, 2.15), (right, 1.6), influence)
+    arrow((3.75, 0.85), (middle, 1.4), deviation)
 
 
 def similarities(epochs: Sequence[float], curves: Mapping[str, Sequence[float]], *, threshold: float) -> Figure:

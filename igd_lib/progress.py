@@ -1,4 +1,4 @@
-"""Progress that suits where it is shown: a bar in JupyterLab, plain lines in a headless run."""
+"""Progress that suits where it is shown: a bar with the time left in JupyterLab or a terminal, plain lines in a headless run."""
 
 from __future__ import annotations
 
@@ -11,16 +11,24 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 
+def in_jupyterlab() -> bool:
+    """Whether this process is the kernel of a notebook that a Jupyter server opened, and no headless run."""
+    return bool(os.environ.get("JPY_SESSION_NAME"))
+
+
 def progress(items: Sequence[Item], label: str, every: float = 10.0) -> Iterator[Item]:
     """Iterate, saying how far it is: `label 3/10, 12 s, 28 s left`, at most one line in `every` seconds.
 
-    A terminal gets a bar. `IGD_QUIET=1` silences it.
+    A terminal or JupyterLab gets a bar, which goes when all is done. `IGD_QUIET=1` silences it.
     """
     if os.environ.get("IGD_QUIET"):
         yield from items
         return
-    if sys.stderr.isatty():
-        from tqdm import tqdm
+    if in_jupyterlab() or sys.stderr.isatty():
+        if in_jupyterlab():
+            from tqdm.notebook import tqdm
+        else:
+            from tqdm import tqdm
 
         yield from tqdm(items, desc=label, leave=False)
         return

@@ -102,8 +102,8 @@ def sample_igd(
     again in between, rho_t anew each time; checkpoints_per_step: how many enter a step, in turn (None: all).
     Any variance-preserving scheduler with one evaluation a step will do; multistep ones see the guided
     latents, and UniPC does not correct a step that guidance has moved (its corrector would undo it).
-    callback(index, timestep, info) after each step; info has latents and, when guided, the losses; a
-    dict with "latents" that it returns replaces them.
+    callback(index, timestep, info) after each step; info has latents, the clean latents that were predicted before it
+    (Eq. 5) and, when guided, the losses; a dict with "latents" that it returns replaces them.
     Returns final latents (B, C, h, w), scaled as the transformer's. Raises ValueError on inputs that
     do not fit, FloatingPointError when guidance is not finite.
     """
@@ -201,6 +201,8 @@ def sample_igd(
                 shift = shift + guidance.gamma * gradient
                 info["deviation_loss"] = deviation.detach()
 
+            if callback is not None:
+                info["clean"] = (z_t - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
             # s(z_t, t, eps) - rho_t grad G_I - gamma grad G_D (Eq. 9).
             output = eps if variance is None else torch.cat([eps, variance], dim=1)
             extra = {"generator": generator} if accepts_generator else {}

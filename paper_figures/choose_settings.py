@@ -22,11 +22,11 @@ GAMMAS = (120.0, 240.0, 480.0)  # the paper's, for 4,096 latent values
 KS = (0.0, 15.0, 30.0, 50.0)
 
 
-def candidates(stage: str, setup: experiment.Experiment) -> list[methods.Method]:
+def candidates(given: argparse.Namespace, setup: experiment.Experiment) -> list[methods.Method]:
     """The settings that one stage compares."""
-    if stage == "cfg":
+    if given.stage == "cfg":
         return [methods.Method(f"cfg {cfg}", cfg_scale=cfg) for cfg in CFGS]
-    return methods.grid(setup, KS, GAMMAS)
+    return methods.grid(setup, given.ks, given.gammas, given.backbone)
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -36,41 +36,54 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     return found.sort_values("mean", ascending=False)
 
 
-def finish(name: str, rows: pd.DataFrame) -> None:
-    """Write all rows and say which setting the rule chooses."""
+def finish(given: argparse.Namespace, name: str, rows: pd.DataFrame, setup: experiment.Experiment) -> None:
+    """Write all rows and every setting's first images, and say which setting the rule chooses."""
     files.write(DATA / f"{name}.csv", rows.sort_values(["method", "metric", "seed"]).to_csv(index=False))
+    tried = candidates(given, setup)
+    sets = {(method.name, 0): setup.distilled(method, given.ipc, 100) for method in tried}
+    setup.keep_images(setup.across_classes(sets), setup.train.classes, f"{setup.train.name}, IPC {given.ipc}, {setup.scale}, seed 100", str(PARTS / name))
+    for kind in ("csv", "png"):
+        files.write(DATA / f"{name}.images.{kind}", (PARTS / name / f"images.{kind}").read_bytes())
     found = table(rows)
     print(found.round(4).to_string(index=False))
-    plain = found[found.method == "DiT"]["influence loss"]
+    plain = found[found.method == tried[0].name]["influence loss"] if given.stage == "guidance" else []
     fit = found[found["influence loss"] < plain.item()] if len(plain) else found
     print("chosen:", fit.iloc[0].method)
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Comma-separated numbers."""
+    return tuple(float(part) for part in text.split(","))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stage", choices=("cfg", "guidance"))
+    parser.add_argument("--backbone", default="dit", choices=("dit", "minimax"))
+    parser.add_argument("--ks", type=numbers, default=KS, help="comma-separated")
+    parser.add_argument("--gammas", type=numbers, default=GAMMAS, help="comma-separated")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ipc", type=int, default=10)
     parser.add_argument("--part", default="1/1", help="i/n: only every n-th setting, for n processes side by side; then --merge")
     parser.add_argument("--merge", action="store_true", help="join the parts")
-    arguments = parser.parse_args()
-    name = f"standin_settings_{arguments.stage}"
-    if arguments.merge:
-        return finish(name, pd.concat([pd.read_csv(part) for part in sorted(PARTS.glob(f"{name}-*.csv"))], ignore_index=True))
-    setup = notebook.prepare("choose_settings", "fashion-mnist", "small", ipc=arguments.ipc)
+    given = parser.parse_args()
+    name = f"standin_settings_{given.stage}" + ("" if given.backbone == "dit" else f"_{given.backbone}")
+    setup = notebook.prepare("choose_settings", "fashion-mnist", "small", ipc=given.ipc)
     setup = setup.on_validation()
     print("kept checkpoints, in epochs:", setup.fit_surrogate().epochs, flush=True)
-    part, parts = map(int, arguments.part.split("/"))
-    methods = candidates(arguments.stage, setup)[part - 1 :: parts]
+    if given.merge:
+        parts = [pd.read_csv(part) for part in sorted(PARTS.glob(f"{name}-[0-9]*.csv"))]
+        return finish(given, name, pd.concat(parts, ignore_index=True), setup)
+    part, parts = map(int, given.part.split("/"))
     frames = []
-    for method in progress(methods, "settings"):
-        sets = {(method.name, 100 + seed): setup.distilled(method, arguments.ipc, 100 + seed) for seed in range(arguments.seeds)}
-        frames += [setup.accuracy_rows(sets, arguments.ipc, "convnet3"), setup.influence_rows(sets, arguments.ipc)]
+    for method in progress(candidates(given, setup)[part - 1 :: parts], "settings"):
+        sets = {(method.name, 100 + seed): setup.distilled(method, given.ipc, 100 + seed) for seed in range(given.seeds)}
+        frames += [setup.accuracy_rows(sets, given.ipc, "convnet3"), setup.influence_rows(sets, given.ipc)]
     rows = pd.concat(frames, ignore_index=True)
     if parts > 1:
         files.write(PARTS / f"{name}-{part}of{parts}.csv", rows.to_csv(index=False))
     else:
-        finish(name, rows)
+        finish(given, name, rows, setup)
 
 
 if __name__ == "__main__":

@@ -338,6 +338,30 @@ def test_a_full_disk_leaves_only_whole_files_and_can_be_resumed(run, monkeypatch
     assert torch.equal(pixels(run("full")), pixels(whole))
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, too small for the set; a function that makes it large enough. Needs root."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if shutil.which("mount") is None or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield disk, lambda: subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_disk_that_is_really_full(run, small_disk):
+    disk, enlarge = small_disk
+    whole = run("whole")
+    with pytest.raises(OSError, match=r"cannot write .*disk.*No space left on device\. Free space or choose another folder"):
+        run("disk/set")
+    assert not temporary_files(disk) and 0 < len(list(disk.rglob("*.png"))) < 9
+    for path in disk.rglob("*.png"):
+        Image.open(path).load()
+    enlarge()
+    found = run("disk/set")
+    assert torch.equal(pixels(found), pixels(whole)) and torch.equal(latents(found), latents(whole)) and found.verify() == []
+
+
 def test_a_set_can_be_moved(run, tmp_path):
     before = pixels(run())
     shutil.move(tmp_path / "set", tmp_path / "elsewhere")

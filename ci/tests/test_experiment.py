@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from igd_lib import experiment, tables
+from igd_lib import experiment, plotting, tables
 from igd_lib.config import cache_dir
 from igd_lib.guidance import influence_loss
 from igd_lib.methods import (
@@ -18,18 +18,22 @@ from igd_lib.methods import (
     by_cfg,
     claims,
     comparison,
+    early_stage,
+    early_stage_claims,
     flipped,
     grid,
     plain_and_guided,
     sampled,
     selection_claims,
     selections,
+    sensitivity,
     solver_claims,
     solvers,
     surrogates,
 )
 from igd_lib.models import network
 from igd_lib.notebook import prepare
+from igd_lib.overview import overview, shown_steps, trace
 
 
 def test_the_steps_of_a_notebook(small_loads, monkeypatch):
@@ -285,7 +289,7 @@ def test_a_map_of_sets(small_loads, tmp_path):
     assert coordinates.set.tolist() == ["real"] * 30 + ["Random"] * 3 and list(distances.metric) == ["Wasserstein over convnet3 features"]
     found.keep_table(coordinates, str(tmp_path), "coordinates")
     kept = pd.read_csv(tmp_path / "coordinates.csv")
-    assert list(kept.columns) == ["set", "x", "y", "dataset", "scale", "git_revision"] and set(kept.scale) == {"smoke"}
+    assert list(kept.columns) == ["set", "x", "y", "class", "dataset", "scale", "git_revision"] and set(kept.scale) == {"smoke"}
 
 
 def test_claims_name_only_rows_that_are_there():
@@ -296,3 +300,76 @@ def test_claims_name_only_rows_that_are_there():
     assert selection_claims(["DiT", "threshold 0.7 (3)", "regular (3)", "regular (4)"])[-1] == ("threshold 0.7 (3)", "regular (3)")
     names = ["DiT-IGD, DPM-Solver++ 20", "DiT, DDIM 50", "DiT, DPM-Solver++ 20", "DiT-IGD, DDIM 50"]
     assert solver_claims(names) == [(names[3], names[1]), (names[0], names[2]), (names[2], names[1]), (names[0], names[3])]
+
+
+# --- the figures' methods and trajectories
+
+
+def test_methods_of_figures_2_and_6(only_fashion):
+    found = prepare("22", "fashion-mnist", "small")
+    plain, *others = early_stage(found, [10.0, 30.0])
+    assert plain.guidance is None and all(method.guidance.gamma == 0 for method in others)
+    assert {(m.name, m.guidance.k, m.guidance.guided_range) for m in others} == {
+        ("DiT + G_I, k 10", 10.0, found.guidance.guided_range), ("DiT + G_I, k 30", 30.0, found.guidance.guided_range),
+        ("DiT + G_I throughout, k 10", 10.0, (0, 24)), ("DiT + G_I throughout, k 30", 30.0, (0, 24)),
+    }  # fmt: skip
+    early = "DiT + G_I, k 10"
+    assert early_stage_claims(["DiT", early, "DiT + G_I throughout, k 10"]) == [
+        (early, "DiT"), ("DiT + G_I throughout, k 10", "DiT"), ("DiT + G_I throughout, k 10", early),
+    ]  # fmt: skip
+    found.fidelity = replace(found.fidelity, range_counts_from=1)
+    assert early_stage(found, [10.0])[2].guidance.guided_range == (1, 25)
+
+    own = found.guidance
+    by_name = {method.name: method.guidance for method in sensitivity(found, [0.0, 100.0], [480.0, 4096.0])}
+    assert by_name.pop("DiT") is None
+    assert by_name == {
+        "DiT-IGD, k 0": replace(own, k=0.0), "DiT-IGD, k 100": replace(own, k=100.0),
+        "DiT-IGD, gamma 480": replace(own, gamma=30.0), "DiT-IGD, gamma 4096": replace(own, gamma=256.0),
+    }  # fmt: skip
+
+
+def test_a_trace_ends_where_the_set_did_and_parts_from_the_plain_one_when_guided(small_loads):
+    found = prepare("25", "fashion-mnist", "smoke")
+    found.classes = [3, 8]
+    found.fit_surrogate()
+    compared = plain_and_guided(found, "dit")
+    sets = found.all_sets(2, 1, compared)
+    ways = {method.name: trace(found, method, sets[method.name, 0], 8, 1) for method in compared}
+    first, last = found.guidance.guided_range
+    for name, way in ways.items():
+        assert way.latents.shape == (11, 4, 8, 8) and way.clean.shape == (10, 4, 8, 8)
+        assert (way.latents[-1] - sets[name, 0].latents(8)[1]).abs().max() < 1e-3  # alone and in a batch of two
+        assert way.guided == [name == "DiT-IGD" and first <= 9 - step <= last for step in range(10)]
+    same = (ways["DiT"].latents == ways["DiT-IGD"].latents).flatten(1).all(dim=1).tolist()
+    assert same == [True] * (10 - last) + [False] * (last + 1)
+    # Eq. 5 on the noise itself, from the first step's own prediction of it.
+    scheduler = found.pipe.scheduler_for(found.fidelity)
+    scheduler.set_timesteps(10)
+    alpha = scheduler.alphas_cumprod[int(scheduler.timesteps[0])]
+    noise = ways["DiT"].latents[:1]
+    labels = torch.tensor([8, 10])
+    with torch.no_grad():
+        conditional, null = found.pipe.transformer(noise.repeat(2, 1, 1, 1), timestep=scheduler.timesteps[:1].expand(2), class_labels=labels).sample[:, :4]
+    eps = null + 4 * (conditional - null)
+    eps[3] = conditional[3]  # RELEASED guides three channels
+    expected = (noise[0] - (1 - alpha).sqrt() * eps) / alpha.sqrt()
+    torch.testing.assert_close(ways["DiT"].clean[0], expected, rtol=1e-3, atol=1e-3)
+
+    paths, strips = overview(found, compared, sets, 8, [0, 1], columns=5)
+    assert len(paths) == 2 * 2 * 11 and {name: images.shape for name, images in strips.items()} == {name: (5, 3, 32, 32) for name in ("DiT", "DiT-IGD")}
+    assert shown_steps(10, 5) == [9, 7, 4, 2, 0]
+    # A plane keeps at most the true distances, and shows the final latents apart.
+    ends = paths[(paths.image == 1) & (paths.step == 0)][["x", "y"]].to_numpy()
+    distance = (ways["DiT"].latents[-1] - ways["DiT-IGD"].latents[-1]).norm().item()
+    assert 0 < ((ends[0] - ends[1]) ** 2).sum() ** 0.5 <= distance + 1e-3
+
+
+def test_pictures_are_kept_pixel_by_pixel(tmp_path):
+    setup = SimpleNamespace(train=SimpleNamespace(name="data"), scale="small")
+    setup.keep_table = lambda *arguments: experiment.Experiment.keep_table(setup, *arguments)
+    pictures = {name: torch.randint(0, 256, (3, 3, 4, 5), dtype=torch.uint8) for name in ("a, b", "c")}
+    experiment.Experiment.keep_images(setup, pictures, ["x", "y", "z"], "a title", str(tmp_path))
+    found = plotting.read_gallery(tmp_path / "images.png", tmp_path / "images.csv")
+    assert found["titles"] == ["x", "y", "z"] and found["title"] == "a title" and list(found["columns"]) == list(pictures)
+    assert all(torch.equal(found["columns"][name], images) for name, images in pictures.items())

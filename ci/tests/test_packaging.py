@@ -1,5 +1,6 @@
 """One set of pins: the lock, environment.yml and pyproject.toml agree."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -65,3 +66,9 @@ def test_running_versions_are_the_locked_ones():
 
 def test_version_is_in_the_changelog():
     assert f"## {igd_lib.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_links_of_the_pages_lead_somewhere():
+    for page in ("README.md", "REPRODUCING.md", "CHANGELOG.md"):
+        for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
+            assert (ROOT / target).exists(), f"{page}: {target}"

@@ -1,0 +1,64 @@
+"""What Minimax fine-tuning did to the stand-in: its diffusion loss on images it has not seen, and how alike its samples are.
+
+`python ci/minimax_quality.py` fine-tunes the model where no notebook has (some minutes), prints a table and fails if the loss rose by
+more than `WORSE` or the nearest neighbour within a class did not move away. Rows go to paper_figures/data/minimax_quality.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+import torch
+from diffusers import DDPMScheduler
+
+from igd_lib import files, methods, notebook, results
+from igd_lib.data import to_float
+from igd_lib.experiment import Experiment
+from igd_lib.minimax import diffusion_loss
+from igd_lib.sampler import IGDPipeline
+
+OUT = Path(__file__).parents[1] / "paper_figures" / "data" / "minimax_quality.csv"
+WORSE = 0.02  # of the diffusion loss, at most
+
+
+@torch.no_grad()
+def loss_on_test_images(setup: Experiment, pipe: IGDPipeline, seed: int) -> float:
+    """The mean squared error of the predicted noise over the test images, each with one draw of timestep and noise."""
+    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False)
+    generator, ids, losses = torch.Generator().manual_seed(seed), torch.tensor(setup.label_ids), []
+    for images, labels in setup.test.batches(250):
+        latents = pipe.vae.encode(to_float(images).to(setup.device)).latent_dist.sample(generator) * pipe.vae.config.scaling_factor
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        timesteps = torch.randint(1000, (len(latents),), generator=generator).to(latents.device)
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        output = pipe.transformer(noisy, timestep=timesteps, class_labels=ids[labels].to(latents.device)).sample
+        losses.append(diffusion_loss(output[:, : noise.shape[1]], noise, latents, noisy, timesteps, scheduler))
+    return torch.cat(losses).mean().item()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--ipc", type=int, default=10)
+    given = parser.parse_args()
+    setup = notebook.prepare("minimax_quality", "fashion-mnist", "small", ipc=given.ipc)
+    pipes = {"DiT": setup.pipe, "Minimax": setup.minimax_pipe}
+    seeds = range(given.seeds)
+    rows = [setup.row(name, given.ipc, seed, "diffusion_loss", loss_on_test_images(setup, pipe, seed)) for name, pipe in pipes.items() for seed in seeds]
+    sets = setup.all_sets(given.ipc, given.seeds, [methods.Method("DiT"), methods.Method("Minimax", backbone="minimax")])
+    latents = setup.latent_rows(sets, given.ipc, reference="DiT")
+    whole = pd.concat([results.frame(rows), latents[latents.metric == "nearest"]], ignore_index=True)
+    files.write(OUT, whole.sort_values(["metric", "method", "seed"]).to_csv(index=False, lineterminator="\n"))
+    print(results.summary(whole, ("metric", "method")).round(4).to_string(index=False))
+    found = {metric: results.comparison(whole[whole.metric == metric], [("Minimax", "DiT")]).iloc[0] for metric in ("diffusion_loss", "nearest")}
+    for metric, difference in found.items():
+        print(f"{metric}, Minimax - DiT: {difference['mean']:+.4f}, sd {difference.sd:.4f} over n = {difference.n} pairs")
+    allowed = WORSE * whole[(whole.metric == "diffusion_loss") & (whole.method == "DiT")].value.mean()
+    return int(found["diffusion_loss"]["mean"] > allowed or found["nearest"]["mean"] >= 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
