@@ -15,7 +15,7 @@ TRIED = Path(__file__).parents[1] / "paper_figures" / "data" / "standin_settings
 
 
 class Settings:
-    """The stand-in's grid of k and gamma on validation data: rows and first images, as `paper_figures/choose_settings.py` left them."""
+    """The stand-in's grid of k and gamma on validation data: rows and a class's images, as `paper_figures/choose_settings.py` left them."""
 
     def __init__(self, source: Path = TRIED):
         rows = results.load(source.with_suffix(".csv"))
@@ -27,13 +27,13 @@ class Settings:
         self.first = rows.iloc[0]
 
     def figure(self, k: float, gamma: float) -> Figure:
-        """The first image of every class without guidance and with this pair's, and what the pair reached. Raises KeyError for another pair."""
+        """A class's images without guidance and with this pair's, and what the pair reached. Raises KeyError for another pair."""
         name = f"k {k:g}, gamma {gamma:g}"
         lines = []
         for method in ("DiT", name):
             top1, loss = (self.found.loc[method, metric] for metric in ("top1", "influence_loss"))
             lines.append(f"{method}: top-1 {top1['mean']:.1f} ± {top1.sd:.1f} %, influence loss {loss['mean']:.3f} ± {loss.sd:.3f}, n = {top1.n:.0f}")
-        title = f"{self.first.dataset}, IPC {self.first.ipc}, {self.first.scale}, validation data\n" + "\n".join(lines)
+        title = f"{self.shown['title']}; IPC {self.first.ipc}, validation data\n" + "\n".join(lines)
         columns = {method: self.shown["columns"][method] for method in ("DiT", name)}
         figure = plotting.gallery(columns, titles=self.shown["titles"], title=title)
         return plotting.keep(figure, "", "")

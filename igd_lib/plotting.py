@@ -304,7 +304,7 @@ def bench(report: Mapping[str, Any]) -> Figure:
     left.set_xlim(0, 1.12 * max(modes[name][key] for name in names for key in modes[name]))
     left.set_xlabel("times vanilla sampling, 50 steps with 16 guided")
     left.set_title(f"DiT-XL/2 shapes, random weights\n{report['paper']['device']}, {report['paper']['dtype']}, batch {report['paper']['batch']}")
-    left.legend(loc="lower right")
+    left.legend(loc="upper right")
     sizes = [row["batch"] for row in report["batches"]]
     right.plot(sizes, [row["images_per_second"] for row in report["batches"]], "o-", color="#0072B2")
     right.set_xscale("log", base=2)
@@ -315,6 +315,7 @@ def bench(report: Mapping[str, Any]) -> Figure:
     memory = right.twinx()
     memory.plot(sizes, [row["peak_gib"] for row in report["batches"]], "s--", color="#D55E00")
     memory.set_ylim(bottom=0)
+    memory.grid(False)
     memory.set_ylabel("peak memory (GiB)", color="#D55E00")
     right.set_title(f"stand-in, {report['standin']['steps']} steps\n{report['machine']}, {report['threads']} threads")
     return figure

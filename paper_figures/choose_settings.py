@@ -8,6 +8,7 @@ DiT's on the same noise, the one of the highest accuracy. Without that condition
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -20,6 +21,7 @@ PARTS = Path(__file__).parents[1] / "out" / "settings"
 CFGS = (1.0, 1.5, 2.0, 3.0, 4.0)
 GAMMAS = (120.0, 240.0, 480.0)  # the paper's, for 4,096 latent values
 KS = (0.0, 15.0, 30.0, 50.0)
+SHOWN = 6  # the class in the pictures
 
 
 def candidates(given: argparse.Namespace, setup: experiment.Experiment) -> list[methods.Method]:
@@ -37,11 +39,13 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def finish(given: argparse.Namespace, name: str, rows: pd.DataFrame, setup: experiment.Experiment) -> None:
-    """Write all rows and every setting's first images, and say which setting the rule chooses."""
+    """Write all rows and one class's images with every setting, and say which setting the rule chooses."""
     files.write(DATA / f"{name}.csv", rows.sort_values(["method", "metric", "seed"]).to_csv(index=False))
     tried = candidates(given, setup)
-    sets = {(method.name, 0): setup.distilled(method, given.ipc, 100) for method in tried}
-    setup.keep_images(setup.across_classes(sets), setup.train.classes, f"{setup.train.name}, IPC {given.ipc}, {setup.scale}, seed 100", str(PARTS / name))
+    one = replace(setup, classes=[SHOWN])
+    sets = {(method.name, 0): one.distilled(method, given.ipc, 100) for method in tried}
+    title = f"{setup.train.name}, {setup.train.classes[SHOWN]}, {setup.scale}, seed 100"
+    one.keep_images(one.images_of(sets, SHOWN, seeds=1, first=given.ipc), [str(index) for index in range(given.ipc)], title, str(PARTS / name))
     for kind in ("csv", "png"):
         files.write(DATA / f"{name}.images.{kind}", (PARTS / name / f"images.{kind}").read_bytes())
     found = table(rows)

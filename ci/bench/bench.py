@@ -50,18 +50,18 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def timed(run: Callable[[], Any], device: str, repeats: int) -> tuple[float, Any]:
-    """The median of `repeats` runs in seconds, and what the last gave; whoever calls has warmed up."""
-    times, found = [], None
+def timed(run: Callable[[], Any], device: str, repeats: int) -> float:
+    """The median of `repeats` runs in seconds; whoever calls has warmed up."""
+    times = []
     for _ in range(repeats):
         if device == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
-        found = run()
+        run()
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    return sorted(times)[len(times) // 2], found
+    return sorted(times)[len(times) // 2]
 
 
 def counted(run: Callable[[], Any]) -> float:
@@ -76,7 +76,7 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
     size = 8192 if device == "cuda" else 2048
     a = torch.randn(size, size, device=device, dtype=dtype)
     a @ a
-    return 2 * size**3 / timed(lambda: a @ a, device, 5)[0]
+    return 2 * size**3 / timed(lambda: a @ a, device, 5)
 
 
 # --- the stand-in
@@ -89,13 +89,13 @@ def standin_setup() -> tuple[Any, Any]:
 
 
 def sampler(setup: Any, tiny: Any, batch: int, *, guided: bool, fidelity=RELEASED, one_by_one: bool = False, **shortcuts: Any) -> Callable[[], torch.Tensor]:
-    """A function that samples `batch` images of classes 0, 1, ... with five earlier latents each in memory."""
-    device = setup.device
+    """A function that samples `batch` images of classes 0, 1, ... with five earlier latents each in memory, in the models' precision."""
+    device, dtype = setup.device, setup.pipe.transformer.dtype
     if shortcuts.get("guidance_decoder") == "tiny":
         shortcuts["guidance_decoder"] = tiny
     targets = torch.arange(batch, device=device) % 10
-    own = torch.stack([setup.gradients(int(label)) for label in targets.tolist()], dim=1).to(device)
-    memory = [torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(b)).to(device) for b in range(batch)]
+    own = torch.stack([setup.gradients(int(label)) for label in targets.tolist()], dim=1).to(device, dtype)
+    memory = [torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(b)).to(device, dtype) for b in range(batch)]
     parts = [[b] for b in range(batch)] if one_by_one else [list(range(batch))]
 
     def run() -> torch.Tensor:
@@ -107,7 +107,7 @@ def sampler(setup: Any, tiny: Any, batch: int, *, guided: bool, fidelity=RELEASE
                 memory=[memory[b] for b in part], **shortcuts,
             ) if guided else {}  # fmt: skip
             found.append(sample_igd(
-                setup.pipe.transformer, setup.pipe.vae, setup.pipe.scheduler_for(fidelity), setup.pipe.latent_noise(generators), targets[part],
+                setup.pipe.transformer, setup.pipe.vae, setup.pipe.scheduler_for(fidelity), setup.pipe.latent_noise(generators).to(dtype), targets[part],
                 num_steps=setup.num_steps, fidelity=fidelity, generator=generators, **options,
             ))  # fmt: skip
         return torch.cat(found)
@@ -125,17 +125,30 @@ def part_standin(repeats: int) -> dict[str, Any]:
     rows["straight line, one half"] = sampler(setup, tiny, batch, guided=True, fidelity=once, one_by_one=True)
     rows["straight line, both halves"] = sampler(setup, tiny, batch, guided=True, fidelity=STRAIGHT, one_by_one=True)
     rows["exact, both halves"] = sampler(setup, tiny, batch, guided=True, fidelity=replace(RELEASED, both_halves=True))
-    found, results = {}, {}
+    found = {}
     for name, run in rows.items():  # the slow ones once
         slow = name.startswith("straight line")
         work = counted(run)  # which warms up too
-        seconds, results[name] = timed(run, device, 1 if slow else repeats)
-        found[name] = {"seconds": seconds / batch, "gflop": work / batch / 1e9}
-    same = {
-        ours: float((results[ours] - results[reference]).norm() / results[reference].norm())
-        for ours, reference in (("exact", "straight line, one half"), ("exact, both halves", "straight line, both halves"))
-    }
-    return {"steps": setup.num_steps, "checkpoints": len(setup.checkpoints), "batch": batch, "rows": found, "relative difference to the straight line": same}
+        found[name] = {"seconds": timed(run, device, 1 if slow else repeats) / batch, "gflop": work / batch / 1e9}
+    return {"steps": setup.num_steps, "checkpoints": len(setup.checkpoints), "batch": batch, "rows": found}
+
+
+def part_same() -> dict[str, Any]:
+    """How far exact guidance and the straight line are apart after all steps, relative to the latents' norm, two images; by precision.
+
+    Rounding grows over guided steps; in double precision only the method is left.
+    """
+    setup, tiny = standin_setup()
+    apart = {}
+    for dtype in (torch.float32, torch.float64):
+        setup.pipe.transformer.to(dtype), setup.pipe.vae.to(dtype), setup.checkpoints.model.to(dtype)
+        for state in setup.checkpoints.states:
+            state.update({name: value.to(dtype) for name, value in state.items()})
+        for halves in (False, True):
+            fast, slow = (replace(fidelity, both_halves=halves) for fidelity in (RELEASED, STRAIGHT))
+            ours, theirs = sampler(setup, tiny, 2, guided=True, fidelity=fast)(), sampler(setup, tiny, 2, guided=True, fidelity=slow, one_by_one=True)()
+            apart[f"{'both halves' if halves else 'one half'}, {str(dtype).removeprefix('torch.')}"] = float((ours - theirs).norm() / theirs.norm())
+    return apart
 
 
 def part_batch(batch: int, recompute: int = 0) -> dict[str, Any]:
@@ -147,7 +160,7 @@ def part_batch(batch: int, recompute: int = 0) -> dict[str, Any]:
     run = sampler(setup, tiny, batch, guided=True)
     if setup.device == "cuda":
         run()
-    seconds, _ = timed(run, setup.device, 1)
+    seconds = timed(run, setup.device, 1)
     return {"batch": batch, "recompute": bool(recompute), "images_per_second": batch / seconds, "peak_gib": peak_gib(setup.device)}
 
 
@@ -165,7 +178,7 @@ def part_variants(repeats: int) -> dict[str, Any]:
         runs = {kind: sampler(setup, tiny, 10, guided=kind == "exact") for kind in ("vanilla", "exact")}
         for run in runs.values():  # compiles
             run()
-        found[name] = {kind: timed(run, setup.device, repeats)[0] / 10 for kind, run in runs.items()}
+        found[name] = {kind: timed(run, setup.device, repeats) / 10 for kind, run in runs.items()}
     return found
 
 
@@ -197,7 +210,7 @@ def part_paper(batch: int, repeats: int) -> dict[str, Any]:
     runs |= {name: step(True, **dict(options)) for name, options in SHORTCUTS.items() if "every" not in options}
     runs["released code"] = step(True, STRAIGHT)
     work = {name: counted(run) for name, run in runs.items()}  # which warms up too
-    found = {name: {"seconds": timed(run, device, repeats)[0] / batch, "tflop": work[name] / batch / 1e12} for name, run in runs.items()}
+    found = {name: {"seconds": timed(run, device, repeats) / batch, "tflop": work[name] / batch / 1e12} for name, run in runs.items()}
     plain = found["vanilla"]
 
     def over_50(row: dict[str, float], guided: int = 16) -> dict[str, float]:
@@ -274,12 +287,14 @@ def part(name: str, *arguments: object) -> dict[str, Any]:
 
 
 PARTS = {
-    "standin": part_standin, "batch": part_batch, "variants": part_variants, "paper": part_paper, "growth": part_growth, "workers": part_workers,
+    "standin": part_standin, "same": part_same, "batch": part_batch, "variants": part_variants, "paper": part_paper, "growth": part_growth,
+    "workers": part_workers,
 }  # fmt: skip
 
 
 WHOLE: dict[str, Callable[[], Any]] = {
     "standin": lambda: part("standin", 3),
+    "same": lambda: part("same"),
     "batches": lambda: [part("batch", batch) for batch in (1, 2, 4, 8, 16, 32, 64)],
     "recompute": lambda: part("batch", 64, 1),
     "variants": lambda: part("variants", 3),
@@ -315,6 +330,8 @@ def main() -> None:
         print(f"paper's shapes, {name:42s} {row['seconds / vanilla']:6.2f} x vanilla  {row['tflop / vanilla']:6.2f} x its arithmetic")
     straight, ours = rows["straight line, both halves"]["seconds"], rows["exact"]["seconds"]
     print(f"exact is {straight / ours:.1f} times as fast as the straight line (both halves, a backward a checkpoint, an image at a time)")
+    for name, apart in report["same"].items():
+        print(f"and {apart:.1e} of the latents' norm apart after all steps ({name})")
     for row in [*report["batches"], report["recompute"]]:
         print(f"batch {row['batch']:3d}: {row['images_per_second']:.2f} images/s, {row['peak_gib']:.2f} GiB{', activations recomputed' * row['recompute']}")
     for name, row in report["variants"].items():
