@@ -31,8 +31,8 @@ from papermill.parameterize import parameterize_notebook
 
 ROOT = Path(__file__).parents[1]
 # The notebook's cells as the application has them: what each has run and put out.
-CELLS = """(() => {
-  const panel = window.jupyterapp.shell.currentWidget;
+PANEL = "Array.from(window.jupyterapp.shell.widgets('main')).find(w => w.content?.model?.cells)"
+CELLS = "(() => {" + f"const panel = {PANEL};" + """
   const cells = panel?.content?.model?.cells;
   if (!panel?.sessionContext?.session?.kernel || !cells) return null;
   return Array.from(cells).filter(c => c.type === 'code').map(c => {
@@ -112,6 +112,7 @@ class Page:
 def look(page: Page, screenshot: Path | None, seconds: float) -> None:
     """Run all cells and check what there is to see. Raises AssertionError or TimeoutError."""
     wait("notebook", lambda: page.run("typeof window.jupyterapp !== 'undefined'") and page.run(CELLS), 120)
+    page.run(f"window.jupyterapp.shell.activateById({PANEL}.id), window.jupyterapp.shell.collapseLeft()")
     page.run("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
 
     def done() -> list[dict[str, Any]] | None:
@@ -126,7 +127,8 @@ def look(page: Page, screenshot: Path | None, seconds: float) -> None:
     page.run("document.querySelector('.widget-hslider, .jupyter-widgets')?.scrollIntoView({block: 'center'})")
     sliders = wait("sliders", lambda: page.run("document.querySelectorAll('.widget-hslider').length"), 60)
     assert sliders == 2, f"{sliders} sliders"
-    picture = "document.querySelector('.widget-interact img')?.src ?? ''"
+    cell = "document.querySelector('.widget-hslider').closest('.jp-Cell')"
+    picture = f"{cell}.querySelector('img')?.src ?? ''"
     before = wait("picture under the sliders", lambda: page.run(picture), 60)
     page.run("document.querySelector('.widget-hslider .noUi-handle').focus()")
     for kind in ("keyDown", "keyUp"):
@@ -135,7 +137,8 @@ def look(page: Page, screenshot: Path | None, seconds: float) -> None:
     broken = page.run("Array.from(document.images).filter(i => i.complete && !i.naturalWidth && i.src).length")
     assert not broken, f"{broken} pictures are not drawn"
     if screenshot:
-        page.run("document.querySelector('.widget-interact').scrollIntoView({block: 'center'})")
+        page.run(f"{cell}.scrollIntoView({{block: 'center'}})")
+        page.run("document.querySelectorAll('.Toastify').forEach(notice => notice.remove())")
         time.sleep(2)
         page.screenshot(screenshot)
     print(f"{len(cells)} cells ran without an error; {pictures} pictures, {sliders} sliders that work")
@@ -154,11 +157,12 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         notebook = parameterize_notebook(load_notebook_node(str(ROOT / "notebooks" / "00_quickstart.ipynb")), {"scale": given.scale})
-        nbformat.write(notebook, scratch / "00_quickstart.ipynb")
+        (scratch / "notebooks").mkdir()
+        nbformat.write(notebook, scratch / "notebooks" / "00_quickstart.ipynb")
         port, debugging, token = free_port(), free_port(), secrets.token_hex(16)
         server = [
             sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
-            f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={scratch}", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None",
+            f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={scratch / 'notebooks'}", "--LabApp.expose_app_in_browser=True",
         ]  # fmt: skip
         address = f"http://127.0.0.1:{port}/lab/tree/00_quickstart.ipynb?token={token}"
         browser = [

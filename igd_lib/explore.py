@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,20 @@ def explore(k: float, gamma: float) -> Any:
     settings = Settings()
     if not in_jupyterlab():
         return settings.figure(k, gamma)
-    from ipywidgets import SelectionSlider, interactive
+    from ipywidgets import Image, SelectionSlider, VBox
 
-    sliders = {
-        name: SelectionSlider(options=values, value=value, description=name, continuous_update=False)
+    sliders = [
+        SelectionSlider(options=values, value=value, description=name, continuous_update=False)
         for name, values, value in (("k", settings.ks, k), ("gamma", settings.gammas, gamma))
-    }
-    return interactive(settings.figure, **sliders)
+    ]
+    picture = Image(format="png", layout={"max_width": "100%"})
+
+    def draw(_: object = None) -> None:
+        pixels = io.BytesIO()
+        settings.figure(*(slider.value for slider in sliders)).savefig(pixels, format="png", dpi=100)
+        picture.value = pixels.getvalue()
+
+    for slider in sliders:
+        slider.observe(draw, "value")
+    draw()
+    return VBox([*sliders, picture])

@@ -29,7 +29,14 @@ def test_sliders_in_jupyterlab_and_a_picture_elsewhere(monkeypatch):
     assert hasattr(explore.explore(30.0, 480.0), "savefig")
     monkeypatch.setenv("JPY_SESSION_NAME", "lesson.ipynb")
     found = explore.explore(30.0, 480.0)
-    assert {child.description: child.value for child in found.children[:2]} == {"k": 30.0, "gamma": 480.0}
+    k, gamma, picture = found.children
+    assert (k.description, k.value, gamma.description, gamma.value) == ("k", 30.0, "gamma", 480.0)
+    before = bytes(picture.value)
+    assert before.startswith(b"\x89PNG")
+    k.value = 0.0
+    assert bytes(picture.value) != before
+    k.value = 30.0
+    assert bytes(picture.value) == before
 
 
 def test_progress_by_where_it_is_shown(monkeypatch, capsys):
