@@ -229,19 +229,20 @@ def distill(
         raise TypeError(f"unknown options {sorted(unknown)}; shortcuts are {', '.join(SHORTCUTS)}")
     if others := {name: _named(value) for name, value in shortcuts.items() if name != "jacobian" and value != SHORTCUTS[name]}:
         settings["shortcuts"] = others
-    out = _open(
-        Path(out_dir),
-        {
-            "dataset": dataset.name,
-            "classes": list(dataset.classes),
-            "label_ids": ids,
-            "selected": selected,
-            "ipc": ipc,
-            "seed": seed,
-            "image_size": dataset.image_size,
-            "settings": json.loads(json.dumps(settings)),
-        },
-    )
+    wanted = {
+        "dataset": dataset.name,
+        "classes": list(dataset.classes),
+        "label_ids": ids,
+        "selected": selected,
+        "ipc": ipc,
+        "seed": seed,
+        "image_size": dataset.image_size,
+        "settings": json.loads(json.dumps(settings)),
+    }
+    if not (Path(out_dir) / "manifest.json").exists():
+        with files.locked(out_dir, "a run that samples into it", wait=wait):  # which removes what looks half-written
+            _open(Path(out_dir), wanted)
+    out = _open(Path(out_dir), wanted)
     options = dict(cfg_scale=cfg_scale, num_steps=num_steps, fidelity=fidelity, **shortcuts)
     job = _Job(pipe, dataset, out.path, ids, guidance, checkpoints, gradients, seed, options)
     if all(out.finished(label) == ipc for label in selected):

@@ -47,13 +47,16 @@ def write(path: str | Path, content: bytes | str | Callable[[Path], None]) -> Pa
     except OSError as error:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        reason = error.strerror or str(error)
-        raise OSError(error.errno, f"cannot write {path}: {reason}. Free space or choose another folder") from error
+        raise _cannot_write(path, error) from error
     except BaseException:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
         raise
     return path
+
+
+def _cannot_write(path: Path, error: OSError) -> OSError:
+    return OSError(error.errno, f"cannot write {path}: {error.strerror or error}. Free space or choose another folder")
 
 
 def sha256(path: str | Path) -> str:
@@ -69,12 +72,15 @@ LOCK = ".lock"
 def locked(folder: str | Path, what: str, *, wait: bool = False) -> Iterator[None]:
     """Hold a folder's lock, which the system releases when the process ends, however it ends.
 
-    Where another process holds it, wait for it, or raise BlockingIOError.
+    Where another process holds it, wait for it, or raise BlockingIOError. Raises OSError where the folder cannot be written.
     """
     path = Path(folder) / LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        file = open(path, "a+")  # noqa: SIM115 - closed below, or by the end of the process
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a+")  # noqa: SIM115 - closed below, or by the end of the process
+        except OSError as error:
+            raise _cannot_write(path, error) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -87,9 +93,10 @@ def locked(folder: str | Path, what: str, *, wait: bool = False) -> Iterator[Non
                 break
         file.close()  # its holder has just removed it: the lock is on no file any more
     try:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with suppress(OSError):  # on a full disk the lock holds without a name in it
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
         yield
     finally:
         path.unlink(missing_ok=True)

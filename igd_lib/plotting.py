@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,8 @@ def scores(rows: pd.DataFrame, *, title: str, label: str = "top-1 accuracy (%)")
         axes.plot([position - 0.13] * len(values), values, marker, color=colour, alpha=0.45, markersize=5, linestyle="none")
         sd = values.std() if len(values) > 1 else 0.0
         axes.errorbar(position + 0.13, values.mean(), yerr=sd, fmt=marker, color=colour, markersize=8, capsize=3)
-    axes.set_xticks(range(len(methods)), [method.replace(", ", ",\n").replace(" (", "\n(") for method in methods])
+    parts = [method.replace(", ", ",\n").replace(" (", "\n(").splitlines() for method in methods]
+    axes.set_xticks(range(len(methods)), ["\n".join(line for part in own for line in textwrap.wrap(part, 16)) for own in parts])
     axes.set_xlim(-0.5, len(methods) - 0.5)
     axes.set_ylabel(label)
     counts = sorted({int((rows.method == method).sum()) for method in methods})

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from igd_lib import distill as module
+from igd_lib import files
 from igd_lib.config import RELEASED, Guidance
 from igd_lib.data import to_uint8
 from igd_lib.distill import DistilledSet, distill, image_generator
@@ -311,7 +312,7 @@ def test_an_unfinished_class_is_named(run, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(run, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match="cannot write .*manifest.*choose another folder"):
+    with pytest.raises(OSError, match="cannot write .*file/set.*choose another folder"):
         run("file/set")
 
 
@@ -430,6 +431,15 @@ def test_a_second_run_into_the_same_folder_is_refused(run, tmp_path, monkeypatch
     (tmp_path / "set" / ".lock").write_text("process 1 on a machine that crashed")  # held by nobody
     (tmp_path / "set" / "images" / "00001" / "00002.png").unlink()
     assert run().verify() == [] and not (tmp_path / "set" / ".lock").exists()
+
+
+def test_a_set_is_begun_under_the_lock_too(run, tmp_path):
+    """The run that holds it removes temporary files, and would remove a manifest that another is writing."""
+    with files.locked(tmp_path / "set", "another run"):
+        with pytest.raises(BlockingIOError, match="in use"):
+            run()
+        assert not (tmp_path / "set" / "manifest.json").exists()
+    assert len(run().images(0)) == 3
 
 
 def test_a_second_run_can_wait_for_the_first(run, tmp_path, monkeypatch):
