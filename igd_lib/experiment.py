@@ -82,10 +82,13 @@ class Experiment:
         return [name.strip() for name in chosen.split(",")]
 
     def grid_values(self, ks: str, gammas: str) -> tuple[list[float], list[float]]:
-        """k and gamma (the paper's, for 4,096 latent values) to search, from comma-separated numbers; "auto": 0 and the setting in use."""
+        """k and gamma (the paper's, for 4,096 latent values) to search, from comma-separated numbers; "auto": 0 and the setting in use.
+
+        Two of each at most at "smoke".
+        """
         own = (self.guidance.k, self.guidance.gamma * 4096 / self.latent_values)
         k, gamma = ([0.0, value] if text == "auto" else [float(part) for part in text.split(",")] for text, value in zip((ks, gammas), own, strict=True))
-        return k, gamma
+        return (k[-2:], gamma[-2:]) if self.scale == "smoke" else (k, gamma)
 
     @property
     def latent_values(self) -> int:
