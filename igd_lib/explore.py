@@ -20,7 +20,7 @@ class Settings:
 
     def __init__(self, source: Path = TRIED):
         rows = results.load(source.with_suffix(".csv"))
-        self.shown = plotting.read_gallery(source.with_suffix(".images.png"), source.with_suffix(".images.csv"))
+        self.shown = plotting.read_gallery(f"{source}.images")
         self.found = results.summary(rows[rows.metric.isin(["top1", "influence_loss"])], ("method", "metric")).set_index(["method", "metric"])
         pairs = [name for name in self.shown["columns"] if name.startswith("k ")]
         values = pd.Series(pairs).str.extract(r"k (\S+), gamma (\S+)").astype(float)

@@ -73,6 +73,11 @@ def _cosine(pieces: Sequence[Tensor], whole: Tensor) -> Tensor:
     return product / (one * other)
 
 
+def predicted_clean(noisy: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The clean latents (B, C, h, w) that noisy ones and their predicted noise imply (Eq. 5); alpha_bar: a scalar or (B, 1, 1, 1)."""
+    return (noisy - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+
+
 def deviation_loss(latents: Tensor, memory: Sequence[Tensor]) -> Tensor:
     """G_D (Eq. 8): cosine to the most similar earlier latent of the class; 0 for an empty memory.
 

@@ -26,6 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from igd_lib import files
 from igd_lib.data import ImageData, to_float
+from igd_lib.guidance import predicted_clean
 from igd_lib.progress import progress
 from igd_lib.sampler import IGDPipeline
 
@@ -114,7 +115,7 @@ def diffusion_loss(output: Tensor, noise: Tensor, clean: Tensor, noisy: Tensor, 
     def mean(x_0: Tensor) -> Tensor:
         return (a_before.sqrt() * b * x_0 + (1 - b).sqrt() * (1 - a_before) * noisy) / (1 - a)
 
-    predicted = (noisy - (1 - a).sqrt() * eps.detach()) / a.sqrt()
+    predicted = predicted_clean(noisy, eps.detach(), a)
     difference = (mean(clean) - mean(predicted)).square()
     divergence = 0.5 * (model_log_variance - low - 1 + (low - model_log_variance).exp() + difference * (-model_log_variance).exp())
     return loss + divergence.flatten(1).mean(1) / torch.log(torch.tensor(2.0))
@@ -240,7 +241,7 @@ def finetune(
             with accelerator.autocast():
                 output = wrapped(noisy, timestep=timesteps, class_labels=given).sample
             output = output.float()
-            clean = (noisy - (1 - alpha_bar).sqrt() * output[:, : noise.shape[1]]) / alpha_bar.sqrt()
+            clean = predicted_clean(noisy, output[:, : noise.shape[1]], alpha_bar)
             diffusion = diffusion_loss(output, noise, latents, noisy, timesteps, scheduler).mean()
             representativeness, diversity = minimax_losses(clean, labels, real, generated)
             loss = diffusion + recipe.real_weight * representativeness + recipe.generated_weight * diversity

@@ -181,11 +181,11 @@ def places(coordinates: pd.DataFrame, distances: pd.DataFrame, *, title: str) ->
     return figure
 
 
-def read_gallery(pixels: Path, words: Path) -> dict[str, Any]:
-    """`gallery`'s arguments from the two files that `Experiment.keep_images` writes."""
-    table = pd.read_csv(words, dtype=str, keep_default_na=False)
+def read_gallery(source: str | Path) -> dict[str, Any]:
+    """`gallery`'s arguments from the two files that `Experiment.keep_images` writes: `source` without their .png and .csv."""
+    table = pd.read_csv(f"{source}.csv", dtype=str, keep_default_na=False)
     titles = [table[column].iloc[0] for column in table.columns if column.isdecimal()]
-    with Image.open(pixels) as picture:
+    with Image.open(f"{source}.png") as picture:
         grid = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
     rows = [torch.stack(row.chunk(len(titles), dim=2)) for row in grid.chunk(len(table), dim=1)]
     return {"columns": dict(zip(table.row, rows, strict=True)), "titles": titles, "title": table.title.iloc[0]}
@@ -227,15 +227,14 @@ def overview(paths: pd.DataFrame, strips: Mapping[str, Tensor], steps: Sequence[
     axes.legend(handles.values(), handles.keys(), frameon=False, fontsize=7)
     axes.set(xticks=[], yticks=[], xlabel="first principal component", ylabel="second")
     axes.set_title("latents $z_T \\dots z_0$; dots: guided steps", fontsize=8)
-    guided_steps = set(paths[paths.guided].step)  # a latent's step is the one that led to it
     panels = right.subplots(len(strips), len(steps), squeeze=False)
     for row, (method, images) in zip(panels, strips.items(), strict=True):
         colour = look(method)[0]
+        guided_steps = set(paths[paths.guided & (paths.method == method)].step)  # a latent's step is the one that led to it
         for axis, image, step in zip(row, images, steps, strict=True):
             axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-            inside = step in guided_steps and bool(paths[paths.method == method].guided.any())
-            axis.spines[:].set(visible=inside, color=colour, linewidth=2)
+            axis.spines[:].set(visible=step in guided_steps, color=colour, linewidth=2)
             axis.set_title(str(step), fontsize=7)
         row[0].set_ylabel(method, color=colour, fontsize=8)
     right.suptitle("predicted clean image $\\hat z_{0|t}$ by step, the same noise (framed: guided)", fontsize=8)

@@ -24,7 +24,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from igd_lib.config import RELEASED, Fidelity, Guidance
-from igd_lib.guidance import deviation_loss, influence_loss, influence_scale
+from igd_lib.guidance import deviation_loss, influence_loss, influence_scale, predicted_clean
 from igd_lib.surrogate import Checkpoints
 from igd_lib.weights import match_original
 
@@ -44,7 +44,7 @@ class ListedDDIMScheduler(DDIMScheduler):
         alpha_bar = self.alphas_cumprod[int(timestep)].to(sample)
         last = position + 1 == len(self.timesteps)
         following = (self.final_alpha_cumprod if last else self.alphas_cumprod[int(self.timesteps[position + 1])]).to(sample)
-        clean = (sample - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+        clean = predicted_clean(sample, eps, alpha_bar)
         moved = following.sqrt() * clean + (1 - following).sqrt() * eps
         return DDIMSchedulerOutput(prev_sample=moved, pred_original_sample=clean) if return_dict else (moved, clean)
 
@@ -153,7 +153,7 @@ def sample_igd(
             eps, _, other, _ = prediction
             images = []
             for noise in [eps, other] if fidelity.both_halves else [eps]:
-                clean = (z_t - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
+                clean = predicted_clean(z_t, noise, alpha_bar)
                 image = decoder.decode(clean.to(decoder.dtype) / decoder.config.scaling_factor).sample.to(z_t.dtype)
                 images.append(image.clamp(-1, 1) if fidelity.clamp_images else image)
             # Eq. 7, all checkpoints in one piece or each in its own: their sum is the same.
@@ -202,7 +202,7 @@ def sample_igd(
                 info["deviation_loss"] = deviation.detach()
 
             if callback is not None:
-                info["clean"] = (z_t - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+                info["clean"] = predicted_clean(z_t, eps, alpha_bar)
             # s(z_t, t, eps) - rho_t grad G_I - gamma grad G_D (Eq. 9).
             output = eps if variance is None else torch.cat([eps, variance], dim=1)
             extra = {"generator": generator} if accepts_generator else {}

@@ -85,7 +85,7 @@ ARTEFACTS = (
 
 
 def pictures(source: Path) -> Figure:
-    return plotting.gallery(**plotting.read_gallery(source.with_suffix(".images.png"), source.with_suffix(".images.csv")))
+    return plotting.gallery(**plotting.read_gallery(f"{source}.images"))
 
 
 def places(source: Path) -> Figure:
@@ -95,7 +95,7 @@ def places(source: Path) -> Figure:
 
 
 def overview(source: Path) -> Figure:
-    shown = plotting.read_gallery(source.with_suffix(".images.png"), source.with_suffix(".images.csv"))
+    shown = plotting.read_gallery(f"{source}.images")
     paths = pd.read_csv(source.with_suffix(".paths.csv"))
     return plotting.overview(paths, shown["columns"], [int(step) for step in shown["titles"]], title=shown["title"])
 

@@ -370,6 +370,6 @@ def test_pictures_are_kept_pixel_by_pixel(tmp_path):
     setup.keep_table = lambda *arguments: experiment.Experiment.keep_table(setup, *arguments)
     pictures = {name: torch.randint(0, 256, (3, 3, 4, 5), dtype=torch.uint8) for name in ("a, b", "c")}
     experiment.Experiment.keep_images(setup, pictures, ["x", "y", "z"], "a title", str(tmp_path))
-    found = plotting.read_gallery(tmp_path / "images.png", tmp_path / "images.csv")
+    found = plotting.read_gallery(tmp_path / "images")
     assert found["titles"] == ["x", "y", "z"] and found["title"] == "a title" and list(found["columns"]) == list(pictures)
     assert all(torch.equal(found["columns"][name], images) for name, images in pictures.items())
