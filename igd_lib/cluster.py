@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from igd_lib.config import reuse_memory
+
 RETRIES = 5  # of an actor, and of a task on it
 SAY_EVERY = 10.0  # seconds between lines of progress
 
@@ -114,6 +116,8 @@ class _Worker:
         self.work, self.shared = ray.get(held[0])
         if torch.cuda.is_available() and hasattr(self.shared, "to"):
             self.shared = self.shared.to("cuda")
+        elif not torch.cuda.is_available():
+            reuse_memory()
 
     def run(self, item: Any) -> Any:
         return self.work(self.shared, item)

@@ -6,7 +6,9 @@ a run before it starts.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -20,6 +22,20 @@ def data_dir() -> Path:
 def cache_dir() -> Path:
     """Where weights, distilled images and caches live: `$IGD_CACHE`, else `~/.cache/igd`."""
     return Path(os.environ.get("IGD_CACHE") or "~/.cache/igd").expanduser()
+
+
+def reuse_memory() -> None:
+    """On Linux with glibc: let this process keep the memory that it frees, for its own next use.
+
+    By default the allocator hands every large tensor back at once, and the system fills each new one with zeros, page by
+    page: up to 40 % of a ConvNet-3's training step on a CPU. Results do not change; the process stays as large as it once was.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not every libc has it
+    if mallopt is not None:
+        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, in bytes
+            mallopt(parameter, value)
 
 
 @dataclass(frozen=True)

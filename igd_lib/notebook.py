@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL
 from diffusers.utils.logging import disable_progress_bar
 
 from igd_lib import standin
-from igd_lib.config import IGD_HARD, RDED_SOFT, RELEASED, SMALL_HARD, SMALL_SOFT, Fidelity, Guidance, cache_dir, preset, surrogate_training
+from igd_lib.config import IGD_HARD, RDED_SOFT, RELEASED, SMALL_HARD, SMALL_SOFT, Fidelity, Guidance, cache_dir, preset, reuse_memory, surrogate_training
 from igd_lib.data import load
 from igd_lib.datasets import DATASETS, missing
 from igd_lib.experiment import Experiment
@@ -79,6 +79,8 @@ def prepare(
     `stand_in`. "paper" raises FileNotFoundError naming every missing piece and how to get it.
     """
     disable_progress_bar()  # of loading models: not worth a line in a notebook
+    if not torch.cuda.is_available():
+        reuse_memory()
     if scale not in SCALES:
         raise ValueError(f"scale is one of {', '.join(SCALES)}, got {scale!r}")
     if dataset not in DATASETS:

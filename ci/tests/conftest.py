@@ -11,11 +11,12 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTTransforme
 
 import reference
 from igd_lib import data, notebook, standin
-from igd_lib.config import cache_dir, data_dir
+from igd_lib.config import cache_dir, data_dir, reuse_memory
 from igd_lib.models import ConvNet
 from igd_lib.sampler import IGDPipeline
 from igd_lib.surrogate import Checkpoints
 
+reuse_memory()
 FOUND_DATA, FOUND_CACHE = data_dir(), cache_dir()  # before any test redirects them
 
 

@@ -1,5 +1,7 @@
 """Settings check themselves, and agree with the paper and its released code."""
 
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -229,3 +231,22 @@ def test_folders_come_from_the_environment(monkeypatch, tmp_path):
     assert data_dir() == Path.home() / "pictures"
     monkeypatch.delenv("IGD_CACHE")
     assert cache_dir() == Path.home() / ".cache" / "igd"
+
+
+ZEROED_PAGES = """
+import resource, sys, torch
+from igd_lib.config import reuse_memory
+if sys.argv[1] == "reuse":
+    reuse_memory()
+torch.zeros(2**24).add_(1)  # 64 MiB
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.zeros(2**24).add_(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+def test_memory_is_reused_rather_than_taken_anew():
+    pages = {mode: int(subprocess.run([sys.executable, "-c", ZEROED_PAGES, mode], capture_output=True, text=True, check=True).stdout) for mode in ("", "reuse")}
+    assert pages["reuse"] < pages[""] / 2
