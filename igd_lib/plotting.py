@@ -75,12 +75,18 @@ def keep(figure: Figure, folder: str, name: str) -> Figure:
 
 
 def scores(rows: pd.DataFrame, *, title: str, label: str = "top-1 accuracy (%)") -> Figure:
-    """Every seed as a dot, mean and sd beside them, a column a method."""
+    """Every seed as a dot, mean and sd beside them, a column a method; methods far below the others as words at the lower edge."""
     methods = list(dict.fromkeys(rows.method))
     figure, axes = plt.subplots(figsize=(1.1 * len(methods) + 1.2, 3.2), layout="constrained")
+    below = far_below(rows)
     for position, method in enumerate(methods):
         values = rows[rows.method == method].value
         colour, marker = look(method)
+        if method in below:
+            edge = ("data", "axes fraction")
+            arrow = dict(arrowstyle="->", color=colour)
+            axes.annotate(f"{values.mean():.1f}\n(off the\naxis)", (position, 0), (position, 0.13), edge, edge, ha="center", color=colour, arrowprops=arrow)
+            continue
         axes.plot([position - 0.13] * len(values), values, marker, color=colour, alpha=0.45, markersize=5, linestyle="none")
         sd = values.std() if len(values) > 1 else 0.0
         axes.errorbar(position + 0.13, values.mean(), yerr=sd, fmt=marker, color=colour, markersize=8, capsize=3)
@@ -91,6 +97,19 @@ def scores(rows: pd.DataFrame, *, title: str, label: str = "top-1 accuracy (%)")
     counts = sorted({int((rows.method == method).sum()) for method in methods})
     axes.set_title(f"{title}\n(mean and sd over n = {', '.join(map(str, counts))} generation seeds)")
     return figure
+
+
+def far_below(rows: pd.DataFrame) -> list[str]:
+    """The methods whose values lie so far below the others' that an axis with both would hide what the others differ in.
+
+    Below the widest gap between the values, where that is more than twice the range of those above it.
+    """
+    ordered = rows.value.sort_values()
+    gaps = ordered.diff().fillna(0.0)
+    least = ordered.iloc[int(gaps.to_numpy().argmax())]
+    highest = rows.groupby("method")["value"].max()
+    above = highest[highest >= least]
+    return list(highest[highest < least].index) if len(above) > 1 and gaps.max() > 2 * (ordered.max() - least) else []
 
 
 def curves(rows: pd.DataFrame, panels: Sequence[tuple[str, str]], *, title: str) -> Figure:

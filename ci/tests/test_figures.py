@@ -7,7 +7,7 @@ import json
 import pandas as pd
 import pytest
 
-from igd_lib import files
+from igd_lib import files, plotting
 from paper_figures import make_figures
 
 
@@ -45,3 +45,20 @@ def test_a_change_of_rows_or_of_a_page_is_noticed(copy, capsys):
     assert "inputs data/05_guidance_ablation.csv" in capsys.readouterr().out
     make_figures.main([])
     assert make_figures.stale() == []
+
+
+@pytest.mark.parametrize(
+    ("means", "below"),
+    [
+        ({"a": 10.0, "b": 70.0, "c": 73.0}, ["a"]),
+        ({"a": 10.0, "b": 9.0, "c": 70.0, "d": 72.0}, ["a", "b"]),
+        ({"a": 60.0, "b": 70.0, "c": 74.0}, []),  # a gap of 9 is not more than 2 x 5
+        ({"a": 10.0, "b": 70.0}, []),  # nothing says how much the others differ
+        ({"a": 70.0}, []),
+    ],
+)
+def test_methods_far_below_the_others_do_not_set_the_axis(means, below):
+    rows = pd.DataFrame([(method, mean + seed) for method, mean in means.items() for seed in (0, 1)], columns=["method", "value"])
+    assert plotting.far_below(rows) == below
+    low = plotting.scores(rows, title="").axes[0].get_ylim()[0]
+    assert low > max((means[name] for name in below), default=-1.0)
