@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # Runs beside those at the notebooks' own defaults.
 FURTHER = {
-    "01_nette_woof_ipc50": ("01_nette_woof", {"ipc": "50"}),
+    "01_nette_woof_ipc50": ("01_nette_woof", {"ipc": "50", "networks": "convnet3"}),
     "27_gallery_minimax": ("27_gallery", {"backbone": "minimax"}),
 }
 
