@@ -15,11 +15,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -46,8 +46,18 @@ class Minimax:
     memory_size: int = 64  # latents a class, first in, first out, of either kind
     label_dropout: float = 0.1
     flip: bool = True
+    posterior: Literal["sample", "mean"] = "sample"  # what stands for an image's latents; the mean for a DiT that was trained on means
     images: int | None = None  # a class, the first in file order; None: all
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.posterior not in ("sample", "mean"):
+            raise ValueError(f"posterior is 'sample' or 'mean', got {self.posterior!r}")
+
+    def latents(self, vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Scaled latents, float32 (B, C, h, w), of uint8 images (B, 3, H, W)."""
+        found = vae.encode(to_float(images).to(vae.device, vae.dtype)).latent_dist
+        return (found.sample(generator) if self.posterior == "sample" else found.mean).float() * vae.config.scaling_factor
 
 
 # --- the losses
@@ -229,7 +239,7 @@ def finetune(
     product = scheduler.alphas_cumprod.to(accelerator.device)
     saved, said = time.monotonic(), deque(maxlen=500)
     for number, images, labels, generator in progress(_Batches(data, selected, recipe, step, accelerator), "minimax, step"):
-        latents = vae.encode(to_float(images).to(vae.device, vae.dtype)).latent_dist.sample(generator).float() * vae.config.scaling_factor
+        latents = recipe.latents(vae, images, generator)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         timesteps = torch.randint(1000, (len(labels),), generator=generator)
         dropped = torch.rand(len(labels), generator=generator) < recipe.label_dropout

@@ -207,7 +207,7 @@ STAND_IN_SETTINGS = {
         surrogate=dict(epochs=2, train_images=1000, saves_in_first_epoch=6),
         num_steps=25,
         test_images=200,
-        minimax=Minimax(images=200, ema=0.999, flip=False),  # 2,000 steps: a few minutes
+        minimax=Minimax(images=200, ema=0.999, flip=False, posterior="mean"),  # 2,000 steps: a few minutes
         minimax_guidance=Guidance(30.0, 480.0, (15, 22)),  # DiT's
     ),
 }

@@ -20,6 +20,7 @@ from torch.distributions import Normal, kl_divergence
 
 from igd_lib import minimax
 from igd_lib.minimax import Memory, Minimax, add_scales, diffusion_loss, finetune, fold_scales, is_trained, minimax_losses, shards, share_embedders
+from igd_lib.notebook import STAND_IN_SETTINGS
 from igd_lib.sampler import IGDPipeline
 
 SHORT = Minimax(epochs=2, batch_size=4, memory_size=3)
@@ -27,6 +28,25 @@ SHORT = Minimax(epochs=2, batch_size=4, memory_size=3)
 
 def schedule() -> DDPMScheduler:
     return DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+
+
+# --- latents
+
+
+@torch.no_grad()
+def test_the_stand_in_is_tuned_on_latents_like_those_it_was_trained_on(standin_pipe, fashion_train):
+    """The noise error of its DiT before any tuning, every timestep alike; on the wrong latents it is above that of a guess of zero."""
+    few, own, errors = fashion_train.per_class(10, seed=0), STAND_IN_SETTINGS["fashion-mnist"].minimax, {}
+    for recipe in (own, replace(own, posterior="sample")):
+        generator = torch.Generator().manual_seed(0)
+        latents = recipe.latents(standin_pipe.vae, few.fetch(torch.arange(len(few))), generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = torch.arange(5, 1000, 10)  # one an image
+        noisy = schedule().add_noise(latents, noise, timesteps)
+        errors[recipe.posterior] = (standin_pipe.transformer(noisy, timestep=timesteps, class_labels=few.labels).sample - noise).square().mean().item()
+    assert errors["mean"] < 0.2 and errors["sample"] > 0.8
+    with pytest.raises(ValueError, match="'sample' or 'mean'"):
+        Minimax(posterior="mode")
 
 
 # --- losses
