@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[1]
 # Runs beside those at the notebooks' own defaults.
 FURTHER = {
     "01_nette_woof_ipc50": ("01_nette_woof", {"ipc": "50", "networks": "convnet3"}),
+    "06_checkpoint_selection_minimax": ("06_checkpoint_selection", {"backbone": "minimax"}),
+    "26_sensitivity_minimax": ("26_sensitivity", {"backbone": "minimax"}),
     "27_gallery_minimax": ("27_gallery", {"backbone": "minimax"}),
 }
 

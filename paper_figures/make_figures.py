@@ -63,6 +63,7 @@ class Artefact:
     note: str = ""
 
 
+SENSITIVITY = curves(("k", "top1"), ("gamma", "top1"))
 RDED_HARD = (
     "RDED's images are grids of 2 x 2 patches, made for soft labels and shuffled patches (Tables 2 and 9). With hard labels a network "
     "learns them and not the garments, which are twice as large in a test image: chance, most of them taken for the class with the most black."
@@ -75,6 +76,7 @@ ARTEFACTS = (
     Artefact("04_surrogate_architecture", "Table 4 on the stand-in", "table04", against("DiT + G_D", "IGD")),
     Artefact("05_guidance_ablation", "Table 5 on the stand-in", "table05", methods.ablation_claims),
     Artefact("06_checkpoint_selection", "Table 6 on the stand-in", "table06", methods.selection_claims),
+    Artefact("06_checkpoint_selection_minimax", "Table 6 on the stand-in, Minimax backbone", "table06_minimax", methods.selection_claims),
     Artefact("07_food101", "Table 7 on the stand-in", "table07", table=7, note=RDED_HARD),
     Artefact("08_cifar", "Table 8 on the stand-in", "table08", note=RDED_HARD),
     Artefact("09_diffusion_baselines", "Table 9 on the stand-in, soft labels", "table09"),
@@ -85,7 +87,8 @@ ARTEFACTS = (
     Artefact("14_shortcuts", "Faster guidance, on the stand-in", "shortcuts", against("DiT-IGD")),
     Artefact("21_influence", "Figure 1 on the stand-in", "fig01", figure=influence, all_networks=True, note=RDED_HARD),
     Artefact("22_early_stage", "Figure 2 on the stand-in", "fig02", methods.early_stage_claims, figure=curves(("k", "influence_loss"), ("k", "top1"))),
-    Artefact("26_sensitivity", "Figure 6 on the stand-in", "fig06", against("DiT"), figure=curves(("k", "top1"), ("gamma", "top1"))),
+    Artefact("26_sensitivity", "Figure 6 on the stand-in", "fig06", against("DiT"), figure=SENSITIVITY),
+    Artefact("26_sensitivity_minimax", "Figure 6 on the stand-in, Minimax backbone", "fig06_minimax", against("Minimax"), figure=SENSITIVITY),
 )  # fmt: skip
 
 
