@@ -133,7 +133,7 @@ def difference(old: Any, new: Any, where: str = "") -> str | None:
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
-    """Twelve hex digits of a state dict's tensors, by which sets and models made from other weights are told apart."""
+    """Twelve hex digits of a state dict's tensors in their order, by which sets and models made from other weights are told apart."""
     found = hashlib.sha256()
     for value in state.values():
         found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

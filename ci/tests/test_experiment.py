@@ -85,6 +85,15 @@ def test_other_weights_get_another_folder(small_loads):
     assert found.distilled(Method("DiT"), 1, seed=1).path.name.endswith("seed1")
 
 
+def test_a_guided_set_is_found_by_an_experiment_that_reads_the_surrogate_from_disk(small_loads, monkeypatch):
+    folders = []
+    monkeypatch.setattr(experiment, "distill", lambda *_, out_dir, **__: folders.append(out_dir))
+    for _ in range(3):  # the first trains it
+        found = prepare("01", "fashion-mnist", "smoke")
+        found.distilled(Method("DiT-IGD", found.guidance), 1, seed=0)
+    assert len(folders) == 3 and len(set(folders)) == 1
+
+
 def test_random_images_are_a_draw_of_real_ones(small_loads):
     found = prepare("01", "fashion-mnist", "smoke")
     a, b = (found.distilled(Method("Random", real="random"), 2, seed) for seed in (0, 1))

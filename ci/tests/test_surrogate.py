@@ -197,7 +197,7 @@ def test_an_interrupted_training_resumes_to_the_same_trajectory(toy_data, tmp_pa
     for other in (resumed, again):
         assert other.epochs == whole.epochs
         for state, expected in zip(other.states, whole.states, strict=True):
-            assert all(torch.equal(state[name], expected[name]) for name in expected)
+            assert all(torch.equal(state[name], expected[name]) for name in expected) and list(state) == list(expected)
     assert sorted(path.name for path in tmp_path.glob("0*.safetensors")) == [f"{i:05d}.safetensors" for i in range(5)]
     shorter = train_surrogate(fresh_model(), toy_data, folder=tmp_path, **(options | dict(epochs=2)))
     assert shorter.epochs == whole.epochs[:4]
