@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from igd_lib.tables import far_below
+
 STYLE = Path(__file__).parents[1] / "paper_figures" / "igd.mplstyle"
 # Okabe and Ito's colour-blind-safe palette.
 COLOURS = {
@@ -99,19 +101,6 @@ def scores(rows: pd.DataFrame, *, title: str, label: str = "top-1 accuracy (%)")
     return figure
 
 
-def far_below(rows: pd.DataFrame) -> list[str]:
-    """The methods whose values lie so far below the others' that an axis with both would hide what the others differ in.
-
-    Below the widest gap between the values, where that is more than twice the range of those above it.
-    """
-    ordered = rows.value.sort_values()
-    gaps = ordered.diff().fillna(0.0)
-    least = ordered.iloc[int(gaps.to_numpy().argmax())]
-    highest = rows.groupby("method")["value"].max()
-    above = highest[highest >= least]
-    return list(highest[highest < least].index) if len(above) > 1 and gaps.max() > 2 * (ordered.max() - least) else []
-
-
 def curves(rows: pd.DataFrame, panels: Sequence[tuple[str, str]], *, title: str) -> Figure:
     """A panel a (parameter, metric): the metric over the parameter, a line a method; methods are named "METHOD, PARAMETER VALUE".
 
@@ -144,8 +133,9 @@ def curves(rows: pd.DataFrame, panels: Sequence[tuple[str, str]], *, title: str)
 
 
 def against_accuracy(rows: pd.DataFrame, distances: pd.DataFrame, *, title: str, label: str = "top-1 accuracy (%)") -> Figure:
-    """A panel a metric: every set as a point, its metric against its top-1; methods by colour and marker."""
-    accuracy = rows[rows.metric == "top1"].set_index(["method", "seed"])["value"]
+    """A panel a metric: every set as a point, its metric against its top-1; methods by colour and marker, those far below in words."""
+    rows, title = _on_the_axes(rows[rows.metric == "top1"], title)
+    accuracy = rows.set_index(["method", "seed"])["value"]
     metrics = list(dict.fromkeys(distances.metric))
     figure, panels = plt.subplots(1, len(metrics), figsize=(2.7 * len(metrics) + 0.4, 3.4), sharey=True, layout="constrained", squeeze=False)
     for axes, metric in zip(panels[0], metrics, strict=True):
@@ -156,8 +146,9 @@ def against_accuracy(rows: pd.DataFrame, distances: pd.DataFrame, *, title: str,
 
 
 def influence(rows: pd.DataFrame, losses: pd.DataFrame, *, title: str, label: str = "top-1 accuracy (%)") -> Figure:
-    """A panel a network: every set's mean influence loss against the accuracy of the network trained on it; methods by colour and marker."""
-    accuracy = rows[rows.metric == "top1"].set_index(["method", "seed"])
+    """A panel a network: every set's mean influence loss against the accuracy of the network trained on it; methods far below in words."""
+    rows, title = _on_the_axes(rows[rows.metric == "top1"], title)
+    accuracy = rows.set_index(["method", "seed"])
     networks = list(dict.fromkeys(accuracy.network))
     own = losses.set_index(["method", "seed"])["value"]
     figure, panels = plt.subplots(1, len(networks), figsize=(3.3 * len(networks) + 0.6, 3.6), sharex=True, layout="constrained", squeeze=False)
@@ -165,6 +156,13 @@ def influence(rows: pd.DataFrame, losses: pd.DataFrame, *, title: str, label: st
         _sets_as_points(axes, own, accuracy[accuracy.network == network]["value"])
         axes.set(xlabel="mean influence loss", title=network)
     return _finish(figure, panels[0][0], title, label, per_line=4)
+
+
+def _on_the_axes(accuracy: pd.DataFrame, title: str) -> tuple[pd.DataFrame, str]:
+    """The rows of methods that are not far below the others, and a title that names those that are."""
+    below = {method: accuracy[accuracy.method == method].value.mean() for method in far_below(accuracy)}
+    words = ", ".join(f"{method} ({mean:.1f} %)" for method, mean in below.items())
+    return accuracy[~accuracy.method.isin(list(below))], f"{title}\noff the axes: {words}" if below else title
 
 
 def _sets_as_points(axes: Axes, x: pd.Series, y: pd.Series) -> None:

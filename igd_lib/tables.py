@@ -52,15 +52,33 @@ def metric_table(*frames: pd.DataFrame) -> pd.DataFrame:
     return wide.assign(n=table.groupby("method", sort=False)["n"].min()).rename(columns={"top1": "top-1 (%)"}).reset_index().rename_axis(columns=None)
 
 
+def far_below(rows: pd.DataFrame) -> list[str]:
+    """The methods whose values lie so far below the others' that an axis with both would hide what the others differ in.
+
+    Below the widest gap between the values, where that is more than twice the range of those above it.
+    """
+    ordered = rows.value.sort_values()
+    gaps = ordered.diff().fillna(0.0)
+    least = ordered.iloc[int(gaps.to_numpy().argmax())]
+    highest = rows.groupby("method")["value"].max()
+    above = highest[highest >= least]
+    return list(highest[highest < least].index) if len(above) > 1 and gaps.max() > 2 * (ordered.max() - least) else []
+
+
 def rank_correlations(rows: pd.DataFrame, distances: pd.DataFrame) -> pd.DataFrame:
-    """Spearman's rank correlation of each metric with top-1 over all sets (method and seed), with its p-value and n."""
-    keys = ["method", "seed"]
-    accuracy = top1(rows).set_index(keys)["value"]
-    found = []
+    """Spearman's rank correlation of each metric with top-1 over all sets (method and seed), with its p-value and n.
+
+    Without the methods far below the others, which would make any metric that sees them correlate; a column names them.
+    """
+    keys, found = ["method", "seed"], top1(rows)
+    below = far_below(found)
+    accuracy = found[~found.method.isin(below)].set_index(keys)["value"]
+    entries = []
     for metric, own in distances.groupby("metric", sort=False):
         test = stats.spearmanr(own.set_index(keys)["value"].reindex(accuracy.index), accuracy)
-        found.append({"metric": metric, "rank correlation with top-1": round(test.statistic, 2), "p": round(test.pvalue, 3), "n": len(accuracy)})
-    return pd.DataFrame(found)
+        entry = {"metric": metric, "rank correlation with top-1": round(test.statistic, 2), "p": round(test.pvalue, 3), "n": len(accuracy)}
+        entries.append(entry | ({"without": ", ".join(below)} if below else {}))
+    return pd.DataFrame(entries)
 
 
 def correlations_by(rows: pd.DataFrame, distances: pd.DataFrame, by: str = "network") -> pd.DataFrame:

@@ -7,7 +7,7 @@ import json
 import pandas as pd
 import pytest
 
-from igd_lib import files, plotting
+from igd_lib import files, plotting, tables
 from paper_figures import make_figures
 
 
@@ -59,6 +59,6 @@ def test_a_change_of_rows_or_of_a_page_is_noticed(copy, capsys):
 )
 def test_methods_far_below_the_others_do_not_set_the_axis(means, below):
     rows = pd.DataFrame([(method, mean + seed) for method, mean in means.items() for seed in (0, 1)], columns=["method", "value"])
-    assert plotting.far_below(rows) == below
+    assert tables.far_below(rows) == below
     low = plotting.scores(rows, title="").axes[0].get_ylim()[0]
     assert low > max((means[name] for name in below), default=-1.0)

@@ -61,6 +61,10 @@ def test_metrics_side_by_side_and_their_rank_correlation(rows):
     accuracy = rows.assign(value=order)
     (entry,) = tables.rank_correlations(accuracy, distance).to_dict("records")
     assert entry == {"metric": "FD over x", "rank correlation with top-1": -round(1 - 12 / 504, 2), "p": 0.0, "n": 8}
+    low = accuracy[accuracy.method == accuracy.method[0]].assign(method="broken", value=-100.0)
+    worst = distance[distance.method == distance.method[0]].assign(method="broken", value=100.0)  # would make nearly any metric correlate
+    (other,) = tables.rank_correlations(pd.concat([accuracy, low]), pd.concat([distance, worst])).to_dict("records")
+    assert other == entry | {"without": "broken"}
 
 
 def test_the_papers_rows_by_cell():
