@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from diffusers import DDPMScheduler
 
-from igd_lib import files, methods, notebook, results
+from igd_lib import files, methods, notebook, results, standin
 from igd_lib.experiment import Experiment
 from igd_lib.minimax import diffusion_loss
 from igd_lib.sampler import IGDPipeline
@@ -27,11 +27,11 @@ WORSE = 0.02  # of the diffusion loss, at most
 def losses_on_test_images(setup: Experiment, pipe: IGDPipeline, seed: int) -> dict[str, float]:
     """The mean squared error of the predicted noise over the test images, each with one draw of timestep and noise.
 
-    As Minimax trains, every timestep alike; and with the weights min(SNR, 1) / SNR that the stand-in's DiT was trained with,
-    which hardly look at small noise.
+    As Minimax trains, every timestep alike; and with the weights that the stand-in's DiT was trained with, which hardly
+    look at small noise.
     """
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False)
-    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+    by_timestep = standin.noise_weights(scheduler, standin.STANDINS[setup.train.name])
     generator, ids, losses, weights = torch.Generator().manual_seed(seed), torch.tensor(setup.label_ids), [], []
     for images, labels in setup.test.batches(250):
         latents = setup.minimax_recipe.latents(pipe.vae, images, generator)
@@ -40,7 +40,7 @@ def losses_on_test_images(setup: Experiment, pipe: IGDPipeline, seed: int) -> di
         noisy = scheduler.add_noise(latents, noise, timesteps)
         output = pipe.transformer(noisy, timestep=timesteps, class_labels=ids[labels].to(latents.device)).sample
         losses.append(diffusion_loss(output[:, : noise.shape[1]], noise, latents, noisy, timesteps, scheduler).cpu())
-        weights.append((snr.clamp(max=1) / snr)[timesteps.cpu()])
+        weights.append(by_timestep[timesteps.cpu()])
     loss, weight = torch.cat(losses), torch.cat(weights)
     return {"diffusion_loss": loss.mean().item(), "diffusion_loss_capped": ((weight * loss).sum() / weight.sum()).item()}
 

@@ -140,22 +140,27 @@ def digest(state: Mapping[str, Tensor]) -> str:
     return found.hexdigest()[:12]
 
 
+_ORDER = "_order"  # of the names: safetensors sorts them by its own rules and gives them back in another order each time
+
+
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], **metadata: Any) -> Path:
     """Write named tensors and JSON-able metadata as one safetensors file, atomically."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return write(path, _serialise(plain, metadata={"igd": json.dumps(metadata, sort_keys=True)}))
+    return write(path, _serialise(plain, metadata={"igd": json.dumps(metadata | {_ORDER: list(plain)}, sort_keys=True)}))
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_tensors` wrote: (tensors, metadata). Raises ValueError naming a damaged file."""
+    """Read what `save_tensors` wrote: (tensors in their order, metadata). Raises ValueError naming a damaged file."""
     path = Path(path)
     raw = path.read_bytes()
     try:
         tensors = _parse(raw)
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        metadata = json.loads(header.get("__metadata__", {}).get("igd", "{}"))
+        tensors = {name: tensors[name] for name in metadata.pop(_ORDER, sorted(tensors))}
     except Exception as error:
         raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
-    return tensors, json.loads(header.get("__metadata__", {}).get("igd", "{}"))
+    return tensors, metadata
 
 
 def save_training(

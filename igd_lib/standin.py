@@ -150,6 +150,13 @@ def encode(vae: AutoencoderKL, data: ImageData, batch: int = 250) -> Tensor:
     return torch.cat([vae.encode(to_float(images)).latent_dist.mean for images, _ in data.batches(batch)])
 
 
+def noise_weights(scheduler: DDPMScheduler, recipe: StandIn) -> Tensor:
+    """(T,): the weight of each timestep's noise error, min(SNR, cap) / SNR, 1 on average."""
+    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+    weights = snr.clamp(max=recipe.snr_cap) / snr
+    return weights / weights.mean()
+
+
 def train_transformer(
     recipe: StandIn, latents: Tensor, labels: Tensor, scheduler: DDPMScheduler, work: Path
 ) -> tuple[DiTTransformer2DModel, float]:
@@ -165,9 +172,7 @@ def train_transformer(
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.0, fused=True)
     state = work / "transformer.safetensors"
-    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
-    weights = snr.clamp(max=recipe.snr_cap) / snr
-    weights = weights / weights.mean()
+    weights = noise_weights(scheduler, recipe)
     losses: list[float] = []
     started = time.time()
     start = files.load_training(state, optimizer, model=model, average=average)["step"]

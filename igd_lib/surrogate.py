@@ -100,7 +100,7 @@ def train_surrogate(
             "a trajectory",
         )  # fmt: skip
         done = files.load_training(folder / "training.safetensors", optimizer, generator=generator, model=model)["step"]
-        states, at = _read(folder, list(initial), device, done) if done else (states, at)
+        states, at = _read(folder, device, done) if done else (states, at)
         if 0.0 in chosen:
             files.save_tensors(folder / "00000.safetensors", initial, epoch=0.0)
     if done > epochs:  # a longer run is on disk: its beginning is what was asked for
@@ -128,11 +128,11 @@ def train_surrogate(
     return Checkpoints(model.eval(), states, at, [lr] * len(states))
 
 
-def _read(folder: Path, names: list[str], device: torch.device, done: int) -> tuple[list[dict[str, Tensor]], list[float]]:
-    """The checkpoints of the first `done` epochs, tensors in the order of `names`; later ones belong to an epoch that did not end."""
+def _read(folder: Path, device: torch.device, done: int) -> tuple[list[dict[str, Tensor]], list[float]]:
+    """The checkpoints of the first `done` epochs; later ones belong to an epoch that did not end."""
     found = [files.load_tensors(path) for path in sorted(folder.glob("[0-9]*.safetensors"))]
     kept = [(state, metadata["epoch"]) for state, metadata in found if metadata["epoch"] <= done]
-    return [{name: state[name].to(device) for name in names} for state, _ in kept], [epoch for _, epoch in kept]
+    return [{name: value.to(device) for name, value in state.items()} for state, _ in kept], [epoch for _, epoch in kept]
 
 
 def _norm(state: dict[str, Tensor]) -> float:

@@ -71,10 +71,11 @@ def test_tensors_round_trip_with_metadata(tmp_path):
         "scalar": torch.tensor(2.5, dtype=torch.float64),
         "grad": torch.ones(2, requires_grad=True),
     }
+    tensors |= {f"more{number}": torch.zeros(1) for number in range(9, 0, -1)}  # enough to have an order
     path = files.save_tensors(tmp_path / "x.safetensors", tensors, step=3, note=["é", None])
     found, metadata = files.load_tensors(path)
     assert metadata == {"step": 3, "note": ["é", None]}
-    assert found.keys() == tensors.keys()
+    assert found.keys() == tensors.keys() and list(found) == list(tensors)
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor.detach())
 
