@@ -10,7 +10,7 @@ help:  ## this list
 setup:  ## .venv, the locked packages, the data
 	@sh ci/setup.sh
 
-demo: setup  ## the whole method on real images (about 8 minutes)
+demo: setup  ## the whole method on real images (about 10 minutes)
 	@$(PYTHON) -m igd_lib.demo
 
 test: lint  ## ruff, pytest, and every notebook at scale "smoke"

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     notebook = arguments.out.resolve() / "00_quickstart.ipynb"
     pictures.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    print("Influence-guided diffusion on Fashion-MNIST: about 8 minutes on 2 cores.", flush=True)
+    print("Influence-guided diffusion on Fashion-MNIST: about 10 minutes on 2 cores.", flush=True)
     papermill.execute_notebook(
         str(ROOT / "notebooks" / "00_quickstart.ipynb"), str(notebook), {"scale": arguments.scale, "save_to": str(pictures)},
         kernel_name="python3", extra_arguments=["--log-level=ERROR"], progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
