@@ -26,7 +26,7 @@ def cluster(address: str | None):
     try:
         import ray
     except ImportError as error:
-        raise ImportError("Ray is not installed; pip install 'igd_lib[cluster]'") from error
+        raise ImportError("Ray is not installed: it is the extra [cluster], pip install -e '.[cluster]' in a checkout") from error
     own = not ray.is_initialized()
     if own:
         # Workers import the library from wherever this program has it.
@@ -53,7 +53,15 @@ def workers_of(ray: Any, workers: int | None) -> tuple[int, dict[str, float]]:
     count = workers or gpus or max(1, cpus // 2)
     if count < 1 or count > (gpus or cpus):
         raise ValueError(f"{count} workers, but the cluster has {gpus} GPUs and {cpus} processors")
-    return count, {"num_gpus": 1, "num_cpus": 1} if gpus else {"num_cpus": max(1, cpus // count)}
+    if gpus:
+        return count, {"num_gpus": 1, "num_cpus": 1}
+    machines = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return count, {"num_cpus": share_of(machines, count)}
+
+
+def share_of(machines: Sequence[int], count: int) -> int:
+    """The most processors that each of `count` workers can have where no worker is on two of the `machines`; at least 1."""
+    return next((share for share in range(sum(machines) // count, 1, -1) if sum(own // share for own in machines) >= count), 1)
 
 
 def run_all(
@@ -68,8 +76,9 @@ def run_all(
 ) -> list[Any]:
     """`work(shared, item)` for every item on actors that hold `shared`; the results in the items' order.
 
-    done: says how far the whole job is, for the driver's lines of progress. A task whose actor died is run again, up to
-    RETRIES times; what a task itself raises is raised here.
+    done: says how far the whole job is, for the driver's lines of progress. Only workers that have started get work, so one
+    that finds no place (another job holds the GPU) holds nothing up. A task whose actor died is run again, up to RETRIES
+    times; what a task itself raises is raised here.
     """
     count, share = workers_of(ray, workers)
     held = ray.put((work, shared))
@@ -77,21 +86,27 @@ def run_all(
     remote = ray.remote(max_restarts=RETRIES, max_task_retries=RETRIES, **share)(_Worker)
     actors = [remote.remote([held], threads) for _ in range(min(count, len(items)))]
     results: dict[int, Any] = {}
-    waiting, running = list(enumerate(items)), {}
-    free, started, said = list(actors), time.monotonic(), time.monotonic()
+    waiting, free = list(enumerate(items)), []
+    starting, running = {actor.started.remote(): actor for actor in actors}, {}
+    began = said = time.monotonic()
     try:
-        while waiting or running:
+        while len(results) < len(items):
             while waiting and free:
                 (number, item), actor = waiting.pop(0), free.pop()
                 running[actor.run.remote(item)] = (number, actor)
-            ready, _ = ray.wait(list(running), timeout=1.0)
+            ready, _ = ray.wait([*running, *starting], timeout=1.0)
             for reference in ready:
+                if reference in starting:
+                    _result(ray, reference)  # raises what the worker's start did
+                    free.append(starting.pop(reference))
+                    continue
                 number, actor = running.pop(reference)
                 results[number] = _result(ray, reference)
                 free.append(actor)
             if time.monotonic() - said >= SAY_EVERY and not os.environ.get("IGD_QUIET"):
                 said = time.monotonic()
-                print(f"{label}: {len(results)}/{len(items)}{', ' + done() if done else ''}, {said - started:.0f} s, {count} workers", flush=True)
+                there = f"{len(actors) - len(starting)} of {len(actors)} workers"
+                print(f"{label}: {len(results)}/{len(items)}{', ' + done() if done else ''}, {said - began:.0f} s, {there}", flush=True)
     finally:
         for actor in actors:
             ray.kill(actor)
@@ -118,6 +133,9 @@ class _Worker:
             self.shared = self.shared.to("cuda")
         elif not torch.cuda.is_available():
             reuse_memory()
+
+    def started(self) -> None:
+        """Answers once there is a worker."""
 
     def run(self, item: Any) -> Any:
         return self.work(self.shared, item)

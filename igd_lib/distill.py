@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 import igd_lib
-from igd_lib import cluster, files
+from igd_lib import cluster, files, results
 from igd_lib.config import RELEASED, Fidelity, Guidance
 from igd_lib.data import ImageData, from_tensors, to_uint8
 from igd_lib.progress import progress
@@ -77,11 +77,19 @@ class DistilledSet:
         return self.path / "latents" / f"{label:05d}" / f"{index:05d}.safetensors"
 
     def finished(self, label: int) -> int:
-        """How many images of a class are complete, counted from the first without a gap, at most `ipc`."""
+        """How many images of a class are there, counted from the first without a gap, at most `ipc`; they are not read."""
         count = 0
         while count < self.ipc and self.image_path(label, count).is_file() and self.latent_path(label, count).is_file():
             count += 1
         return count
+
+    def valid(self, label: int) -> int:
+        """How many of the finished images of a class, from the first, can be read and are as they were sampled."""
+        for index in range(finished := self.finished(label)):
+            if (problem := self._problem(label, index)) is not None:
+                print(f"{self.path}: class {label}, image {index}: {problem}; sampled anew from here", flush=True)
+                return index
+        return finished
 
     def remove_leftovers(self, labels: Sequence[int] = ()) -> None:
         """Delete what a killed run was writing: beside the manifest, and of the classes `labels`."""
@@ -90,10 +98,16 @@ class DistilledSet:
                 leftover.unlink()
 
     def images(self, label: int) -> Tensor:
-        """uint8 (ipc, 3, H, W) of one class, in order. Raises ValueError when the class is not finished."""
+        """uint8 (ipc, 3, H, W) of one class, in order. Raises ValueError when the class is not finished or an image damaged."""
         if self.finished(label) < self.ipc:
             raise ValueError(f"{self.path}: class {label} has {self.finished(label)} of {self.ipc} images; run distill again to resume")
-        pictures = [np.asarray(Image.open(self.image_path(label, index)).convert("RGB")) for index in range(self.ipc)]
+        pictures = []
+        for path in (self.image_path(label, index) for index in range(self.ipc)):
+            try:
+                pictures.append(np.asarray(Image.open(path).convert("RGB")))
+            except (OSError, SyntaxError) as error:
+                repair = f"python -m igd_lib verify --repair {self.path}"
+                raise ValueError(f"{path} cannot be read ({error}); {repair} removes what is damaged, and distill samples it anew") from error
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
     def latents(self, label: int, count: int | None = None) -> Tensor:
@@ -197,8 +211,10 @@ def distill(
     Ray cluster that sees `out_dir` (True: a local one, or its address; extra [cluster]), on `workers` actors (default
     one a GPU); wait: for another run into the same folder, instead of refusing; shortcuts: `sample_igd`'s (jacobian,
     guidance_decoder, every, checkpoints_per_step).
-    Raises ValueError when `out_dir` holds a set of other settings (the first difference is named) or ipc < 1, OSError
-    when it cannot be written, BlockingIOError when another run is sampling into it.
+    The models are used as they are: what `fidelity` says of the autoencoder and of timestep frequencies is done where they
+    are loaded (`notebook.prepare`). The manifest has the digests of all weights.
+    Raises ValueError when `out_dir` holds a set of other settings or weights (the first difference is named) or ipc < 1,
+    OSError when it cannot be written, BlockingIOError when another run is sampling into it.
     """
     if ipc < 1:
         raise ValueError(f"ipc is at least 1, got {ipc}")
@@ -224,6 +240,11 @@ def distill(
         "checkpoint_epochs": list(checkpoints.epochs) if influence and checkpoints is not None else None,
         "scheduler": type(pipe.scheduler_for(fidelity)).__name__,
         "model": {key: value for key, value in pipe.transformer.config.items() if not key.startswith("_")},
+        "weights": {
+            "transformer": files.digest(pipe.transformer.state_dict()),
+            "vae": files.digest(pipe.vae.state_dict()),
+            "checkpoints": [files.digest(state) for state in checkpoints.states] if influence and checkpoints is not None else None,
+        },
     }
     if unknown := set(shortcuts) - set(SHORTCUTS):
         raise TypeError(f"unknown options {sorted(unknown)}; shortcuts are {', '.join(SHORTCUTS)}")
@@ -239,6 +260,7 @@ def distill(
         "image_size": dataset.image_size,
         "settings": json.loads(json.dumps(settings)),
     }
+    wanted["settings_hash"] = results.settings_hash(wanted)
     if not (Path(out_dir) / "manifest.json").exists():
         with files.locked(out_dir, "a run that samples into it", wait=wait):  # which removes what looks half-written
             _open(Path(out_dir), wanted)
@@ -297,7 +319,7 @@ class _Job:
         """Sample what is missing of the classes `chunk`, in the batches of an uninterrupted run."""
         out = DistilledSet(self.path)
         out.remove_leftovers(chunk)  # of a worker that died
-        finished = {label: out.finished(label) for label in chunk}
+        finished = {label: out.valid(label) for label in chunk}
         if all(count == out.ipc for count in finished.values()):
             return
         remember = self.guidance is not None and self.guidance.gamma > 0

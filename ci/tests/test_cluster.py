@@ -107,6 +107,27 @@ def test_results_keep_their_order_and_errors_are_the_task_s_own(two_processors):
         cluster.run_all(ray, double, 3, [1, -1])
 
 
+def test_a_worker_without_a_place_holds_nothing_up(two_processors):
+    """Another job holds one of the two processors: the worker that finds one does all."""
+
+    @ray.remote(num_cpus=1)
+    class Other:
+        def here(self):
+            return True
+
+    other = Other.remote()
+    assert ray.get(other.here.remote())
+    try:
+        assert cluster.run_all(ray, double, 3, list(range(5)), workers=2) == [0, 3, 6, 9, 12]
+    finally:
+        ray.kill(other)
+
+
+@pytest.mark.parametrize(("machines", "count", "share"), [([2], 2, 1), ([16], 4, 4), ([3, 3], 3, 1), ([8, 8], 3, 4), ([7, 2], 2, 3), ([2, 2, 2], 3, 2)])
+def test_a_worker_s_processors_are_of_one_machine(machines, count, share):
+    assert cluster.share_of(machines, count) == share
+
+
 def test_more_workers_than_processors_are_refused(two_processors):
     with pytest.raises(ValueError, match="3 workers, but the cluster has 0 GPUs and 2 processors"):
         cluster.workers_of(ray, 3)
@@ -114,5 +135,5 @@ def test_more_workers_than_processors_are_refused(two_processors):
 
 def test_without_ray_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    with pytest.raises(ImportError, match=r"igd_lib\[cluster\]"):
+    with pytest.raises(ImportError, match=r"the extra \[cluster\]"):
         victim(tmp_path / "set", ray=True)

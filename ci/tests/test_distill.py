@@ -1,6 +1,8 @@
 """The class x IPC loop: resume, memory, batches of classes, and refusals."""
 
 import errno
+import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -255,6 +257,36 @@ def test_other_checkpoints_into_the_same_folder_are_refused(run, toy):
         run(checkpoints=toy().checkpoints.keep([0, 2]))
 
 
+@pytest.mark.parametrize("part", ["transformer", "vae", "checkpoints"])
+def test_other_weights_of_the_same_architecture_are_refused(run, tmp_path, toy, tiny_pipe, part):
+    """A set never mixes the images of two models, such as DiT and its Minimax fine-tuning."""
+    found = run()
+    assert set(found.manifest["settings"]["weights"]) == {"transformer", "vae", "checkpoints"}
+    found.image_path(2, 2).unlink()
+    if part == "checkpoints":
+        own = toy().checkpoints
+        own.states[0] = {name: value + (0.01 if value.is_floating_point() else 0) for name, value in own.states[0].items()}
+        with pytest.raises(ValueError, match=r"other settings: settings\.weights\.checkpoints\[0\]"):
+            run(checkpoints=own)
+        return
+    parameter = next(getattr(tiny_pipe, part).parameters())
+    before = parameter.detach().clone()
+    try:
+        parameter.data += 0.01
+        with pytest.raises(ValueError, match=rf"other settings: settings\.weights\.{part} = "):
+            run()
+    finally:
+        parameter.data.copy_(before)
+    assert run().verify() == []
+
+
+def test_the_settings_hash_is_that_of_everything_else(run):
+    one, same, other = run(), run("same"), run("other", seed=1)
+    assert one.manifest["settings_hash"] == same.manifest["settings_hash"] != other.manifest["settings_hash"]
+    rest = {key: value for key, value in one.manifest.items() if key not in ("settings_hash", "versions")}
+    assert one.manifest["settings_hash"] == hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def test_checkpoints_do_not_matter_without_influence_guidance(run):
     """Deviation guidance alone uses none, so the set is the same with and without a surrogate at hand."""
     only_deviation = replace(GUIDANCE, k=0.0)
@@ -290,12 +322,25 @@ def test_a_damaged_manifest_is_named(run, tmp_path, damage):
             attempt()
 
 
-def test_a_damaged_latent_is_named(run, tmp_path):
-    run()
-    (tmp_path / "set" / "images" / "00000" / "00002.png").unlink()
-    (tmp_path / "set" / "latents" / "00000" / "00000.safetensors").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"00000\.safetensors is damaged"):
-        run()
+@pytest.mark.parametrize(("kind", "damage"), [("latents", b"x"), ("latents", None), ("images", b"garbage"), ("images", None)])
+def test_a_run_goes_on_from_the_last_image_before_a_damaged_one(run, kind, damage, capsys):
+    """Replaced by garbage, or cut in half; in the class that is not finished and in one that is."""
+    whole, cut = run("whole"), run()
+    cut.image_path(0, 2).unlink()
+    for label in (0, 1):
+        path = cut.image_path(label, 1) if kind == "images" else cut.latent_path(label, 1)
+        path.write_bytes(damage or path.read_bytes()[: path.stat().st_size // 2])
+    found = run()
+    assert found.verify() == [] and torch.equal(pixels(found), pixels(whole)) and torch.equal(latents(found), latents(whole))
+    said = capsys.readouterr().out
+    assert "class 0, image 1: cannot be read" in said and "class 1, image 1: cannot be read" in said
+
+
+def test_a_damaged_image_of_a_finished_set_is_named_with_what_to_do(run):
+    found = run()
+    found.image_path(1, 0).write_bytes(b"garbage")
+    with pytest.raises(ValueError, match=r"00001/00000\.png cannot be read .*verify --repair"):
+        found.data()
 
 
 def test_a_folder_without_a_set_is_named(tmp_path):
@@ -477,16 +522,22 @@ def test_leftovers_of_a_killed_run_are_removed(run, tmp_path):
 
 
 def test_a_clock_that_jumps_changes_nothing(run, monkeypatch):
-    whole = run("whole")
-    jumps = iter([1e9, -1e9, 5.0] * 100)
+    """Neither by its readings nor by the times of files that a run finds: some in the future, some in 1970."""
+    whole, cut = run("whole"), run()
+    for position, path in enumerate(sorted(path for path in cut.path.rglob("*") if path.is_file())):
+        os.utime(path, (4e9, 4e9) if position % 2 else (0, 0))
+    cut.image_path(1, cut.ipc - 1).unlink()
+    jumps = itertools.cycle([1e9, -1e9, 5.0])
     monkeypatch.setattr("time.time", lambda: next(jumps))
     assert torch.equal(pixels(run()), pixels(whole))
+    assert 0 < cut.seconds < 600 and cut.verify() == []
 
 
 VICTIM = """
 import sys, torch
 torch.set_num_threads(1)
 from ci.tests.test_distill import victim
+print("imported", flush=True)
 victim(sys.argv[1])
 """
 
@@ -511,29 +562,34 @@ def victim(folder, ipc: int = 4, **options) -> DistilledSet:
 
 
 def killed_at_random(folder: Path, times: int, ipc: int = 4, seed: int = 0) -> int:
-    """Start `victim` and kill -9 it at random moments, `times` over, then let it end. Returns how often it was killed at work."""
+    """Start `victim` and kill -9 it `times` over, then let it end. Returns how often it was killed at work.
+
+    In turn soon after it starts (manifest, lock, clean-up, reading what is there) and once a random number of images is there.
+    """
     import random
 
     environment = {**os.environ, "IGD_QUIET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([".", "ci/tests"])}
     draw, killed, last = random.Random(seed), 0, 0
     command = [sys.executable, "-c", VICTIM.replace("victim(sys.argv[1])", f"victim(sys.argv[1], ipc={ipc})"), str(folder)]
-    for _ in range(times):
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-        target = draw.randint(last, last + 10 * ipc // times)  # images on disk at which it dies, a little later
-        while process.poll() is None and len(list(folder.rglob("*.png"))) <= target:
-            time.sleep(0.002)
-        time.sleep(draw.random() * 0.02)
+    for number in range(times):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        process.stdout.readline()  # its imports are done
+        if number % 2:
+            target = draw.randint(last, last + 20 * ipc // times)
+            while process.poll() is None and len(list(folder.rglob("*.png"))) <= target:
+                time.sleep(0.002)
+        time.sleep(draw.random() * (0.02 if number % 2 else 0.3))
         killed += process.poll() is None
         process.kill()
-        process.wait()
+        process.communicate()
         last = len(list(folder.rglob("*.png")))
     subprocess.run(command, env=environment, check=True, capture_output=True)
     return killed
 
 
 def test_runs_killed_at_random_moments_end_with_the_same_images(tmp_path):
-    """Three kills of 40 images; ten of 200 with `make soak`."""
-    times, ipc = (10, 20) if os.environ.get("IGD_SOAK") else (3, 4)
+    """Four kills of 40 images; ten of 200 with `make soak`."""
+    times, ipc = (10, 20) if os.environ.get("IGD_SOAK") else (4, 4)
     whole, threads = victim(tmp_path / "whole", ipc=ipc), torch.get_num_threads()
     assert killed_at_random(tmp_path / "cut", times=times, ipc=ipc) >= times - 1
     found = DistilledSet(tmp_path / "cut")
