@@ -1,12 +1,14 @@
 """Runs every notebook at scale "small", in order and some with other parameters too, and redraws figures and tables: `make reproduce-small`.
 
 Surrogates, sets, models and evaluations are kept under `$IGD_CACHE`, so that a run that was stopped goes on where it was
-and a second one takes minutes. Executed notebooks, pictures and rows are in `out/small`.
+and a second one takes minutes. Executed notebooks, pictures and rows are in `out/small`; figures and tables take over the
+rows of those that ended well, in this call.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import time
@@ -25,16 +27,17 @@ FURTHER = {
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="*", help="names, or their beginnings such as 05; default: all, in order")
-    parser.add_argument("--out", type=Path, default=ROOT / "out" / "small")
+    parser.add_argument("--out", type=Path, help="default: out/SCALE")
     parser.add_argument("--scale", default="small", choices=("smoke", "small"))
     given = parser.parse_args(argv)
-    runs = {path.stem: (path.stem, {}) for path in (ROOT / "notebooks").glob("*.ipynb")} | FURTHER
+    runs = {path.stem: (path.stem, {}) for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")} | FURTHER
     chosen = [name for name in sorted(runs) if not given.notebooks or name.startswith(tuple(given.notebooks))]
-    base, failed, started = given.out.resolve(), [], time.monotonic()
+    base, failed, started = (given.out or ROOT / "out" / given.scale).resolve(), [], time.monotonic()
     for name in chosen:
         notebook, further = runs[name]
         folder, log = base / name, base / f"{name}.log"
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
+        folder.mkdir(parents=True)
         values = {"scale": given.scale, "save_to": str(folder), **further}
         parameters = [part for key, value in values.items() for part in ("-p", key, value)]
         files = [str(ROOT / "notebooks" / f"{notebook}.ipynb"), str(base / f"{name}.ipynb")]
@@ -44,9 +47,10 @@ def main(argv: list[str] | None = None) -> int:
             code = subprocess.run(command, cwd=ROOT / "notebooks", stdout=file, stderr=subprocess.STDOUT, check=False).returncode
         print(f"{name}: {'done' if code == 0 else f'FAILED, see {log}'}, {(time.monotonic() - before) / 60:.1f} minutes", flush=True)
         failed += [name] * (code != 0)
-    if given.scale == "small":
-        subprocess.run([sys.executable, str(ROOT / "paper_figures" / "make_figures.py"), str(given.out)], check=True)
-    print(f"{len(chosen) - len(failed)} of {len(chosen)} runs, {(time.monotonic() - started) / 60:.0f} minutes; {given.out}")
+    done = [str(base / name) for name in chosen if name not in failed]
+    if given.scale == "small" and done:
+        subprocess.run([sys.executable, str(ROOT / "paper_figures" / "make_figures.py"), *done], check=True)
+    print(f"{len(done)} of {len(chosen)} runs, {(time.monotonic() - started) / 60:.0f} minutes; {base}")
     return int(bool(failed))
 
 

@@ -24,7 +24,7 @@ def stripped(text: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    changed = [path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if path.read_text() != stripped(path.read_text())]
+    changed = [path for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")) if path.read_text() != stripped(path.read_text())]
     for path in changed:
         print(f"{path.name} is not stripped" if "--check" in arguments else f"stripped {path.name}")
         if "--check" not in arguments:

@@ -24,6 +24,12 @@ def cache_dir() -> Path:
     return Path(os.environ.get("IGD_CACHE") or "~/.cache/igd").expanduser()
 
 
+def ray_cluster() -> bool | str:
+    """Where notebooks sample and train, `$IGD_RAY`: unset or "0" here, "1" a local Ray cluster, else a cluster's address."""
+    given = os.environ.get("IGD_RAY", "0")
+    return {"": False, "0": False, "1": True}.get(given, given)
+
+
 def reuse_memory() -> None:
     """On Linux with glibc: let this process keep the memory that it frees, for its own next use.
 

@@ -1,4 +1,7 @@
-"""`python -m igd_lib doctor`: what this machine has, and what each notebook would do on it."""
+"""`python -m igd_lib doctor`: what this machine has, and what each notebook would do on it.
+
+Only the standard library is imported at once, so that it still says what it can where a package is missing or broken.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,9 @@ import os
 import platform
 import re
 import shutil
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-import torch
-
-import igd_lib
-from igd_lib import metrics, notebook, standin
-from igd_lib.config import cache_dir, data_dir
-from igd_lib.datasets import DATASETS, missing
-from igd_lib.evaluate import has_bfloat16
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,6 +36,11 @@ def versions() -> list[str]:
 
 def machine() -> list[str]:
     """Processor, memory, GPU and disk, a line each."""
+    import torch
+
+    from igd_lib.config import cache_dir, data_dir
+    from igd_lib.evaluate import has_bfloat16
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     fast = "bfloat16" if has_bfloat16("cpu") else "no bfloat16: training runs in float32, two to three times as slow"
@@ -58,6 +59,8 @@ def machine() -> list[str]:
 
 def data_sets() -> list[str]:
     """Which data sets are here; what the others lack."""
+    from igd_lib.datasets import DATASETS, missing
+
     lines = []
     for name in DATASETS:
         lacking = missing(name)
@@ -67,6 +70,8 @@ def data_sets() -> list[str]:
 
 def models() -> list[str]:
     """The stand-ins, the paper's weights and Inception-V3."""
+    from igd_lib import metrics, notebook, standin
+
     lines = [f"stand-in {name}: {'found' if (standin.ASSETS / name / 'model_index.json').is_file() else 'NOT FOUND'}" for name in standin.STANDINS]
     lacking = [line for line in notebook.missing_for_paper("imagenet") if "weights" in line]
     lines += lacking or ["DiT-XL/2 and its autoencoder: found"]
@@ -75,8 +80,10 @@ def models() -> list[str]:
 
 def notebooks() -> list[str]:
     """What each notebook would do with scale "auto", by the data set in its parameters or its call of `prepare`."""
+    from igd_lib import notebook
+
     lines = []
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         text = path.read_text()
         names = re.findall(r'dataset: str = \\"([a-z0-9-]+)\\"', text) + re.findall(r'prepare\(\\"[^"]+\\", \\"([a-z0-9-]+)\\"', text)
         if names:
@@ -86,11 +93,21 @@ def notebooks() -> list[str]:
     return lines
 
 
+def looked_at(part: Callable[[], list[str]]) -> list[str]:
+    """A part's lines, or why it could not be looked at."""
+    try:
+        return part()
+    except Exception as error:  # whatever is broken is what is to be reported
+        return [f"NOT LOOKED AT, {type(error).__name__}: {error}"]
+
+
 def report() -> str:
     """All of it as text."""
-    different = versions()
+    import igd_lib
+
+    here = f"igd_lib {igd_lib.__version__}, Python {platform.python_version()}, {platform.platform()}"
     parts = {
-        f"igd_lib {igd_lib.__version__}, Python {platform.python_version()}, {platform.platform()}": different or ["all packages are the locked versions"],
-        "Machine": machine(), "Data sets": data_sets(), "Models": models(), 'Notebooks at scale "auto"': notebooks(),
+        here: lambda: versions() or ["all packages are the locked versions"],
+        "Machine": machine, "Data sets": data_sets, "Models": models, 'Notebooks at scale "auto"': notebooks,
     }  # fmt: skip
-    return "\n\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in parts.items())
+    return "\n\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in looked_at(part)) for title, part in parts.items())

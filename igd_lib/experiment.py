@@ -18,7 +18,7 @@ from torchvision.models import ResNet18_Weights
 
 from igd_lib import files, metrics, results, standin
 from igd_lib.baselines.rded import rded
-from igd_lib.config import RDED_SOFT, Fidelity, Guidance, Protocol, cache_dir, fixed_checkpoints
+from igd_lib.config import RDED_SOFT, Fidelity, Guidance, Protocol, cache_dir, fixed_checkpoints, ray_cluster
 from igd_lib.data import ImageData, from_tensors, load
 from igd_lib.datasets import DATASETS
 from igd_lib.distill import DistilledSet, distill, in_memory
@@ -204,7 +204,7 @@ class Experiment:
         return distill(
             pipe, self.train, ipc=ipc, guidance=method.guidance, checkpoints=checkpoints, gradients=gradients,
             out_dir=cache_dir() / "runs" / f"{results.settings_hash(settings)}-seed{seed}", seed=seed,
-            classes=self.classes, label_ids=self.label_ids, wait=True, **options,  # notebooks that run side by side share sets
+            classes=self.classes, label_ids=self.label_ids, wait=True, ray=ray_cluster(), **options,  # notebooks that run side by side share sets
         )  # fmt: skip
 
     def sampling(self, method: Method) -> tuple[IGDPipeline, Checkpoints | None, Callable[[int], Tensor] | None, dict[str, Any]]:
@@ -361,7 +361,7 @@ class Experiment:
             settings = [self.protocol, fingerprint(data), self.test.name, self.test.split, len(self.test), teacher and teacher.weights, self.device]
             scores = evaluate_all(
                 data, self.test, networks=names, seeds=[seed], protocol=self.protocol, teacher=teacher, device=self.device,
-                folder=cache_dir() / "scores" / results.settings_hash(settings),
+                folder=cache_dir() / "scores" / results.settings_hash(settings), ray=ray_cluster() if len(names) > 1 else False,
             )  # fmt: skip
             for score in scores:
                 values = {"top1": score.reported, "top1_last": score.last, "top1_best": score.best, "top5_last": score.last_top5, "top5_best": score.best_top5}

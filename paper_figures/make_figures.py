@@ -1,8 +1,9 @@
 """Redraws figures and tables from the result rows in `paper_figures/data`; needs no GPU and no images.
 
-`python paper_figures/make_figures.py FOLDER` first takes new rows over: every FOLDER/NN_name/rows.csv that a notebook
+`python paper_figures/make_figures.py FOLDER ...` first takes new rows over: every FOLDER/NN_name/rows.csv that a notebook
 saved (`-p save_to FOLDER/NN_name`) becomes data/NN_name.csv, sorted and checked; its other tables and its images.png become
-data/NN_name.TABLE.csv and data/NN_name.images.png. Drawing twice gives the same bytes;
+data/NN_name.TABLE.csv and data/NN_name.images.png. FOLDER can also be one such NN_name. `--into OTHER` keeps and draws all
+of it in OTHER instead; rows of another scale than those here must go there. Drawing twice gives the same bytes;
 MANIFEST.json has the hashes of what went in and what came out, and `--check` draws anew elsewhere and names what is stale.
 """
 
@@ -17,8 +18,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from PIL import Image
 
 from igd_lib import files, methods, plotting, results, tables
 
@@ -53,14 +56,14 @@ class Artefact:
     """How the rows of one notebook are shown."""
 
     source: str  # data/SOURCE.csv
-    heading: str
+    heading: str  # "{where}" becomes " on the stand-in" for its rows
     name: str  # NAME.md, .png, .svg, .pdf
     pairs: Callable[[Sequence[str]], Pairs] = methods.claims  # of the methods' names: whose differences are shown
     table: int | None = None  # of the paper, to be shown beside
     figure: Callable[[pd.DataFrame, str], Figure] = scores
     all_networks: bool = False  # whether the figure shows them all
     correlations: bool = False  # of every metric with accuracy
-    note: str = ""
+    note: str = ""  # on the stand-in's rows
 
 
 SENSITIVITY = curves(("k", "top1"), ("gamma", "top1"))
@@ -70,25 +73,25 @@ RDED_HARD = (
 )
 ARTEFACTS = (
     Artefact("00_quickstart", "Quickstart", "quickstart"),
-    Artefact("01_nette_woof", "Table 1 on the stand-in", "table01", note=RDED_HARD),
-    Artefact("01_nette_woof_ipc50", "Table 1 on the stand-in, IPC 50", "table01_ipc50", note=RDED_HARD),
-    Artefact("03_imagenet1k", "Table 2 on the stand-in, soft labels", "table02", table=2),
-    Artefact("04_surrogate_architecture", "Table 4 on the stand-in", "table04", against("DiT + G_D", "IGD")),
-    Artefact("05_guidance_ablation", "Table 5 on the stand-in", "table05", methods.ablation_claims),
-    Artefact("06_checkpoint_selection", "Table 6 on the stand-in", "table06", methods.selection_claims),
-    Artefact("06_checkpoint_selection_minimax", "Table 6 on the stand-in, Minimax backbone", "table06_minimax", methods.selection_claims),
-    Artefact("07_food101", "Table 7 on the stand-in", "table07", table=7, note=RDED_HARD),
-    Artefact("08_cifar", "Table 8 on the stand-in", "table08", note=RDED_HARD),
-    Artefact("09_diffusion_baselines", "Table 9 on the stand-in, soft labels", "table09"),
-    Artefact("10_dpm_solver", "Table 10 on the stand-in", "table10", methods.solver_claims),
-    Artefact("11_fid_coverage", "Table 11 on the stand-in", "table11", against("DiT"), figure=against_accuracy, correlations=True, note=RDED_HARD),
-    Artefact("12_hyperparameters", "k and gamma on the stand-in, validation data", "table12", against("DiT")),
-    Artefact("13_paper_vs_code", "Paper against released code, on the stand-in", "paper_vs_code", against("DiT-IGD", "="), figure=curves(("cfg", "top1"))),
-    Artefact("14_shortcuts", "Faster guidance, on the stand-in", "shortcuts", against("DiT-IGD")),
-    Artefact("21_influence", "Figure 1 on the stand-in", "fig01", figure=influence, all_networks=True, note=RDED_HARD),
-    Artefact("22_early_stage", "Figure 2 on the stand-in", "fig02", methods.early_stage_claims, figure=curves(("k", "influence_loss"), ("k", "top1"))),
-    Artefact("26_sensitivity", "Figure 6 on the stand-in", "fig06", against("DiT"), figure=SENSITIVITY),
-    Artefact("26_sensitivity_minimax", "Figure 6 on the stand-in, Minimax backbone", "fig06_minimax", against("Minimax"), figure=SENSITIVITY),
+    Artefact("01_nette_woof", "Table 1{where}", "table01", table=1, note=RDED_HARD),
+    Artefact("01_nette_woof_ipc50", "Table 1{where}, IPC 50", "table01_ipc50", table=1, note=RDED_HARD),
+    Artefact("03_imagenet1k", "Table 2{where}, soft labels", "table02", table=2),
+    Artefact("04_surrogate_architecture", "Table 4{where}", "table04", against("DiT + G_D", "IGD")),
+    Artefact("05_guidance_ablation", "Table 5{where}", "table05", methods.ablation_claims, table=5),
+    Artefact("06_checkpoint_selection", "Table 6{where}", "table06", methods.selection_claims),
+    Artefact("06_checkpoint_selection_minimax", "Table 6{where}, Minimax backbone", "table06_minimax", methods.selection_claims),
+    Artefact("07_food101", "Table 7{where}", "table07", table=7, note=RDED_HARD),
+    Artefact("08_cifar", "Table 8{where}", "table08", note=RDED_HARD),
+    Artefact("09_diffusion_baselines", "Table 9{where}, soft labels", "table09"),
+    Artefact("10_dpm_solver", "Table 10{where}", "table10", methods.solver_claims, table=10),
+    Artefact("11_fid_coverage", "Table 11{where}", "table11", against("DiT"), figure=against_accuracy, correlations=True, note=RDED_HARD),
+    Artefact("12_hyperparameters", "k and gamma{where}, validation data", "table12", against("DiT")),
+    Artefact("13_paper_vs_code", "Paper against released code{where}", "paper_vs_code", against("DiT-IGD", "="), figure=curves(("cfg", "top1"))),
+    Artefact("14_shortcuts", "Faster guidance{where}", "shortcuts", against("DiT-IGD")),
+    Artefact("21_influence", "Figure 1{where}", "fig01", figure=influence, all_networks=True, note=RDED_HARD),
+    Artefact("22_early_stage", "Figure 2{where}", "fig02", methods.early_stage_claims, figure=curves(("k", "influence_loss"), ("k", "top1"))),
+    Artefact("26_sensitivity", "Figure 6{where}", "fig06", against("DiT"), figure=SENSITIVITY),
+    Artefact("26_sensitivity_minimax", "Figure 6{where}, Minimax backbone", "fig06_minimax", against("Minimax"), figure=SENSITIVITY),
 )  # fmt: skip
 
 
@@ -119,14 +122,20 @@ PICTURES: tuple[tuple[str, str, Callable[[Path], Figure]], ...] = (  # of data/S
 )
 
 
-def take_over(folder: Path) -> None:
-    """Rows, tables and images that notebooks saved become data/*."""
-    for found in sorted(folder.glob("[0-9][0-9]_*/rows.csv")):
-        rows = pd.read_csv(found, dtype={"settings_hash": str, "artefact": str, "git_revision": str}, keep_default_na=False)
-        print("took over", results.consolidate(rows, HERE / "data" / f"{found.parent.name}.csv"))
-    for found in sorted([*folder.glob("[0-9][0-9]_*/*.csv"), *folder.glob("[0-9][0-9]_*/images.png")]):
-        if found.name != "rows.csv":
-            print("took over", files.write(HERE / "data" / f"{found.parent.name}.{found.name}", found.read_bytes()))
+def take_over(folders: Sequence[Path], base: Path) -> None:
+    """Rows, tables and images that notebooks saved become data/* of `base`. Raises ValueError, before any, for one of another scale there."""
+    runs = [run for folder in folders for run in ([folder] if re.match(r"\d\d_", folder.name) else sorted(folder.glob("[0-9][0-9]_*"))) if run.is_dir()]
+    saved = [file for run in runs for file in sorted([*run.glob("*.csv"), *run.glob("images.png")])]
+    for file in saved:
+        scales = set(pd.read_csv(file).scale) if file.suffix == ".csv" else set()
+        if base == HERE and scales - {"small"}:
+            raise ValueError(f"{file} is of scale {', '.join(sorted(scales))} and {HERE / 'data'} of scale small: choose a folder of its own, --into FOLDER")
+    for file in saved:
+        if file.name == "rows.csv":
+            rows = pd.read_csv(file, dtype={"settings_hash": str, "artefact": str, "git_revision": str}, keep_default_na=False)
+            print("took over", results.consolidate(rows, base / "data" / f"{file.parent.name}.csv"))
+        else:
+            print("took over", files.write(base / "data" / f"{file.parent.name}.{file.name}", file.read_bytes()))
 
 
 def in_order(rows: pd.DataFrame) -> pd.DataFrame:
@@ -141,9 +150,9 @@ def in_order(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.iloc[sorted(range(len(rows)), key=lambda position: (ranks.iloc[position], position))]
 
 
-def draw(artefact: Artefact, out: Path) -> None:
+def draw(artefact: Artefact, data: Path, out: Path) -> None:
     """One figure and one page of tables from the rows of one notebook."""
-    rows = in_order(results.load(HERE / "data" / f"{artefact.source}.csv"))
+    rows = in_order(results.load(data / f"{artefact.source}.csv"))
     accuracy = tables.top1(rows)
     networks = list(dict.fromkeys(accuracy.network))
     first = rows[rows.network.isin([networks[0], ""])]
@@ -160,25 +169,39 @@ def draw(artefact: Artefact, out: Path) -> None:
     pairs = artefact.pairs(list(dict.fromkeys(first.method)))
     figure = artefact.figure(rows, whole_title) if artefact.all_networks else artefact.figure(first, title)
     plotting.keep(figure, str(out), artefact.name)
-    parts = [f"# {artefact.heading}\n\n{whole_title}. Means ± sd over n generation seeds.", *(results.markdown(table, 3) for table in whole), artefact.note]
+    small = one.scale == "small"
+    trained = " and ".join(dict.fromkeys(accuracy.device))
+    parts = [f"# {artefact.heading.format(where=' on the stand-in' if small else '')}"]
+    parts += [f"{whole_title}. Means ± sd over n generation seeds; trained on {trained}.", *(results.markdown(table, 3) for table in whole)]
+    parts += [artefact.note] if small else []
     if pairs:
         parts.append("Paired differences in top-1 (same noise):\n\n- " + tables.verdict(tables.differences(tables.top1(first), pairs)).replace("\n", "\n- "))
     if artefact.table is not None:
-        paper = tables.reported(artefact.table, ipc=one.ipc)
-        beside = results.markdown(tables.beside_paper(accuracy, paper, by=("network", "method")), 1)
-        parts.append("Beside the paper's figures, which are for other data:\n\n" + beside)
+        paper = tables.reported(artefact.table)
+        paper = paper[paper.ipc == str(one.ipc)] if str(one.ipc) in set(paper.ipc) else paper
+        parts += ["The paper's figures, which are for other data:" if small else "Beside the paper's figures:"]
+        parts += [results.markdown(reported_only(paper) if small else tables.beside_paper(accuracy, paper, by=("dataset", "ipc", "network", "method")), 1)]
     files.write(out / f"{artefact.name}.md", "\n\n".join(part.strip() for part in parts if part) + "\n")
 
 
-def draw_all(out: Path) -> dict[str, dict[str, str]]:
-    """Everything there are data for, into `out`; the hashes of inputs and outputs (of those that no compression library has a hand in)."""
+def reported_only(paper: pd.DataFrame) -> pd.DataFrame:
+    """The paper's accuracies: a row a method, a column a data set, IPC and network, in its order."""
+    found = paper[paper.metric == "top1"]
+    values = [f"{value:.1f}" if pd.isna(sd) else f"{value:.1f} ± {sd:.1f}" for value, sd in zip(found.value, found.sd, strict=True)]
+    cells = found.dataset + ", IPC " + found.ipc + ", " + found.network
+    wide = found.assign(cell=cells, shown=values).pivot(index="method", columns="cell", values="shown").fillna("")
+    return wide.reindex(index=dict.fromkeys(found.method), columns=dict.fromkeys(cells)).rename_axis(columns=None).reset_index()
+
+
+def draw_all(base: Path, out: Path) -> dict[str, dict[str, str]]:
+    """Everything that `base` has data for, into `out`; the hashes of inputs and outputs (of those that no compression library has a hand in)."""
     plotting.use_style()
-    data = HERE / "data"
+    data = base / "data"
     there = [artefact for artefact in ARTEFACTS if (data / f"{artefact.source}.csv").is_file()]
-    inputs = {HERE / "igd.mplstyle", data / "paper_reported.csv", *(data / f"{artefact.source}.csv" for artefact in there)}
+    inputs = {HERE / "igd.mplstyle", HERE / "data" / "paper_reported.csv", *(data / f"{artefact.source}.csv" for artefact in there)}
     names = [f"{artefact.name}.{kind}" for artefact in there for kind in ("md", "svg")]
     for artefact in there:
-        draw(artefact, out)
+        draw(artefact, data, out)
     for source, name, figure in PICTURES:
         own = sorted(data.glob(f"{source}.*.*"))
         if own:
@@ -190,35 +213,53 @@ def draw_all(out: Path) -> dict[str, dict[str, str]]:
         plotting.keep(plotting.bench(json.loads(bench.read_text())), str(out), "bench")
         inputs, names = inputs | {bench}, [*names, "bench.svg"]
     return {
-        "inputs": {path.relative_to(HERE).as_posix(): files.sha256(path) for path in sorted(inputs)},
+        "inputs": {path.relative_to(base if path.is_relative_to(base) else HERE).as_posix(): files.sha256(path) for path in sorted(inputs)},
         "outputs": {name: files.sha256(out / name) for name in sorted(names)},
     }
 
 
 def stale() -> list[str]:
-    """What is not as drawing it now would make it, a line a file; empty if nothing."""
+    """What is not as drawing it now would make it, a line a file; empty if nothing.
+
+    PNG files are compared by what they show, since a compression library has a hand in their bytes; of PDF files only that they are there.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        wanted = draw_all(Path(folder))
+        wanted = draw_all(HERE, Path(folder))
+        drawn = sorted(path.name for path in Path(folder).iterdir())
+        lines = [f"file {name} is missing" for name in drawn if not (HERE / name).is_file()]
+        pictures = [name for name in drawn if name.endswith(".png") and (HERE / name).is_file()]
+        lines += [f"file {name} shows something else" for name in pictures if not same_picture(HERE / name, Path(folder) / name)]
     present = json.loads((HERE / MANIFEST).read_text()) if (HERE / MANIFEST).is_file() else {}
-    lines = [f"{kind} {name}" for kind in wanted for name, value in wanted[kind].items() if present.get(kind, {}).get(name) != value]
-    lines += [f"file {name}" for name, value in wanted["outputs"].items() if not (HERE / name).is_file() or files.sha256(HERE / name) != value]
-    return lines
+    lines += [f"{kind} {name}" for kind in wanted for name, value in wanted[kind].items() if present.get(kind, {}).get(name) != value]
+    lines += [f"{kind} {name} is no longer used or drawn" for kind in wanted for name in present.get(kind, {}) if name not in wanted[kind]]
+    return lines + [f"file {name}" for name, value in wanted["outputs"].items() if (HERE / name).is_file() and files.sha256(HERE / name) != value]
+
+
+def same_picture(a: Path, b: Path) -> bool:
+    """Whether two PNG files show the same but for a rounding: equal sizes, less than one of 255 levels apart on average."""
+    one, other = (np.asarray(Image.open(path).convert("RGB"), dtype=float) for path in (a, b))
+    return one.shape == other.shape and bool(np.abs(one - other).mean() < 1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, help="take new rows over from here first")
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if a figure or table is stale")
+    parser.add_argument("folders", nargs="*", type=Path, help="take new rows over from here first")
+    parser.add_argument("--into", type=Path, default=HERE, help="where data are kept and figures drawn; default: this project's own")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if one of this project's figures or tables is stale")
     given = parser.parse_args(arguments)
     if given.check:
         lines = stale()
         print("\n".join(["stale: run `make figures`", *lines]) if lines else "figures and tables are up to date")
         return int(bool(lines))
-    if given.folder:
-        take_over(given.folder)
-    manifest = draw_all(HERE)
-    files.write(HERE / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    print(f"drew {len(manifest['outputs'])} tables and figures into {HERE}")
+    base = given.into.resolve()
+    try:
+        take_over([folder.resolve() for folder in given.folders], base)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    manifest = draw_all(base, base)
+    files.write(base / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    print(f"drew {len(manifest['outputs'])} tables and figures into {base}")
     return 0
 
 

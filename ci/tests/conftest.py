@@ -27,6 +27,7 @@ def own_cache(monkeypatch, tmp_path_factory) -> Path:
     monkeypatch.setenv("IGD_CACHE", str(folder))
     monkeypatch.setenv("IGD_DATA", str(FOUND_DATA))
     monkeypatch.setenv("IGD_QUIET", "1")
+    monkeypatch.delenv("IGD_RAY", raising=False)
     return folder
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ci.tests.test_distill import latents, pixels, victim
-from igd_lib import cluster
+from ci.tests.test_distill import assert_same_pixels, latents, pixels, victim
+from igd_lib import cluster, notebook
 from igd_lib.config import IGD_HARD
 from igd_lib.distill import DistilledSet
 from igd_lib.evaluate import evaluate_all
+from igd_lib.methods import Method
 
 ray = pytest.importorskip("ray")
 
@@ -93,6 +94,21 @@ def test_evaluation_cells_as_tasks(two_processors, one_thread, tmp_path, toy_dat
     spread = evaluate_all(toy_data, toy_data, ray=True, workers=2, folder=tmp_path, **options)
     assert [replace(score, seconds=0) for score in spread] == [replace(score, seconds=0) for score in alone]
     assert len(list(tmp_path.glob("*/score.json"))) == 4
+
+
+def test_notebooks_sample_on_a_cluster_where_one_is_named(two_processors, only_fashion, tmp_path, one_thread, monkeypatch):
+    """`IGD_RAY`: the same images, and they were made by workers."""
+    found, chunks = {}, []
+    run_all = cluster.run_all
+    monkeypatch.setattr(cluster, "run_all", lambda *given, **options: chunks.append(given[3]) or run_all(*given, **options))
+    for where in ("0", "1"):
+        monkeypatch.setenv("IGD_RAY", where)
+        monkeypatch.setenv("IGD_CACHE", str(tmp_path / where))
+        setup = notebook.prepare("01_nette_woof", "fashion-mnist", "smoke")
+        setup.fit_surrogate()
+        found[where] = setup.distilled(Method("DiT-IGD", setup.guidance), 1, 0)
+    assert len(chunks) == 1 and sum(map(len, chunks[0])) == len(found["1"].selected)
+    assert_same_pixels(found["0"], found["1"])
 
 
 def double(shared: int, item: int) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ def test_doctor_says_what_is_here(only_fashion, capsys):
 
 def test_every_notebook_has_its_line(only_fashion):
     lines = doctor.notebooks()
-    assert [line.split(":")[0] for line in lines] == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+    assert [line.split(":")[0] for line in lines] == sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     assert all(": small (" in line for line in lines)
 
 
@@ -37,6 +39,13 @@ def test_other_versions_than_the_locked_ones_are_named(monkeypatch):
 def test_a_folder_that_cannot_be_written_is_seen(monkeypatch):
     monkeypatch.setattr(doctor.os, "access", lambda *_: False)
     assert any("NOT WRITABLE" in line for line in doctor.machine())
+
+
+def test_doctor_speaks_where_a_package_is_missing():
+    """In a process of its own, where timm cannot be imported: the rest is reported, and what could not be looked at."""
+    code = "import sys; sys.modules['timm'] = None; from igd_lib.__main__ import main; sys.exit(main(['doctor']))"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "NOT LOOKED AT, ModuleNotFoundError: " in said and "timm" in said and "Python 3." in said
 
 
 def test_verify_by_command(tmp_path, tiny_pipe, toy_data, capsys):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pandas as pd
 import pytest
+from PIL import Image
 
-from igd_lib import files, plotting, tables
+from igd_lib import files, plotting, results, tables
 from paper_figures import make_figures
 
 
@@ -45,6 +47,57 @@ def test_a_change_of_rows_or_of_a_page_is_noticed(copy, capsys):
     assert "inputs data/05_guidance_ablation.csv" in capsys.readouterr().out
     make_figures.main([])
     assert make_figures.stale() == []
+
+
+def test_a_picture_that_is_missing_or_shows_something_else_is_noticed(copy):
+    picture = copy / "table05.png"
+    drawn = picture.read_bytes()
+    picture.unlink()
+    assert make_figures.stale() == ["file table05.png is missing"]
+    Image.new("RGB", Image.open(io.BytesIO(drawn)).size, "white").save(picture)
+    assert make_figures.stale() == ["file table05.png shows something else"]
+    picture.write_bytes(drawn)
+    manifest = json.loads((copy / "MANIFEST.json").read_text())
+    (copy / "MANIFEST.json").write_text(json.dumps(manifest | {"outputs": {**manifest["outputs"], "old.svg": "0"}}))
+    assert make_figures.stale() == ["outputs old.svg is no longer used or drawn"]
+
+
+@pytest.fixture
+def saved(copy, tmp_path_factory):
+    """A folder as a notebook saves it at the paper's scale (the stand-in's rows under other names)."""
+    rows = pd.read_csv(copy / "data" / "05_guidance_ablation.csv", dtype=str, keep_default_na=False)
+    rows = rows.assign(scale="paper", dataset="imagenette", ipc="50", network=rows.network.replace("convnet3", "resnet18"), device="cuda, bfloat16")
+    folder = tmp_path_factory.mktemp("rows") / "05_guidance_ablation"
+    folder.mkdir()
+    rows.to_csv(folder / "rows.csv", index=False)
+    return folder
+
+
+def test_rows_of_the_paper_s_scale_do_not_replace_the_stand_in_s(copy, saved, capsys):
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    for folder in (saved, saved.parent):
+        assert make_figures.main([str(folder)]) == 2
+        assert "is of scale paper" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_rows_of_the_paper_s_scale_are_drawn_into_a_folder_of_their_own(copy, saved, tmp_path_factory):
+    """Under the paper's name, beside the paper's numbers with the difference, without words about the stand-in."""
+    into = tmp_path_factory.mktemp("own")
+    assert make_figures.main([str(saved), "--into", str(into)]) == 0
+    page = (into / "table05.md").read_text()
+    assert page.startswith("# Table 5\n") and "stand-in" not in page and "trained on cuda, bfloat16" in page
+    rows = tables.top1(results.load(into / "data" / "05_guidance_ablation.csv"))
+    mean = rows[rows.method == "DiT-IGD"].value.mean()
+    line = next(line for line in page.splitlines() if line.startswith("| imagenette | 50 | resnet18 | DiT-IGD |"))
+    assert "81.0 ± 0.7" in line and f"{mean:.1f} ± " in line and f"{mean - 81.0:+.1f}" in line
+
+
+def test_the_readme_shows_the_quickstart_s_page():
+    readme, page = ((make_figures.HERE.parent / name).read_text() for name in ("README.md", "paper_figures/quickstart.md"))
+    parts = page.split("\n\n")
+    assert parts[2].startswith("| method") and parts[2] in readme
+    assert parts[4].startswith("- DiT-IGD") and parts[4].strip() in readme
 
 
 @pytest.mark.parametrize(
