@@ -20,22 +20,28 @@ RETRIES = 5  # of an actor, and of a task on it
 SAY_EVERY = 10.0  # seconds between lines of progress
 
 
-@contextmanager
-def cluster(address: str | None):
-    """Ray, connected to `address` (None: a local cluster for this call alone, unless the program has connected already)."""
+def connect(address: str | None) -> tuple[Any, bool]:
+    """Ray, connected to `address` (None: a local cluster) unless the program has connected already; and whether this call did."""
     try:
         import ray
     except ImportError as error:
         raise ImportError("Ray is not installed: it is the extra [cluster], pip install -e '.[cluster]' in a checkout") from error
-    own = not ray.is_initialized()
-    if own:
+    new = not ray.is_initialized()
+    if new:
         # Workers import the library from wherever this program has it.
         environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in map(os.path.abspath, _paths()) if os.path.isdir(path))}}
         ray.init(address=address or "local", include_dashboard=False, log_to_driver=False, runtime_env=environment, logging_level="warning")
+    return ray, new
+
+
+@contextmanager
+def cluster(address: str | None):
+    """Ray as `connect` gives it; where it connected, for this block alone."""
+    ray, new = connect(address)
     try:
         yield ray
     finally:
-        if own:
+        if new:
             ray.shutdown()
 
 

@@ -18,8 +18,21 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.utils.logging import disable_progress_bar
 
-from igd_lib import standin
-from igd_lib.config import IGD_HARD, RDED_SOFT, RELEASED, SMALL_HARD, SMALL_SOFT, Fidelity, Guidance, cache_dir, preset, reuse_memory, surrogate_training
+from igd_lib import cluster, standin
+from igd_lib.config import (
+    IGD_HARD,
+    RDED_SOFT,
+    RELEASED,
+    SMALL_HARD,
+    SMALL_SOFT,
+    Fidelity,
+    Guidance,
+    cache_dir,
+    preset,
+    ray_cluster,
+    reuse_memory,
+    surrogate_training,
+)
 from igd_lib.data import load
 from igd_lib.datasets import DATASETS, missing
 from igd_lib.experiment import Experiment
@@ -88,6 +101,8 @@ def prepare(
     lacking = missing_for_paper(dataset, fidelity)
     if scale == "paper" and lacking:
         raise FileNotFoundError("scale='paper' lacks:\n" + "\n".join(f"- {line}" for line in lacking))
+    if where := ray_cluster():  # once, for all its sets
+        cluster.connect(where if isinstance(where, str) else None)
     if scale == "paper" or (scale == "auto" and not lacking):
         return _paper(artefact, dataset, fidelity, ipc, labels)
     return _small(artefact, dataset, stand_in, fidelity, "small" if scale == "auto" else scale, labels)
