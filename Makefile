@@ -26,7 +26,7 @@ lab: setup  ## the notebooks in JupyterLab
 figures: setup  ## figures and tables from the saved results in paper_figures/data
 	@$(PYTHON) paper_figures/make_figures.py
 
-reproduce-small: setup  ## every notebook at scale "small", then figures and tables (some hours; goes on where it was stopped)
+reproduce-small: setup  ## every notebook at scale "small", then figures and tables (hours; goes on where it was stopped)
 	@$(PYTHON) ci/reproduce_small.py
 
 soak: setup  ## a 200-image run killed at ten random moments, and what is left of it
