@@ -20,8 +20,8 @@ RETRIES = 5  # of an actor, and of a task on it
 SAY_EVERY = 10.0  # seconds between lines of progress
 
 
-def connect(address: str | None) -> tuple[Any, bool]:
-    """Ray, connected to `address` (None: a local cluster) unless the program has connected already; and whether this call did."""
+def connect(where: bool | str) -> tuple[Any, bool]:
+    """Ray, on a local cluster (True) or at an address, unless the program has connected already; and whether this call did."""
     try:
         import ray
     except ImportError as error:
@@ -30,14 +30,15 @@ def connect(address: str | None) -> tuple[Any, bool]:
     if new:
         # Workers import the library from wherever this program has it.
         environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in map(os.path.abspath, _paths()) if os.path.isdir(path))}}
-        ray.init(address=address or "local", include_dashboard=False, log_to_driver=False, runtime_env=environment, logging_level="warning")
+        address = where if isinstance(where, str) else "local"
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, runtime_env=environment, logging_level="warning")
     return ray, new
 
 
 @contextmanager
-def cluster(address: str | None):
+def cluster(where: bool | str):
     """Ray as `connect` gives it; where it connected, for this block alone."""
-    ray, new = connect(address)
+    ray, new = connect(where)
     try:
         yield ray
     finally:

@@ -272,7 +272,7 @@ def distill(
     with files.locked(out.path, "a run that samples into it", wait=wait):
         out.remove_leftovers()
         if ray:
-            _on_a_cluster(job, out, batch_classes, workers, address=ray if isinstance(ray, str) else None)
+            _on_a_cluster(job, out, batch_classes, workers, where=ray)
         else:
             chunks = _chunks(selected, batch_classes or 50)
             for number, chunk in enumerate(chunks):
@@ -284,9 +284,9 @@ def _chunks(selected: Sequence[int], size: int) -> list[list[int]]:
     return [list(selected[i : i + size]) for i in range(0, len(selected), size)]
 
 
-def _on_a_cluster(job: _Job, out: DistilledSet, batch_classes: int | None, workers: int | None, *, address: str | None) -> None:
+def _on_a_cluster(job: _Job, out: DistilledSet, batch_classes: int | None, workers: int | None, *, where: bool | str) -> None:
     """Chunks of classes as tasks on Ray actors that hold the pipeline."""
-    with cluster.cluster(address) as ray:
+    with cluster.cluster(where) as ray:
         count, _ = cluster.workers_of(ray, workers)
         chunks = _chunks(out.selected, batch_classes or min(50, -(-len(out.selected) // count)))
 

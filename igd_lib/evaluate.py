@@ -139,7 +139,7 @@ def evaluate_all(
     shared = _Cells(in_memory(distilled), dataset, folder, options)
     if not ray:
         return [shared.run(cell) for cell in cells]
-    with cluster.cluster(ray if isinstance(ray, str) else None) as connected:
+    with cluster.cluster(ray) as connected:
         return cluster.run_all(connected, _Cells.run, shared, cells, workers=workers, label="evaluate, cells")
 
 

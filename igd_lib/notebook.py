@@ -102,7 +102,7 @@ def prepare(
     if scale == "paper" and lacking:
         raise FileNotFoundError("scale='paper' lacks:\n" + "\n".join(f"- {line}" for line in lacking))
     if where := ray_cluster():  # once, for all its sets
-        cluster.connect(where if isinstance(where, str) else None)
+        cluster.connect(where)
     if scale == "paper" or (scale == "auto" and not lacking):
         return _paper(artefact, dataset, fidelity, ipc, labels)
     return _small(artefact, dataset, stand_in, fidelity, "small" if scale == "auto" else scale, labels)

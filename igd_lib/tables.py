@@ -148,5 +148,14 @@ def beside_paper(rows: pd.DataFrame, paper: pd.DataFrame, *, by: Sequence[str] =
     return shown
 
 
+def paper_table(paper: pd.DataFrame) -> pd.DataFrame:
+    """The paper's accuracies alone: a row a method, a column a data set, IPC and network, in its order."""
+    found = paper[paper.metric == "top1"]
+    cells = found.dataset + ", IPC " + found.ipc + ", " + found.network
+    shown = [_plus_minus(mean, sd) for mean, sd in zip(found.value, found.sd, strict=True)]
+    wide = found.assign(cell=cells, shown=shown).pivot(index="method", columns="cell", values="shown").fillna("")
+    return wide.reindex(index=dict.fromkeys(found.method), columns=dict.fromkeys(cells)).rename_axis(columns=None).reset_index()
+
+
 def _plus_minus(mean: float, sd: float) -> str:
     return "" if pd.isna(mean) else f"{mean:.1f}" if pd.isna(sd) else f"{mean:.1f} ± {sd:.1f}"

@@ -180,17 +180,8 @@ def draw(artefact: Artefact, data: Path, out: Path) -> None:
         paper = tables.reported(artefact.table)
         paper = paper[paper.ipc == str(one.ipc)] if str(one.ipc) in set(paper.ipc) else paper
         parts += ["The paper's figures, which are for other data:" if small else "Beside the paper's figures:"]
-        parts += [results.markdown(reported_only(paper) if small else tables.beside_paper(accuracy, paper, by=("dataset", "ipc", "network", "method")), 1)]
+        parts += [results.markdown(tables.paper_table(paper) if small else tables.beside_paper(accuracy, paper, by=("dataset", "ipc", "network", "method")), 1)]
     files.write(out / f"{artefact.name}.md", "\n\n".join(part.strip() for part in parts if part) + "\n")
-
-
-def reported_only(paper: pd.DataFrame) -> pd.DataFrame:
-    """The paper's accuracies: a row a method, a column a data set, IPC and network, in its order."""
-    found = paper[paper.metric == "top1"]
-    values = [f"{value:.1f}" if pd.isna(sd) else f"{value:.1f} ± {sd:.1f}" for value, sd in zip(found.value, found.sd, strict=True)]
-    cells = found.dataset + ", IPC " + found.ipc + ", " + found.network
-    wide = found.assign(cell=cells, shown=values).pivot(index="method", columns="cell", values="shown").fillna("")
-    return wide.reindex(index=dict.fromkeys(found.method), columns=dict.fromkeys(cells)).rename_axis(columns=None).reset_index()
 
 
 def draw_all(base: Path, out: Path) -> dict[str, dict[str, str]]:
