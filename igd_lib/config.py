@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
+import torch
+
 
 def data_dir() -> Path:
     """Where data sets live: `$IGD_DATA`, else `~/.cache/igd/data`."""
@@ -42,6 +44,14 @@ def reuse_memory() -> None:
     if mallopt is not None:
         for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, in bytes
             mallopt(parameter, value)
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether the device has bfloat16 matrix products, which make training two to three times as fast."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from torchvision.transforms.v2 import functional as TF
 
 from igd_lib import sources
 from igd_lib.datasets import DataSpec, spec_of
-from igd_lib.sources import Found
-from igd_lib.sources import fashion_mnist_folder as fashion_mnist_folder  # part of this module's interface
+from igd_lib.sources.base import Found
+from igd_lib.sources.fashion import fashion_mnist_folder as fashion_mnist_folder  # part of this module's interface
 
 MEMORY_LIMIT = 2 << 30  # bytes of decoded images that are kept in memory
 THREADS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)  # PIL decodes without the interpreter's lock

@@ -38,8 +38,7 @@ def machine() -> list[str]:
     """Processor, memory, GPU and disk, a line each."""
     import torch
 
-    from igd_lib.config import cache_dir, data_dir
-    from igd_lib.evaluate import has_bfloat16
+    from igd_lib.config import cache_dir, data_dir, has_bfloat16
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

