@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lab figures reproduce-small soak browser-test doctor bench lint standin clean
+.PHONY: help setup demo test check lab figures reproduce-small soak browser-test doctor bench lint standin clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -11,14 +11,21 @@ setup:  ## .venv, the locked packages, the data
 	@sh ci/setup.sh
 
 demo: setup  ## the whole method on real images (about 10 minutes)
-	@$(PYTHON) -m igd_lib.demo
+	@$(PYTHON) -m igd_lib demo
 
-test: lint  ## ruff, pytest, and every notebook at scale "smoke"
+test: lint  ## lint, pytest, and every notebook at scale "smoke" (about 10 minutes)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n auto --dist worksteal
-	@$(PYTHON) ci/smoke_notebooks.py
+	@$(PYTHON) ci/smoke_notebooks.py --twice 00 03 12
 
-lint: setup  ## ruff on code and notebooks
+check: setup soak  ## what takes longer than `make test`: every notebook twice in one kernel, ten kills (about 25 minutes)
+	@$(PYTHON) paper_figures/make_figures.py --check
+	@$(PYTHON) ci/smoke_notebooks.py --twice all
+
+lint: setup  ## ruff, types, storeys
 	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy
+	@.venv/bin/lint-imports --no-logo
 
 lab: setup  ## the notebooks in JupyterLab
 	@$(PYTHON) -m jupyter lab notebooks
@@ -42,7 +49,7 @@ bench: setup  ## what guided sampling costs on this machine: seconds, arithmetic
 	@$(PYTHON) -m ci.bench.bench
 
 standin: setup  ## train the embedded stand-in again (about an hour), into out/standin
-	@$(PYTHON) -m igd_lib.standin fashion-mnist --out out/standin
+	@$(PYTHON) -m igd_lib standin fashion-mnist --out out/standin
 
 clean:  ## remove .venv and out
 	@rm -rf .venv out

@@ -1,4 +1,5 @@
-"""Scores an exported set with DD-Ranking's label-robust score (hard labels): the round trip through somebody else's evaluation.
+"""Scores an exported set with DD-Ranking's label-robust score (hard labels): the round trip through somebody
+else's evaluation.
 
 DD-Ranking needs numpy below 2, so an environment of its own, without igd_lib (about 7 GB, most of it torch):
 
@@ -41,22 +42,45 @@ from torchvision import transforms
 IDX = {"train": "train", "test": "t10k"}
 
 
-def real_images(folder: Path, split: str, classes: list[str], size: int, count: int | None) -> tuple[Tensor, list[int]]:
-    """float (N, 3, size, size) in [0, 1] and labels in the export's class order: the first `count` images of each class, all with None."""
+def real_images(
+    folder: Path, split: str, classes: list[str], size: int, count: int | None
+) -> tuple[Tensor, list[int]]:
+    """float (N, 3, size, size) in [0, 1] and labels in the export's class order: the first `count` images of
+    each class, all with None.
+    """
     if (folder / f"{IDX[split]}-labels-idx1-ubyte.gz").is_file():
         labels, pixels = (
-            np.frombuffer(gzip.decompress((folder / f"{IDX[split]}-{name}-ubyte.gz").read_bytes()), np.uint8, offset=offset).copy()
+            np.frombuffer(
+                gzip.decompress((folder / f"{IDX[split]}-{name}-ubyte.gz").read_bytes()),
+                np.uint8,
+                offset=offset,
+            ).copy()
             for name, offset in (("labels-idx1", 8), ("images-idx3", 16))
         )
         chosen = np.concatenate([np.flatnonzero(labels == label)[:count] for label in range(len(classes))])
-        padded = torch.nn.functional.pad(torch.from_numpy(pixels.reshape(-1, 1, 28, 28)[chosen]), (2, 2, 2, 2))
+        padded = torch.nn.functional.pad(
+            torch.from_numpy(pixels.reshape(-1, 1, 28, 28)[chosen]), (2, 2, 2, 2)
+        )
         return padded.expand(-1, 3, -1, -1) / 255, labels[chosen].tolist()
-    place = next((folder / name for name in ((split,) if split == "train" else ("val", "test")) if (folder / name).is_dir()), None)
+    place = next(
+        (
+            folder / name
+            for name in ((split,) if split == "train" else ("val", "test"))
+            if (folder / name).is_dir()
+        ),
+        None,
+    )
     if place is None:
         raise SystemExit(f"{folder} has neither Fashion-MNIST's files nor a folder of {split} images")
     read = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor()])
-    paths = [(path, label) for label, name in enumerate(classes) for path in sorted((place / name).iterdir())[:count]]
-    return torch.stack([read(Image.open(path).convert("RGB")) for path, _ in paths]), [label for _, label in paths]
+    paths = [
+        (path, label)
+        for label, name in enumerate(classes)
+        for path in sorted((place / name).iterdir())[:count]
+    ]
+    return torch.stack([read(Image.open(path).convert("RGB")) for path, _ in paths]), [
+        label for _, label in paths
+    ]
 
 
 class Score(LabelRobustScoreHard):
@@ -65,15 +89,25 @@ class Score(LabelRobustScoreHard):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("export", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", default="ConvNet-3")
     parser.add_argument("--epochs", type=int, default=300, help="of every training, 10 at least")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=256, help="for the small sets; the real data has 256")
-    parser.add_argument("--lr", type=float, help="for the distilled set; by default the best of five, as for random images")
-    parser.add_argument("--real-images", type=int, help="a class, for the full-data network and the random sets; all by default")
+    parser.add_argument(
+        "--batch-size", type=int, default=256, help="for the small sets; the real data has 256"
+    )
+    parser.add_argument(
+        "--lr", type=float, help="for the distilled set; by default the best of five, as for random images"
+    )
+    parser.add_argument(
+        "--real-images",
+        type=int,
+        help="a class, for the full-data network and the random sets; all by default",
+    )
     parser.add_argument("--test-images", type=int, help="a class; all by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
@@ -84,7 +118,10 @@ def main() -> None:
     if manifest["counts"] != [origin["ipc"]] * len(classes):
         parser.error("the export lacks classes; DD-Ranking needs them all")
     if manifest["plain_imagefolder_agrees"] is False:
-        parser.error("DD-Ranking sorts class folders, and this export's are not in label order; export as 'rded' or 'safetensors'")
+        parser.error(
+            "DD-Ranking sorts class folders, and this export's are not in label order; export as 'rded' "
+            "or 'safetensors'"
+        )
     normalise = transforms.Normalize([0.5] * 3, [0.5] * 3)
     prepared = transforms.Compose([transforms.ToTensor(), normalise])
     if manifest["format"] == "safetensors":
@@ -97,27 +134,67 @@ def main() -> None:
     train, test = (
         TensorDataset(normalise(images), labels)
         for images, labels in (
-            real_images(options.data, split, classes, size, count) for split, count in (("train", options.real_images), ("test", options.test_images))
+            real_images(options.data, split, classes, size, count)
+            for split, count in (("train", options.real_images), ("test", options.test_images))
         )
     )
     same = {label: label for label in range(len(classes))}
-    hard_label.get_dataset = lambda *_: (3, (size, size), [0.5] * 3, [0.5] * 3, len(classes), train, test, test, same, same)
+    hard_label.get_dataset = lambda *_: (
+        3,
+        (size, size),
+        [0.5] * 3,
+        [0.5] * 3,
+        len(classes),
+        train,
+        test,
+        test,
+        same,
+        same,
+    )
     hard_label.save_results = lambda *_: None
-    REAL_DATA_TRAINING_CONFIG[f"{origin['dataset']}-{options.model}"] = REAL_DATA_TRAINING_CONFIG["CIFAR10-ConvNet-3"]
+    REAL_DATA_TRAINING_CONFIG[f"{origin['dataset']}-{options.model}"] = REAL_DATA_TRAINING_CONFIG[
+        "CIFAR10-ConvNet-3"
+    ]
     with tempfile.TemporaryDirectory() as scratch:
         score = Score(
-            dataset=origin["dataset"], ipc=origin["ipc"], model_name=options.model, data_aug_func=None, lr_scheduler="cosine", num_eval=options.runs,
-            im_size=(size, size), num_epochs=options.epochs, syn_batch_size=options.batch_size, num_workers=0, custom_train_trans=prepared,
-            device=options.device, random_data_path=f"{scratch}/random", save_path=f"{scratch}/scores.csv", eval_full_data=True,
-        )  # fmt: skip
+            dataset=origin["dataset"],
+            ipc=origin["ipc"],
+            model_name=options.model,
+            data_aug_func=None,
+            lr_scheduler="cosine",
+            num_eval=options.runs,
+            im_size=(size, size),
+            num_epochs=options.epochs,
+            syn_batch_size=options.batch_size,
+            num_workers=0,
+            custom_train_trans=prepared,
+            device=options.device,
+            random_data_path=f"{scratch}/random",
+            save_path=f"{scratch}/scores.csv",
+            eval_full_data=True,
+        )
         found = score.compute_metrics(**given, syn_lr=options.lr)
-    alpha = (found["improvement_over_random_mean"] - found["hard_label_recovery_mean"]) / 200  # w = 0.5, percent to fractions
+    alpha = (
+        found["improvement_over_random_mean"] - found["hard_label_recovery_mean"]
+    ) / 200  # w = 0.5, percent to fractions
     documented = (math.exp(alpha) - math.exp(-1)) / (math.exp(1) - math.exp(-1))
-    what = f"{origin['dataset']} as {manifest['format']}, ipc {origin['ipc']}, {options.model}, {options.epochs} epochs, {options.runs} runs"
+    what = (
+        f"{origin['dataset']} as {manifest['format']}, ipc {origin['ipc']}, {options.model}, "
+        f"{options.epochs} epochs, {options.runs} runs"
+    )
     print(f"\n{what}, {len(train)} real and {len(test)} test images, {time.monotonic() - started:.0f} s")
-    print(f"real images - distilled: {found['hard_label_recovery_mean']:.2f} points (sd {found['hard_label_recovery_std']:.2f}, n = {options.runs})")
-    print(f"distilled - random images: {found['improvement_over_random_mean']:.2f} points (sd {found['improvement_over_random_std']:.2f}, n = {options.runs})")
-    print(f"label-robust score: {documented:.4f} by its documentation (of the means), {found['label_robust_score_mean']:.4f} as the package computes it")
+    print(
+        f"real images - distilled: {found['hard_label_recovery_mean']:.2f} points (sd "
+        f"{found['hard_label_recovery_std']:.2f}, n = {options.runs})"
+    )
+    print(
+        f"distilled - random images: {found['improvement_over_random_mean']:.2f} points (sd "
+        f"{found['improvement_over_random_std']:.2f}, n = {options.runs})"
+    )
+    print(
+        f"label-robust score: {documented:.4f} by its documentation (of the means), "
+        f"{found['label_robust_score_mean']:.4f} as the package computes it"
+    )
 
 
 if __name__ == "__main__":

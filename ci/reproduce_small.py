@@ -1,8 +1,9 @@
-"""Runs every notebook at scale "small", in order and some with other parameters too, and redraws figures and tables: `make reproduce-small`.
+"""Runs every notebook at scale "small", in order and some with other parameters too, and redraws figures and
+tables: `make reproduce-small`.
 
-Surrogates, sets, models and evaluations are kept under `$IGD_CACHE`, so that a run that was stopped goes on where it was
-and a second one takes minutes. Executed notebooks, pictures and rows are in `out/small`; figures and tables take over the
-rows of those that ended well, in this call.
+Surrogates, sets, models and evaluations are kept under `$IGD_CACHE`, so that a run that was stopped goes on
+where it was and a second one takes minutes. Executed notebooks, pictures and rows are in `out/small`; figures
+and tables take over the rows of those that ended well, in this call.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ FURTHER = {
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("notebooks", nargs="*", help="names, or their beginnings such as 05; default: all, in order")
+    parser.add_argument(
+        "notebooks", nargs="*", help="names, or their beginnings such as 05; default: all, in order"
+    )
     parser.add_argument("--out", type=Path, help="default: out/SCALE")
     parser.add_argument("--scale", default="small", choices=("smoke", "small"))
     given = parser.parse_args(argv)
@@ -41,11 +44,27 @@ def main(argv: list[str] | None = None) -> int:
         values = {"scale": given.scale, "save_to": str(folder), **further}
         parameters = [part for key, value in values.items() for part in ("-p", key, value)]
         files = [str(ROOT / "notebooks" / f"{notebook}.ipynb"), str(base / f"{name}.ipynb")]
-        command = [sys.executable, "-m", "papermill", *files, *parameters, "-k", "python3", "--no-progress-bar", "--log-output"]
+        command = [
+            sys.executable,
+            "-m",
+            "papermill",
+            *files,
+            *parameters,
+            "-k",
+            "python3",
+            "--no-progress-bar",
+            "--log-output",
+        ]
         before = time.monotonic()
         with open(log, "w") as file:
-            code = subprocess.run(command, cwd=ROOT / "notebooks", stdout=file, stderr=subprocess.STDOUT, check=False).returncode
-        print(f"{name}: {'done' if code == 0 else f'FAILED, see {log}'}, {(time.monotonic() - before) / 60:.1f} minutes", flush=True)
+            code = subprocess.run(
+                command, cwd=ROOT / "notebooks", stdout=file, stderr=subprocess.STDOUT, check=False
+            ).returncode
+        print(
+            f"{name}: {'done' if code == 0 else f'FAILED, see {log}'}, "
+            f"{(time.monotonic() - before) / 60:.1f} minutes",
+            flush=True,
+        )
         failed += [name] * (code != 0)
     done = [str(base / name) for name in chosen if name not in failed]
     if given.scale == "small" and done:

@@ -7,7 +7,7 @@ stamp=.venv/.igd-setup
 partial=.venv/.igd-partial # there while pip writes: what it left half-done is not to be trusted
 wanted=$(cat requirements.lock pyproject.toml | sha256sum | cut -d' ' -f1)
 
-# The places where igd_lib.data.fashion_mnist_folder looks; one file stands for all four.
+# The places where igd_lib.data.sources.fashion.fashion_mnist_folder looks; one file stands for all four.
 have_data() {
     data=${IGD_DATA:-${IGD_CACHE:-$HOME/.cache/igd}/data}
     case $data in "~/"*) data=$HOME/${data#"~/"} ;; esac
@@ -21,7 +21,7 @@ have_data() {
 
 fetch_data() {
     echo "setup: looking for Fashion-MNIST (30 MB, fetched if it is not here)"
-    .venv/bin/python -c 'from igd_lib.data import fashion_mnist_folder; print("setup: data in", fashion_mnist_folder())'
+    .venv/bin/python -c 'from igd_lib.data.sources.fashion import fashion_mnist_folder; print("setup: data in", fashion_mnist_folder())'
 }
 
 usable() { # a Python of the right version with the module $2

@@ -14,45 +14,56 @@ from pathlib import Path
 import torch
 from torchvision.utils import make_grid, save_image
 
-from igd_lib import experiment, files, methods, notebook, standin
-from igd_lib.config import SMALL_HARD
-from igd_lib.data import to_float
-from igd_lib.evaluate import accuracy, evaluate, predict, topk
-from igd_lib.models import network
+from igd_lib.data.images import to_float
+from igd_lib.evaluation import evaluate
+from igd_lib.experiment.experiment import Experiment, prepare
+from igd_lib.experiment.methods import Method
+from igd_lib.models import standin
+from igd_lib.models.networks import network
+from igd_lib.protocols import SMALL_HARD
 from igd_lib.surrogate import train_surrogate
+from igd_lib.teachers import accuracy, predict, topk
+from igd_lib.tools import files
 
 PARTS = Path("out/standin_quality")
 
 
-def samples(setup: experiment.Experiment, vanilla: methods.Method) -> dict[str, float]:
-    """A real-data classifier's accuracy on 500 samples and on test images (percent), reconstruction, latent statistics."""
-    data = setup.distilled(vanilla, 50, 0).data()
+def samples(experiment: Experiment, vanilla: Method) -> dict[str, float]:
+    """A real-data classifier's accuracy on 500 samples and on test images (percent), reconstruction, latent
+    statistics.
+    """
+    data = experiment.set(vanilla, 0, 50).data()
     grid = make_grid(torch.cat([data.of_class(label, 12) for label in range(10)]) / 255, nrow=12, padding=1)
     files.write(standin.path() / "samples.png", lambda path: save_image(grid, path, format="png"))
     torch.manual_seed(0)
     model = network("convnet3", num_classes=10, image_size=32)
-    train_surrogate(model, setup.train.per_class(2000, seed=0), epochs=5)
-    images = to_float(setup.test.fetch(torch.arange(len(setup.test))))
+    train_surrogate(model, experiment.train.per_class(2000, seed=0), epochs=5)
+    images = to_float(experiment.test.fetch(torch.arange(len(experiment.test))))
     with torch.no_grad():
-        latents = setup.pipe.vae.encode(images).latent_dist.mean
-        error = (setup.pipe.vae.decode(latents).sample - images).square().mean().item()
-    scaled = latents * setup.pipe.vae.config.scaling_factor
+        latents = experiment.models.pipe.vae.encode(images).latent_dist.mean
+        error = (experiment.models.pipe.vae.decode(latents).sample - images).square().mean().item()
+    scaled = latents * experiment.models.pipe.vae.config.scaling_factor
     return {
         "cfg": vanilla.cfg_scale,
         "recognised_samples_percent": topk(predict(model, data, SMALL_HARD), data.labels, 1),
-        "recognised_test_percent": accuracy(model, setup.test, SMALL_HARD)[0],
+        "recognised_test_percent": accuracy(model, experiment.test, SMALL_HARD)[0],
         "reconstruction_mse": error,
         "latent_sd": scaled.std().item(),
         "latent_mean_share": (scaled.mean(0).norm() / scaled.flatten(1).norm(dim=1).mean()).item(),
     }
 
 
-def ipc50(setup: experiment.Experiment, vanilla: methods.Method, seeds: list[int]) -> None:
+def ipc50(experiment: Experiment, vanilla: Method, seeds: list[int]) -> None:
     """Top-1 of a ConvNet-3 trained on 50 images a class, Random and vanilla, a file a seed."""
     for seed in seeds:
         row = {"seed": seed}
-        for name, images in (("random", setup.train.per_class(50, seed)), ("vanilla", setup.distilled(vanilla, 50, seed))):
-            row[name] = evaluate(images, setup.test, network="convnet3", protocol=SMALL_HARD, seed=seed).last
+        for name, images in (
+            ("random", experiment.train.per_class(50, seed)),
+            ("vanilla", experiment.set(vanilla, seed, 50)),
+        ):
+            row[name] = evaluate(
+                images, experiment.test, network="convnet3", protocol=SMALL_HARD, seed=seed
+            ).last
         files.write(PARTS / f"ipc50-{seed}.json", json.dumps(row) + "\n")
         print(row, flush=True)
 
@@ -61,7 +72,9 @@ def card() -> None:
     """Merge the parts into quality.json and README.md beside the weights."""
     found = json.loads((PARTS / "samples.json").read_text())
     draws = [json.loads(path.read_text()) for path in sorted(PARTS.glob("ipc50-*.json"))]
-    random, vanilla = (torch.tensor([draw[name] for draw in draws]).double() for name in ("random", "vanilla"))
+    random, vanilla = (
+        torch.tensor([draw[name] for draw in draws]).double() for name in ("random", "vanilla")
+    )
     training = json.loads((standin.path() / "training.json").read_text())
     recipe = training["recipe"]
     quality = found | {"ipc50": draws, "vanilla_over_random": (vanilla.mean() / random.mean()).item()}
@@ -69,7 +82,7 @@ def card() -> None:
     text = f"""# Model card: the Fashion-MNIST stand-in
 
 A small latent diffusion model that lets every notebook run without ImageNet or DiT-XL/2. It is trained from scratch by
-`python -m igd_lib.standin fashion-mnist` and stored in diffusers' folder format, in half precision. Its code and weights are
+`igd standin fashion-mnist` and stored in diffusers' folder format, in half precision. Its code and weights are
 Apache-2.0; Fashion-MNIST is MIT-licensed. Nothing of DiT's or Stable Diffusion's weights is in it.
 
 | | |
@@ -99,11 +112,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.part == "card":
         return card()
-    setup = notebook.prepare("standin_quality", "fashion-mnist", "small", ipc=50)
-    vanilla = methods.Method("DiT, best cfg", cfg_scale=setup.best_cfg)
+    experiment = prepare("standin_quality", "fashion-mnist", "small", ipc=50)
+    vanilla = Method(cfg_scale=experiment.scale.best_cfg, cfg_choice="best")
     if arguments.part == "ipc50":
-        return ipc50(setup, vanilla, arguments.seeds)
-    result = samples(setup, vanilla)
+        return ipc50(experiment, vanilla, arguments.seeds)
+    result = samples(experiment, vanilla)
     files.write(PARTS / "samples.json", json.dumps(result, indent=2) + "\n")
     print(result)
 

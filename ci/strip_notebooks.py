@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
 
 
 def stripped(text: str) -> str:
@@ -24,7 +27,11 @@ def stripped(text: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    changed = [path for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")) if path.read_text() != stripped(path.read_text())]
+    changed = [
+        path
+        for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+        if path.read_text() != stripped(path.read_text())
+    ]
     for path in changed:
         print(f"{path.name} is not stripped" if "--check" in arguments else f"stripped {path.name}")
         if "--check" not in arguments:

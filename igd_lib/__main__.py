@@ -1,35 +1,146 @@
-"""`python -m igd_lib doctor` and `python -m igd_lib verify FOLDER`."""
+"""The command `igd`, also as `python -m igd_lib`: each subcommand is a thin call of the library."""
 
 from __future__ import annotations
 
-import argparse
+import json
 import sys
 from pathlib import Path
 
+import click
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m igd_lib")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="what this machine has, and what each notebook would do on it")
-    check = commands.add_parser("verify", help="read a distilled set again and name what is missing or damaged")
-    check.add_argument("folder", type=Path)
-    check.add_argument("--repair", action="store_true", help="remove what is damaged, so that the next run samples it anew")
-    given = parser.parse_args(argv)
-    if given.command == "doctor":
-        from igd_lib.doctor import report
+from igd_lib.tools.version import VERSION
 
-        print(report())
-        return 0
-    from igd_lib.distill import DistilledSet
+# The library is imported by each command when it runs: `igd doctor` has to work where a package is missing or
+# broken.
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(VERSION, prog_name="igd")
+def igd() -> None:
+    """Influence-guided diffusion for dataset distillation, reproduced."""
+
+
+@igd.command()
+@click.option("--scale", type=click.Choice(["smoke", "small"]), default="small", show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("out"), show_default=True, help="Where results go."
+)
+def demo(scale: str, out: Path) -> None:
+    """Run the quickstart notebook and print its table.
+
+    Example: igd demo --scale smoke
+    """
+    from igd_lib.experiment.demo import demo as run
+
+    run(scale, out)
+
+
+@igd.command()
+def doctor() -> None:
+    """Say what this machine has, and what each notebook would do on it.
+
+    Example: igd doctor
+    """
+    from igd_lib.experiment.doctor import report
+
+    click.echo(report())
+
+
+@igd.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--repair", is_flag=True, help="Remove what is damaged, so that the next run samples it anew.")
+def verify(folder: Path, repair: bool) -> None:
+    """Read a distilled set again and name what is missing or damaged.
+
+    Exits with 1 if anything is. Example: igd verify ~/.cache/igd/sets/0123456789ab-seed0
+    """
+    from igd_lib.sets.store import DistilledSet
 
     try:
-        lines = DistilledSet(given.folder).verify(repair=given.repair)
+        lines = DistilledSet(folder).verify(repair=repair)
     except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    print("\n".join(lines) if lines else "complete and unchanged")
-    return int(bool(lines))
+        click.echo(error, err=True)
+        sys.exit(2)
+    click.echo("\n".join(lines) if lines else "complete and unchanged")
+    sys.exit(int(bool(lines)))
+
+
+@igd.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+def convert(file: Path, out: Path) -> None:
+    """Convert DiT's or Minimax's own .pt FILE to diffusers' layout, in the folder OUT.
+
+    Example: igd convert DiT-XL-2-256x256.pt transformer
+    """
+    from igd_lib.models.dit import from_original, read
+
+    from_original(read(file)).save_pretrained(out)
+    click.echo(out)
+
+
+@igd.command()
+@click.argument("dataset")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--scale", type=click.Choice(["small", "paper"]), default="paper", show_default=True)
+@click.option(
+    "--shards",
+    default=1,
+    show_default=True,
+    help="Train so many models, each on its own classes, in folders of OUT.",
+)
+@click.option("--shard", type=int, help="This one alone, from 0.")
+@click.option("--mixed-precision", type=click.Choice(["no", "bf16", "fp16"]), default="no", show_default=True)
+@click.option("--accumulate", default=1, show_default=True, help="Batches a step.")
+def minimax(
+    dataset: str, out: Path, scale: str, shards: int, shard: int | None, mixed_precision: str, accumulate: int
+) -> None:
+    """Fine-tune DiT on DATASET by Minimax, on one GPU or several, into the folder OUT.
+
+    Example: accelerate launch -m igd_lib minimax imagewoof Minimax-imagewoof
+    """
+    from igd_lib.baselines import minimax as library
+    from igd_lib.experiment.experiment import prepare
+
+    made = prepare("minimax", dataset, scale)
+    for number, labels in enumerate(library.shards(len(made.train.classes), shards)):
+        if shard in (None, number):
+            folder = out / f"{number:04d}" if shards > 1 else out
+            click.echo(json.dumps({"shard": number, "classes": len(labels), "out": str(folder)}))
+            library.finetune(
+                made.models.pipe,
+                made.train,
+                folder,
+                recipe=made.scale.minimax,
+                classes=labels,
+                label_ids=made.label_ids,
+                mixed_precision=mixed_precision,
+                accumulate=accumulate,
+            )
+
+
+@igd.command()
+@click.argument("name")
+@click.option("--out", type=click.Path(path_type=Path), help="Default: the package's assets folder.")
+@click.option(
+    "--decoder", is_flag=True, help="Train the guidance decoder alone, for the stand-in that is there."
+)
+def standin(name: str, out: Path | None, decoder: bool) -> None:
+    """Train the embedded stand-in NAME (fashion-mnist, cifar-10) from scratch; an interrupted run goes on.
+
+    Example: igd standin fashion-mnist --out out/standin
+    """
+    from igd_lib.models import standin as library
+    from igd_lib.tools.machine import reuse_memory
+
+    if name not in library.STANDINS:
+        raise click.BadParameter(f"one of {', '.join(library.STANDINS)}, got {name!r}", param_hint="NAME")
+    reuse_memory()
+    folder = out or library.ASSETS / name
+    if not decoder:
+        click.echo(library.build(name, folder))
+    click.echo(library.add_decoder(name, folder))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    igd(prog_name="igd")

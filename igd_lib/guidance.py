@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 def sample_gradients(model: nn.Module, state: dict[str, Tensor], images: Tensor, targets: Tensor) -> Tensor:
-    """Each sample's own cross-entropy gradient: (B, P), in `model.parameters()` order; differentiable in images.
+    """Each sample's own cross-entropy gradient: (B, P), in `model.parameters()` order; differentiable in
+    images.
 
     images: (B, 3, H, W) in [-1, 1]; targets: (B,) labels of `model`; state: a state dict of `model`.
     Raises ValueError for a model in training mode with batch normalisation: there a sample's gradient
@@ -24,12 +25,17 @@ def sample_gradients(model: nn.Module, state: dict[str, Tensor], images: Tensor,
     return torch.cat(_by_parameter(model, state, images, targets), dim=1)
 
 
-def _by_parameter(model: nn.Module, state: dict[str, Tensor], images: Tensor, targets: Tensor) -> list[Tensor]:
+def _by_parameter(
+    model: nn.Module, state: dict[str, Tensor], images: Tensor, targets: Tensor
+) -> list[Tensor]:
     """`sample_gradients` in pieces, (B, size) a parameter."""
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in model.modules()):
+    if any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in model.modules()
+    ):
         raise ValueError(
             "this surrogate normalises over the batch, so a sample has no gradient of its own; "
-            "use a network with instance, group or layer normalisation (all of the protocol's are), or call .eval()"
+            "use a network with instance, group or layer normalisation (all of the protocol's are), or "
+            "call .eval()"
         )
 
     def loss(parameters: dict[str, Tensor], image: Tensor, target: Tensor) -> Tensor:
@@ -43,7 +49,12 @@ def _by_parameter(model: nn.Module, state: dict[str, Tensor], images: Tensor, ta
 
 
 def influence_loss(
-    images: Tensor, targets: Tensor, checkpoints: Checkpoints, gradients: Tensor, *, weights: Sequence[float] | None = None
+    images: Tensor,
+    targets: Tensor,
+    checkpoints: Checkpoints,
+    gradients: Tensor,
+    *,
+    weights: Sequence[float] | None = None,
 ) -> Tensor:
     """G_I (Eq. 7): one minus the cosine of a sample's and its class's gradients, averaged over checkpoints.
 
@@ -64,7 +75,8 @@ def influence_loss(
 def _cosine(pieces: Sequence[Tensor], whole: Tensor) -> Tensor:
     """The cosine of vectors in pieces, (B, size) each, and whole ones (B, P); 0 where either is 0.
 
-    As `F.cosine_similarity` on the joined pieces, in a quarter less of a guided step's time: nothing of P values is divided or copied.
+    As `F.cosine_similarity` on the joined pieces, in a quarter less of a guided step's time: nothing of P
+    values is divided or copied.
     """
     parts = whole.split([piece.shape[1] for piece in pieces], dim=1)
     product = sum(torch.linalg.vecdot(piece, part) for piece, part in zip(pieces, parts, strict=True))
@@ -74,7 +86,9 @@ def _cosine(pieces: Sequence[Tensor], whole: Tensor) -> Tensor:
 
 
 def predicted_clean(noisy: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The clean latents (B, C, h, w) that noisy ones and their predicted noise imply (Eq. 5); alpha_bar: a scalar or (B, 1, 1, 1)."""
+    """The clean latents (B, C, h, w) that noisy ones and their predicted noise imply (Eq. 5); alpha_bar: a
+    scalar or (B, 1, 1, 1).
+    """
     return (noisy - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
 
 
@@ -84,17 +98,25 @@ def deviation_loss(latents: Tensor, memory: Sequence[Tensor]) -> Tensor:
     latents: (B, C, h, w); memory: B tensors (M_b, C, h, w). Returns (B,) in [-1, 1].
     """
     losses = [
-        F.cosine_similarity(latent.flatten()[None], earlier.flatten(1), dim=1).max() if len(earlier) else latent.sum() * 0
+        F.cosine_similarity(latent.flatten()[None], earlier.flatten(1), dim=1).max()
+        if len(earlier)
+        else latent.sum() * 0
         for latent, earlier in zip(latents, memory, strict=True)
     ]
     return torch.stack(losses)
 
 
-def influence_scale(k: float, alpha_bar: float | Tensor, eps: Tensor, grad: Tensor, *, factor: float) -> Tensor:
+def influence_scale(
+    k: float, alpha_bar: float | Tensor, eps: Tensor, grad: Tensor, *, factor: float
+) -> Tensor:
     """rho_t (Eq. 9): k * factor * sqrt(1 - alpha_bar) * ||eps|| / ||grad||, a value a sample.
 
     eps, grad: (B, C, h, w). Returns (B, 1, 1, 1); 0 where the gradient is 0, so no guidance there.
     """
     norm = grad.flatten(1).norm(dim=1)
-    ratio = torch.where(norm > 0, eps.flatten(1).norm(dim=1) / norm.where(norm > 0, torch.ones_like(norm)), torch.zeros_like(norm))
+    ratio = torch.where(
+        norm > 0,
+        eps.flatten(1).norm(dim=1) / norm.where(norm > 0, torch.ones_like(norm)),
+        torch.zeros_like(norm),
+    )
     return (k * factor * (1 - torch.as_tensor(alpha_bar)) ** 0.5 * ratio).reshape(-1, 1, 1, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from igd_lib import files
-from igd_lib.data import ImageData, to_float
-from igd_lib.progress import progress
+from igd_lib.data.images import ImageData, to_float
+from igd_lib.tools import files, keys
+from igd_lib.tools.progress import progress
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,59 @@ class Checkpoints:
         return [rate / mean for rate in self.learning_rates]
 
 
+@dataclass(frozen=True)
+class SurrogateTraining:
+    """How a surrogate is trained: SGD at a constant rate. Raises ValueError for what cannot be."""
+
+    epochs: int = 50
+    lr: float = 1e-2
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    batch_size: int = 64
+    saves_in_first_epoch: int = 1  # checkpoints of the first epoch, evenly spaced
+    seed: int = 0
+    keep_epochs: Sequence[float] | None = None  # keep these checkpoints alone; None: all
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.saves_in_first_epoch < 1:
+            raise ValueError(
+                "epochs and saves_in_first_epoch are at least 1, "
+                f"got {self.epochs} and {self.saves_in_first_epoch}"
+            )
+
+    def settings(self, model: nn.Module, data: ImageData) -> dict[str, Any]:
+        """What names the trajectory on disk. Not the number of epochs: a longer run holds a shorter one."""
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "epochs"}
+        keep = self.keep_epochs and [float(epoch) for epoch in sorted(set(self.keep_epochs))]
+        return own | {
+            "keep_epochs": keep,
+            "data": data.name,
+            "split": data.split,
+            "images": len(data),
+            "classes": list(data.classes),
+            "network": type(model).__name__,
+            "initial_norm": f"{_norm(model.state_dict()):.5g}",
+            "device": next(model.parameters()).device.type,
+        }
+
+    def saves(self, steps: int) -> set[int]:
+        """After which steps of the first epoch's `steps` a checkpoint is kept."""
+        return {round(steps * i / self.saves_in_first_epoch) for i in range(1, self.saves_in_first_epoch + 1)}
+
+    def kept(self, steps: int) -> list[float]:
+        """The epochs, some of them fractional, whose checkpoints are kept."""
+        early = (step / steps for step in sorted(self.saves(steps) - {steps}))
+        possible = [0.0, *early, *(float(epoch + 1) for epoch in range(self.epochs))]
+        chosen = (
+            possible if self.keep_epochs is None else sorted({float(epoch) for epoch in self.keep_epochs})
+        )
+        if not chosen or not set(chosen) <= set(possible):
+            raise ValueError(
+                f"keep_epochs are among {[round(epoch, 3) for epoch in possible]}, got {self.keep_epochs}"
+            )
+        return chosen
+
+
 def train_surrogate(
     model: nn.Module,
     data: ImageData,
@@ -61,89 +114,122 @@ def train_surrogate(
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     batch_size: int = 64,
-    saves_in_first_epoch: int = 1,
+    saves_in_first_epoch: int = 1,  # on easy data the informative early phase lies within the first epoch
     seed: int = 0,
-    keep_epochs: Sequence[float] | None = None,
-    folder: str | Path | None = None,
+    keep_epochs: Sequence[float] | None = None,  # where the retained ones are known beforehand (fixed lists)
+    folder: str | Path | None = None,  # where every checkpoint is written as it is reached
 ) -> Checkpoints:
     """Train by SGD at a constant rate and keep the trajectory, initialisation (epoch 0) included.
 
-    `saves_in_first_epoch` keeps more than one checkpoint, evenly spaced, in the first epoch: on easy
-    data that is where the informative early phase lies. Defaults are the released code's for up to
-    100 classes. keep_epochs: keep these alone, in memory and on disk, where the retained ones are known beforehand
-    (fixed lists). folder: where every checkpoint is written as it is reached, one safetensors file each;
-    an interrupted run resumes after its last whole epoch and ends as if it had not been interrupted.
-    Raises FloatingPointError on a non-finite loss, ValueError when `folder` holds a trajectory of other
-    settings (the first difference is named) or an epoch of `keep_epochs` has no checkpoint.
+    Defaults are the released code's for up to 100 classes. With a `folder`, an interrupted run resumes after
+    its last whole epoch and ends as if it had not been interrupted. Raises FloatingPointError on a non-finite
+    loss, ValueError when `folder` holds a trajectory of other settings (the first difference is named) or an
+    epoch of `keep_epochs` has no checkpoint.
     """
-    if epochs < 1 or saves_in_first_epoch < 1:
-        raise ValueError(f"epochs and saves_in_first_epoch are at least 1, got {epochs} and {saves_in_first_epoch}")
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
-    generator = torch.Generator().manual_seed(seed)
-    device = next(model.parameters()).device
-    steps = -(-len(data) // batch_size)
-    saves = {round(steps * i / saves_in_first_epoch) for i in range(1, saves_in_first_epoch + 1)}
-    possible = [0.0, *(step / steps for step in sorted(saves - {steps})), *(float(epoch + 1) for epoch in range(epochs))]
-    chosen = possible if keep_epochs is None else sorted({float(epoch) for epoch in keep_epochs})
-    if not chosen or not set(chosen) <= set(possible):
-        raise ValueError(f"keep_epochs are among {[round(epoch, 3) for epoch in possible]}, got {keep_epochs}")
-    initial = _snapshot(model)
-    states, at = ([initial], [0.0]) if 0.0 in chosen else ([], [])
-    done = 0
-    if folder is not None:
-        folder = Path(folder)
-        files.same_settings(
-            folder / "trajectory.json",
-            dict(data=data.name, split=data.split, images=len(data), classes=list(data.classes), lr=lr, momentum=momentum,
-                 weight_decay=weight_decay, batch_size=batch_size, saves_in_first_epoch=saves_in_first_epoch, seed=seed,
-                 network=type(model).__name__, initial_norm=f"{_norm(initial):.5g}", keep_epochs=keep_epochs and chosen),
-            "a trajectory",
-        )  # fmt: skip
-        done = files.load_training(folder / "training.safetensors", optimizer, generator=generator, model=model)["step"]
-        states, at = _read(folder, device, done) if done else (states, at)
-        if 0.0 in chosen:
-            files.save_tensors(folder / "00000.safetensors", initial, epoch=0.0)
-    if done > epochs:  # a longer run is on disk: its beginning is what was asked for
-        states = [state for state, epoch in zip(states, at, strict=True) if epoch <= epochs]
-        at = at[: len(states)]
-        if keep_epochs is None:
-            model.load_state_dict(states[-1])
+    training = SurrogateTraining(
+        epochs, lr, momentum, weight_decay, batch_size, saves_in_first_epoch, seed, keep_epochs
+    )
+    return run_training(model, data, training, folder)
+
+
+def run_training(
+    model: nn.Module, data: ImageData, training: SurrogateTraining, folder: str | Path | None = None
+) -> Checkpoints:
+    """`train_surrogate` for a training that has been described."""
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay
+    )
+    generator = torch.Generator().manual_seed(training.seed)
+    steps = -(-len(data) // training.batch_size)
+    saves, chosen = training.saves(steps), training.kept(steps)
+    trajectory = _Trajectory(model, Path(folder) if folder is not None else None)
+    if trajectory.folder is not None:
+        keys.claim(
+            trajectory.folder / "trajectory.json", "surrogate", training.settings(model, data), "a trajectory"
+        )
+    if 0.0 in chosen:
+        trajectory.add(0.0)
+    done = trajectory.resume(optimizer, generator)
+    if done > training.epochs:  # a longer run is on disk: its beginning is what was asked for
+        trajectory.cut(training.epochs, whole=training.keep_epochs is None)
     model.train()
-    for epoch in progress(range(done, epochs), "surrogate, epoch"):
-        for step, (images, labels) in enumerate(data.batches(batch_size, generator), start=1):
-            loss = F.cross_entropy(model(to_float(images).to(device)), labels.to(device))
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"surrogate: loss is {loss.item()} in epoch {epoch + 1}; lower lr ({lr})")
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    for epoch in progress(range(done, training.epochs), "surrogate, epoch"):
+        for step, (images, labels) in enumerate(data.batches(training.batch_size, generator), start=1):
+            _train_step(model, optimizer, images, labels, f"epoch {epoch + 1}; lower lr ({training.lr})")
             now = epoch + 1.0 if step == steps else epoch + step / steps
             if now in chosen and (step == steps or (epoch == 0 and step in saves)):
-                states.append(_snapshot(model))
-                at.append(now)
-                if folder is not None:
-                    files.save_tensors(folder / f"{len(states) - 1:05d}.safetensors", states[-1], epoch=at[-1])
-        if folder is not None:
-            files.save_training(folder / "training.safetensors", epoch + 1, optimizer, generator=generator, model=model)
-    return Checkpoints(model.eval(), states, at, [lr] * len(states))
+                trajectory.add(now)
+        trajectory.save(epoch + 1, optimizer, generator)
+    return Checkpoints(
+        model.eval(), trajectory.states, trajectory.epochs, [training.lr] * len(trajectory.states)
+    )
 
 
-def _read(folder: Path, device: torch.device, done: int) -> tuple[list[dict[str, Tensor]], list[float]]:
-    """The checkpoints of the first `done` epochs; later ones belong to an epoch that did not end."""
-    found = [files.load_tensors(path) for path in sorted(folder.glob("[0-9]*.safetensors"))]
-    kept = [(state, metadata["epoch"]) for state, metadata in found if metadata["epoch"] <= done]
-    return [{name: value.to(device) for name, value in state.items()} for state, _ in kept], [epoch for _, epoch in kept]
+def _train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, where: str
+) -> None:
+    device = next(model.parameters()).device
+    loss = F.cross_entropy(model(to_float(images).to(device)), labels.to(device))
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"surrogate: loss is {loss.item()} in {where}")
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+class _Trajectory:
+    """The checkpoints kept so far, in memory and, with a folder, on disk, one safetensors file each."""
+
+    def __init__(self, model: nn.Module, folder: Path | None):
+        self.model, self.folder = model, folder
+        self.states: list[dict[str, Tensor]] = []
+        self.epochs: list[float] = []
+
+    def add(self, epoch: float) -> None:
+        """Keep the model as it is now."""
+        self.states.append({name: value.detach().clone() for name, value in self.model.state_dict().items()})
+        self.epochs.append(epoch)
+        if self.folder is not None:
+            files.save_tensors(
+                self.folder / f"{len(self.states) - 1:05d}.safetensors", self.states[-1], epoch=epoch
+            )
+
+    def resume(self, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> int:
+        """Go on after the last whole epoch on disk; how many are done."""
+        if self.folder is None:
+            return 0
+        state = self.folder / "training.safetensors"
+        done = files.load_training(state, optimizer, generator=generator, model=self.model)["step"]
+        if done:  # checkpoints of an epoch that did not end are made again
+            device = next(self.model.parameters()).device
+            found = [files.load_tensors(path) for path in sorted(self.folder.glob("[0-9]*.safetensors"))]
+            whole = [(tensors, note["epoch"]) for tensors, note in found if note["epoch"] <= done]
+            self.states = [
+                {name: value.to(device) for name, value in tensors.items()} for tensors, _ in whole
+            ]
+            self.epochs = [epoch for _, epoch in whole]
+        return done
+
+    def cut(self, epochs: int, *, whole: bool) -> None:
+        """Keep the first `epochs` epochs alone; of a whole trajectory the last is also the model's state."""
+        count = sum(epoch <= epochs for epoch in self.epochs)
+        self.states, self.epochs = self.states[:count], self.epochs[:count]
+        if whole:
+            self.model.load_state_dict(self.states[-1])
+
+    def save(self, epoch: int, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
+        if self.folder is not None:
+            state = self.folder / "training.safetensors"
+            files.save_training(state, epoch, optimizer, generator=generator, model=self.model)
 
 
 def _norm(state: dict[str, Tensor]) -> float:
     return sum(value.double().square().sum().item() for value in state.values()) ** 0.5
 
 
-def _snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def class_gradients(checkpoints: Checkpoints, images_of_one_class: Tensor, label: int, *, batch_size: int = 50) -> Tensor:
+def class_gradients(
+    checkpoints: Checkpoints, images_of_one_class: Tensor, label: int, *, batch_size: int = 50
+) -> Tensor:
     """The gradient of the mean cross-entropy over one class's images, at each checkpoint (Eq. 6).
 
     images_of_one_class: uint8 (n, 3, H, W). Returns (E, P) float32, P in `model.parameters()` order.
@@ -155,13 +241,17 @@ def class_gradients(checkpoints: Checkpoints, images_of_one_class: Tensor, label
     rows = []
     for state in checkpoints.states:
         # Detached copies, so that no gradient accumulates in the model itself.
-        tensors = {name: value.detach().clone().requires_grad_(name in names) for name, value in state.items()}
+        tensors = {
+            name: value.detach().clone().requires_grad_(name in names) for name, value in state.items()
+        }
         total = [torch.zeros_like(tensors[name]) for name in names]
         for images in images_of_one_class.split(batch_size):
             inputs = to_float(images).to(total[0].device)
             targets = torch.full((len(inputs),), label, device=inputs.device)
             loss = F.cross_entropy(functional_call(model, tensors, (inputs,)), targets, reduction="sum")
-            for sum_, part in zip(total, torch.autograd.grad(loss, [tensors[name] for name in names]), strict=True):
+            for sum_, part in zip(
+                total, torch.autograd.grad(loss, [tensors[name] for name in names]), strict=True
+            ):
                 sum_ += part
         rows.append(torch.cat([sum_.flatten() for sum_ in total]) / len(images_of_one_class))
     return torch.stack(rows)
@@ -183,21 +273,26 @@ class ClassGradients:
     def __call__(self, label: int) -> Tensor:
         """(E, P) of one class. Raises ValueError when the file on disk is of another origin."""
         path = Path(self.folder) / f"{label:05d}.safetensors"
-        origin = {"data": self.data.name, "class": self.data.classes[label], "images": self.images}
-        origin |= {"epochs": list(self.checkpoints.epochs), "weights": self._norms}
+        origin = self._origin | {"class": self.data.classes[label]}
         if path.is_file():
             tensors, metadata = files.load_tensors(path)
             if metadata != origin:
                 different = next(key for key in origin if metadata.get(key) != origin[key])
-                raise ValueError(f"{path} has another origin: {different} = {metadata.get(different)}, wanted {origin[different]}; delete its folder")
+                raise ValueError(
+                    f"{path} has another origin: {different} = {metadata.get(different)}, wanted "
+                    f"{origin[different]}; delete its folder"
+                )
             return tensors["gradients"]
         gradients = class_gradients(self.checkpoints, self.data.of_class(label, self.images), label)
         files.save_tensors(path, {"gradients": gradients}, **origin)
         return gradients
 
     @cached_property
-    def _norms(self) -> list[str]:
-        return [f"{_norm(state):.6g}" for state in self.checkpoints.states]
+    def _origin(self) -> dict[str, Any]:
+        """What the gradients are of, as their files say."""
+        weights = [f"{_norm(state):.6g}" for state in self.checkpoints.states]
+        about = {"data": self.data.name, "images": self.images, "epochs": list(self.checkpoints.epochs)}
+        return {"schema": keys.SCHEMA["gradients"]} | about | {"weights": weights}
 
 
 def regular_checkpoints(epochs: int, count: int) -> list[int]:
@@ -224,7 +319,10 @@ def similarity(gradient: Tensor, reference: Tensor, kind: Literal["mean", "per_c
 
 
 def select_checkpoints(
-    gradients: Tensor | Iterable[Tensor], *, threshold: float = 0.7, similarity: Literal["mean", "per_class"] = "mean"
+    gradients: Tensor | Iterable[Tensor],
+    *,
+    threshold: float = 0.7,
+    similarity: Literal["mean", "per_class"] = "mean",
 ) -> list[int]:
     """Algorithm 2: keep a checkpoint whose gradient differs from the last kept one's.
 
@@ -235,10 +333,15 @@ def select_checkpoints(
 
 
 def checkpoint_similarities(
-    gradients: Tensor | Iterable[Tensor], *, threshold: float = 0.7, similarity: Literal["mean", "per_class"] = "mean"
+    gradients: Tensor | Iterable[Tensor],
+    *,
+    threshold: float = 0.7,
+    similarity: Literal["mean", "per_class"] = "mean",
 ) -> list[float]:
     """The similarity that Algorithm 2 compares with `threshold`, for each checkpoint; -inf for the first."""
-    return _along(gradients, lambda gradient, reference: _similarity(gradient, reference, similarity), threshold)
+    return _along(
+        gradients, lambda gradient, reference: _similarity(gradient, reference, similarity), threshold
+    )
 
 
 _similarity = similarity  # the keyword argument above shadows the function's name
@@ -247,8 +350,8 @@ _similarity = similarity  # the keyword argument above shadows the function's na
 def similarity_matrices(gradients: Callable[[int], Tensor], classes: int) -> dict[str, Tensor]:
     """Algorithm 2's similarity of every two checkpoints, (E, E), in both readings: "mean" and "per_class".
 
-    gradients: the class gradients (E, P) of a label, asked for once, in order. So one pass over the images serves any
-    threshold and both readings, and memory is that of two classes, whatever their number.
+    gradients: the class gradients (E, P) of a label, asked for once, in order. So one pass over the images
+    serves any threshold and both readings, and memory is that of two classes, whatever their number.
     """
     per_class, total = torch.zeros(()), torch.zeros(())
     for label in progress(range(classes), "class gradients, class"):
@@ -266,13 +369,18 @@ def similarities_along(matrix: Tensor, threshold: float = 0.7) -> list[float]:
 
 
 def _along(items: Iterable[Any], compare: Callable[[Any, Any], float], threshold: float) -> list[float]:
-    """Algorithm 2's walk: every item's similarity to the last that was kept, -inf for the first; kept where it is below `threshold`."""
+    """Algorithm 2's walk: every item's similarity to the last that was kept, -inf for the first; kept where
+    it is below `threshold`.
+    """
     values: list[float] = []
     reference = None
     for item in items:
         value = float("-inf") if reference is None else compare(item, reference)
         if math.isnan(value):
-            raise FloatingPointError(f"Algorithm 2: the similarity at checkpoint {len(values)} is not a number; its gradients are not finite")
+            raise FloatingPointError(
+                f"Algorithm 2: the similarity at checkpoint {len(values)} is not a number; its gradients "
+                "are not finite"
+            )
         values.append(value)
         if value < threshold:
             reference = item

@@ -1,10 +1,11 @@
 """Redraws figures and tables from the result rows in `paper_figures/data`; needs no GPU and no images.
 
-`python paper_figures/make_figures.py FOLDER ...` first takes new rows over: every FOLDER/NN_name/rows.csv that a notebook
-saved (`-p save_to FOLDER/NN_name`) becomes data/NN_name.csv, sorted and checked; its other tables and its images.png become
-data/NN_name.TABLE.csv and data/NN_name.images.png. FOLDER can also be one such NN_name. `--into OTHER` keeps and draws all
-of it in OTHER instead; rows of another scale than those here must go there. Drawing twice gives the same bytes;
-MANIFEST.json has the hashes of what went in and what came out, and `--check` draws anew elsewhere and names what is stale.
+`python paper_figures/make_figures.py FOLDER ...` first takes new rows over: every FOLDER/NN_name/rows.csv
+that a notebook saved (`-p save_to FOLDER/NN_name`) becomes data/NN_name.csv, sorted and checked; its other
+tables and its images.png become data/NN_name.TABLE.csv and data/NN_name.images.png. FOLDER can also be one
+such NN_name. `--into OTHER` keeps and draws all of it in OTHER instead; rows of another scale than those here
+must go there. Drawing twice gives the same bytes; MANIFEST.json has the hashes of what went in and what came
+out, and `--check` draws anew elsewhere and names what is stale.
 """
 
 from __future__ import annotations
@@ -23,16 +24,27 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from igd_lib import files, methods, plotting, results, tables
+from igd_lib.analysis import plotting, results, speed, statistics, tables, trajectories
+from igd_lib.tools import files
 
 HERE = Path(__file__).parent
 MANIFEST = "MANIFEST.json"
 Pairs = Sequence[tuple[str, str]]
 
 
-def against(reference: str, only: str = "") -> Callable[[Sequence[str]], Pairs]:
-    """Every other method, or those whose name contains `only`, against `reference`."""
-    return lambda names: [(name, reference) for name in names if name != reference and only in name]
+def against(reference: dict[str, object], **only: object) -> Callable[[pd.DataFrame], Pairs]:
+    """Every other method, or those whose fields are as in `only`, against the one with the fields
+    `reference`.
+    """
+    return lambda rows: statistics.against(rows, reference, **only)
+
+
+def varied(**reference: object) -> Callable[[pd.DataFrame], Pairs]:
+    """Every method that varies something against the other one with the fields `reference`."""
+    return lambda rows: statistics.varied(rows, **reference)
+
+
+GUIDED: dict[str, object] = {"guides": statistics.BOTH, "varies": ""}
 
 
 def scores(rows: pd.DataFrame, title: str) -> Figure:
@@ -58,7 +70,9 @@ class Artefact:
     source: str  # data/SOURCE.csv
     heading: str  # "{where}" becomes " on the stand-in" for its rows
     name: str  # NAME.md, .png, .svg, .pdf
-    pairs: Callable[[Sequence[str]], Pairs] = methods.claims  # of the methods' names: whose differences are shown
+    pairs: Callable[[pd.DataFrame], Pairs] = (
+        statistics.table_claims
+    )  # of the rows' methods: whose differences are shown
     table: int | None = None  # of the paper, to be shown beside
     figure: Callable[[pd.DataFrame, str], Figure] = scores
     all_networks: bool = False  # whether the figure shows them all
@@ -68,31 +82,64 @@ class Artefact:
 
 SENSITIVITY = curves(("k", "top1"), ("gamma", "top1"))
 RDED_HARD = (
-    "RDED's images are grids of 2 x 2 patches, made for soft labels and shuffled patches (Tables 2 and 9). With hard labels a network "
-    "learns them and not the garments, which are twice as large in a test image: chance, most of them taken for the class with the most black."
+    "RDED's images are grids of 2 x 2 patches, made for soft labels and shuffled patches (Tables 2 and "
+    "9). With hard labels a network "
+    "learns them and not the garments, which are twice as large in a test image: chance, most of them "
+    "taken for the class with the most black."
 )
 ARTEFACTS = (
     Artefact("00_quickstart", "Quickstart", "quickstart"),
     Artefact("01_nette_woof", "Table 1{where}", "table01", table=1, note=RDED_HARD),
     Artefact("01_nette_woof_ipc50", "Table 1{where}, IPC 50", "table01_ipc50", table=1, note=RDED_HARD),
     Artefact("03_imagenet1k", "Table 2{where}, soft labels", "table02", table=2),
-    Artefact("04_surrogate_architecture", "Table 4{where}", "table04", against("DiT + G_D", "IGD")),
-    Artefact("05_guidance_ablation", "Table 5{where}", "table05", methods.ablation_claims, table=5),
-    Artefact("06_checkpoint_selection", "Table 6{where}", "table06", methods.selection_claims),
-    Artefact("06_checkpoint_selection_minimax", "Table 6{where}, Minimax backbone", "table06_minimax", methods.selection_claims),
+    Artefact("04_surrogate_architecture", "Table 4{where}", "table04", varied(guides="deviation")),
+    Artefact("05_guidance_ablation", "Table 5{where}", "table05", statistics.ablation_claims, table=5),
+    Artefact("06_checkpoint_selection", "Table 6{where}", "table06", statistics.selection_claims),
+    Artefact(
+        "06_checkpoint_selection_minimax",
+        "Table 6{where}, Minimax backbone",
+        "table06_minimax",
+        statistics.selection_claims,
+    ),
     Artefact("07_food101", "Table 7{where}", "table07", table=7, note=RDED_HARD),
     Artefact("08_cifar", "Table 8{where}", "table08", note=RDED_HARD),
     Artefact("09_diffusion_baselines", "Table 9{where}, soft labels", "table09"),
-    Artefact("10_dpm_solver", "Table 10{where}", "table10", methods.solver_claims, table=10),
-    Artefact("11_fid_coverage", "Table 11{where}", "table11", against("DiT"), figure=against_accuracy, correlations=True, note=RDED_HARD),
-    Artefact("12_hyperparameters", "k and gamma{where}, validation data", "table12", against("DiT")),
-    Artefact("13_paper_vs_code", "Paper against released code{where}", "paper_vs_code", against("DiT-IGD", "="), figure=curves(("cfg", "top1"))),
-    Artefact("14_shortcuts", "Faster guidance{where}", "shortcuts", against("DiT-IGD")),
+    Artefact("10_dpm_solver", "Table 10{where}", "table10", statistics.solver_claims, table=10),
+    Artefact(
+        "11_fid_coverage",
+        "Table 11{where}",
+        "table11",
+        against(statistics.PLAIN_DIT),
+        figure=against_accuracy,
+        correlations=True,
+        note=RDED_HARD,
+    ),
+    Artefact("12_hyperparameters", "k and gamma{where}, validation data", "table12", varied(guides="")),
+    Artefact(
+        "13_paper_vs_code",
+        "Paper against released code{where}",
+        "paper_vs_code",
+        against(GUIDED, varies="fidelity"),
+        figure=curves(("cfg", "top1")),
+    ),
+    Artefact("14_shortcuts", "Faster guidance{where}", "shortcuts", against(GUIDED)),
     Artefact("21_influence", "Figure 1{where}", "fig01", figure=influence, all_networks=True, note=RDED_HARD),
-    Artefact("22_early_stage", "Figure 2{where}", "fig02", methods.early_stage_claims, figure=curves(("k", "influence_loss"), ("k", "top1"))),
-    Artefact("26_sensitivity", "Figure 6{where}", "fig06", against("DiT"), figure=SENSITIVITY),
-    Artefact("26_sensitivity_minimax", "Figure 6{where}, Minimax backbone", "fig06_minimax", against("Minimax"), figure=SENSITIVITY),
-)  # fmt: skip
+    Artefact(
+        "22_early_stage",
+        "Figure 2{where}",
+        "fig02",
+        statistics.early_stage_claims,
+        figure=curves(("k", "influence_loss"), ("k", "top1")),
+    ),
+    Artefact("26_sensitivity", "Figure 6{where}", "fig06", varied(guides=""), figure=SENSITIVITY),
+    Artefact(
+        "26_sensitivity_minimax",
+        "Figure 6{where}, Minimax backbone",
+        "fig06_minimax",
+        varied(guides=""),
+        figure=SENSITIVITY,
+    ),
+)
 
 
 def pictures(source: Path) -> Figure:
@@ -100,15 +147,24 @@ def pictures(source: Path) -> Figure:
 
 
 def places(source: Path) -> Figure:
-    coordinates, distances = pd.read_csv(source.with_suffix(".coordinates.csv")), results.load(source.with_suffix(".csv"))
+    coordinates, distances = (
+        pd.read_csv(source.with_suffix(".coordinates.csv")),
+        results.load(source.with_suffix(".csv")),
+    )
     one = distances.iloc[0]
-    return plotting.places(coordinates, distances, title=f"{one.dataset}, {coordinates['class'].iloc[0]}, IPC {one.ipc}, {one.scale}, seed 0")
+    return plotting.places(
+        coordinates,
+        distances,
+        title=f"{one.dataset}, {coordinates['class'].iloc[0]}, IPC {one.ipc}, {one.scale}, seed 0",
+    )
 
 
 def overview(source: Path) -> Figure:
     shown = plotting.read_gallery(f"{source}.images")
     paths = pd.read_csv(source.with_suffix(".paths.csv"))
-    return plotting.overview(paths, shown["columns"], [int(step) for step in shown["titles"]], title=shown["title"])
+    return trajectories.figure(
+        paths, shown["columns"], [int(step) for step in shown["titles"]], title=shown["title"]
+    )
 
 
 PICTURES: tuple[tuple[str, str, Callable[[Path], Figure]], ...] = (  # of data/SOURCE.*, as NAME, drawn by
@@ -123,28 +179,49 @@ PICTURES: tuple[tuple[str, str, Callable[[Path], Figure]], ...] = (  # of data/S
 
 
 def take_over(folders: Sequence[Path], base: Path) -> None:
-    """Rows, tables and images that notebooks saved become data/* of `base`. Raises ValueError, before any, for one of another scale there."""
-    runs = [run for folder in folders for run in ([folder] if re.match(r"\d\d_", folder.name) else sorted(folder.glob("[0-9][0-9]_*"))) if run.is_dir()]
+    """Rows, tables and images that notebooks saved become data/* of `base`. Raises ValueError, before any,
+    for one of another scale there.
+    """
+    runs = [
+        run
+        for folder in folders
+        for run in ([folder] if re.match(r"\d\d_", folder.name) else sorted(folder.glob("[0-9][0-9]_*")))
+        if run.is_dir()
+    ]
     saved = [file for run in runs for file in sorted([*run.glob("*.csv"), *run.glob("images.png")])]
     for file in saved:
         scales = set(pd.read_csv(file).scale) if file.suffix == ".csv" else set()
         if base == HERE and scales - {"small"}:
-            raise ValueError(f"{file} is of scale {', '.join(sorted(scales))} and {HERE / 'data'} of scale small: choose a folder of its own, --into FOLDER")
+            raise ValueError(
+                f"{file} is of scale {', '.join(sorted(scales))} and {HERE / 'data'} of scale small: "
+                "choose a folder of its own, --into FOLDER"
+            )
     for file in saved:
         if file.name == "rows.csv":
-            rows = pd.read_csv(file, dtype={"settings_hash": str, "artefact": str, "git_revision": str}, keep_default_na=False)
+            rows = pd.read_csv(
+                file,
+                dtype={"settings_hash": str, "artefact": str, "git_revision": str},
+                keep_default_na=False,
+            )
             print("took over", results.consolidate(rows, base / "data" / f"{file.parent.name}.csv"))
         else:
-            print("took over", files.write(base / "data" / f"{file.parent.name}.{file.name}", file.read_bytes()))
+            print(
+                "took over", files.write(base / "data" / f"{file.parent.name}.{file.name}", file.read_bytes())
+            )
 
 
 def in_order(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows with known methods first, in the order of their colours, the others by name, numbers in it by size."""
-    known = list(plotting.COLOURS)
+    """Rows with plain methods first, in the order of their colours, the others by label, numbers in it by
+    size.
+    """
+    known, table = list(plotting.COLOURS), results.methods(rows)
+    looks = results.looks(rows)
 
     def rank(name: str) -> tuple:
+        plain = table.loc[name, "varies"] == "" and looks[name] in known
         parts = re.split(r"(\d+(?:\.\d+)?)", name)
-        return (known.index(name) if name in known else len(known), *(float(part) if index % 2 else part for index, part in enumerate(parts)))
+        numbers = (float(part) if index % 2 else part for index, part in enumerate(parts))
+        return (known.index(looks[name]) if plain else len(known), *numbers)
 
     ranks = rows.method.map(rank)
     return rows.iloc[sorted(range(len(rows)), key=lambda position: (ranks.iloc[position], position))]
@@ -157,39 +234,67 @@ def draw(artefact: Artefact, data: Path, out: Path) -> None:
     networks = list(dict.fromkeys(accuracy.network))
     first = rows[rows.network.isin([networks[0], ""])]
     one = accuracy.iloc[0]
-    title, whole_title = (f"{one.dataset}, IPC {one.ipc}, {names}, scale {one.scale}" for names in (networks[0], ", ".join(networks)))
+    title, whole_title = (
+        f"{one.dataset}, IPC {one.ipc}, {names}, scale {one.scale}"
+        for names in (networks[0], ", ".join(networks))
+    )
     others = rows[~rows.metric.str.startswith("top")]
     whole = [tables.accuracy_table(accuracy) if len(networks) == 1 else tables.cross_table(accuracy)]
     if len(others):
-        whole = [tables.metric_table(rows)] if len(networks) == 1 else [*whole, tables.metric_table(tables.top1(first), others)]
+        whole = (
+            [tables.metric_table(rows)]
+            if len(networks) == 1
+            else [*whole, tables.metric_table(tables.top1(first), others)]
+        )
     if artefact.correlations:
         whole.append(tables.rank_correlations(first, others))
     if artefact.all_networks:
         whole.append(tables.correlations_by(rows, others))
-    pairs = artefact.pairs(list(dict.fromkeys(first.method)))
+    pairs = artefact.pairs(first)
     figure = artefact.figure(rows, whole_title) if artefact.all_networks else artefact.figure(first, title)
     plotting.keep(figure, str(out), artefact.name)
     small = one.scale == "small"
     trained = " and ".join(dict.fromkeys(accuracy.device))
     parts = [f"# {artefact.heading.format(where=' on the stand-in' if small else '')}"]
-    parts += [f"{whole_title}. Means ± sd over n generation seeds; trained on {trained}.", *(results.markdown(table, 3) for table in whole)]
+    parts += [
+        f"{whole_title}. Means ± sd over n generation seeds; trained on {trained}.",
+        *(results.markdown(table, 3) for table in whole),
+    ]
     parts += [artefact.note] if small else []
     if pairs:
-        parts.append("Paired differences in top-1 (same noise):\n\n- " + tables.verdict(tables.differences(tables.top1(first), pairs)).replace("\n", "\n- "))
+        parts.append(
+            "Paired differences in top-1 (same noise):\n\n- "
+            + tables.verdict(tables.differences(tables.top1(first), pairs)).replace("\n", "\n- ")
+        )
     if artefact.table is not None:
         paper = tables.reported(artefact.table)
         paper = paper[paper.ipc == str(one.ipc)] if str(one.ipc) in set(paper.ipc) else paper
-        parts += ["The paper's figures, which are for other data:" if small else "Beside the paper's figures:"]
-        parts += [results.markdown(tables.paper_table(paper) if small else tables.beside_paper(accuracy, paper, by=("dataset", "ipc", "network", "method")), 1)]
+        parts += [
+            "The paper's figures, which are for other data:" if small else "Beside the paper's figures:"
+        ]
+        parts += [
+            results.markdown(
+                tables.paper_table(paper)
+                if small
+                else tables.beside_paper(accuracy, paper, by=("dataset", "ipc", "network", "method")),
+                1,
+            )
+        ]
     files.write(out / f"{artefact.name}.md", "\n\n".join(part.strip() for part in parts if part) + "\n")
 
 
 def draw_all(base: Path, out: Path) -> dict[str, dict[str, str]]:
-    """Everything that `base` has data for, into `out`; the hashes of inputs and outputs (of those that no compression library has a hand in)."""
+    """Everything that `base` has data for, into `out`; the hashes of inputs and outputs (of those that no
+    compression library has a hand in).
+    """
     plotting.use_style()
     data = base / "data"
     there = [artefact for artefact in ARTEFACTS if (data / f"{artefact.source}.csv").is_file()]
-    inputs = {HERE / "igd.mplstyle", HERE / "data" / "paper_reported.csv", *(data / f"{artefact.source}.csv" for artefact in there)}
+    inputs = {
+        HERE / "igd.mplstyle",
+        HERE / "data" / "paper_reported.csv",
+        *(data / f"{artefact.source}.csv" for artefact in there),
+    }
     names = [f"{artefact.name}.{kind}" for artefact in there for kind in ("md", "svg")]
     for artefact in there:
         draw(artefact, data, out)
@@ -201,10 +306,13 @@ def draw_all(base: Path, out: Path) -> dict[str, dict[str, str]]:
             inputs, names = inputs | set(own), [*names, f"{name}.svg"]
     bench = data / "bench.json"
     if bench.is_file():
-        plotting.keep(plotting.bench(json.loads(bench.read_text())), str(out), "bench")
+        plotting.keep(speed.figure(json.loads(bench.read_text())), str(out), "bench")
         inputs, names = inputs | {bench}, [*names, "bench.svg"]
     return {
-        "inputs": {path.relative_to(base if path.is_relative_to(base) else HERE).as_posix(): files.sha256(path) for path in sorted(inputs)},
+        "inputs": {
+            path.relative_to(base if path.is_relative_to(base) else HERE).as_posix(): files.sha256(path)
+            for path in sorted(inputs)
+        },
         "outputs": {name: files.sha256(out / name) for name in sorted(names)},
     }
 
@@ -212,35 +320,69 @@ def draw_all(base: Path, out: Path) -> dict[str, dict[str, str]]:
 def stale() -> list[str]:
     """What is not as drawing it now would make it, a line a file; empty if nothing.
 
-    PNG files are compared by what they show, since a compression library has a hand in their bytes; of PDF files only that they are there.
+    PNG files are compared by what they show, since a compression library has a hand in their bytes; of PDF
+    files only that they are there.
     """
     with tempfile.TemporaryDirectory() as folder:
         wanted = draw_all(HERE, Path(folder))
         drawn = sorted(path.name for path in Path(folder).iterdir())
         lines = [f"file {name} is missing" for name in drawn if not (HERE / name).is_file()]
         pictures = [name for name in drawn if name.endswith(".png") and (HERE / name).is_file()]
-        lines += [f"file {name} shows something else" for name in pictures if not same_picture(HERE / name, Path(folder) / name)]
+        lines += [
+            f"file {name} shows something else"
+            for name in pictures
+            if not same_picture(HERE / name, Path(folder) / name)
+        ]
     present = json.loads((HERE / MANIFEST).read_text()) if (HERE / MANIFEST).is_file() else {}
-    lines += [f"{kind} {name}" for kind in wanted for name, value in wanted[kind].items() if present.get(kind, {}).get(name) != value]
-    lines += [f"{kind} {name} is no longer used or drawn" for kind in wanted for name in present.get(kind, {}) if name not in wanted[kind]]
-    return lines + [f"file {name}" for name, value in wanted["outputs"].items() if (HERE / name).is_file() and files.sha256(HERE / name) != value]
+    lines += [
+        f"{kind} {name}"
+        for kind in wanted
+        for name, value in wanted[kind].items()
+        if present.get(kind, {}).get(name) != value
+    ]
+    lines += [
+        f"{kind} {name} is no longer used or drawn"
+        for kind in wanted
+        for name in present.get(kind, {})
+        if name not in wanted[kind]
+    ]
+    return lines + [
+        f"file {name}"
+        for name, value in wanted["outputs"].items()
+        if (HERE / name).is_file() and files.sha256(HERE / name) != value
+    ]
 
 
 def same_picture(a: Path, b: Path) -> bool:
-    """Whether two PNG files show the same but for a rounding: equal sizes, less than one of 255 levels apart on average."""
+    """Whether two PNG files show the same but for a rounding: equal sizes, less than one of 255 levels apart
+    on average.
+    """
     one, other = (np.asarray(Image.open(path).convert("RGB"), dtype=float) for path in (a, b))
     return one.shape == other.shape and bool(np.abs(one - other).mean() < 1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="*", type=Path, help="take new rows over from here first")
-    parser.add_argument("--into", type=Path, default=HERE, help="where data are kept and figures drawn; default: this project's own")
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if one of this project's figures or tables is stale")
+    parser.add_argument(
+        "--into",
+        type=Path,
+        default=HERE,
+        help="where data are kept and figures drawn; default: this project's own",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="change nothing; fail if one of this project's figures or tables is stale",
+    )
     given = parser.parse_args(arguments)
     if given.check:
         lines = stale()
-        print("\n".join(["stale: run `make figures`", *lines]) if lines else "figures and tables are up to date")
+        print(
+            "\n".join(["stale: run `make figures`", *lines]) if lines else "figures and tables are up to date"
+        )
         return int(bool(lines))
     base = given.into.resolve()
     try:

@@ -10,11 +10,13 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
 
 import reference
-from igd_lib import data, notebook, standin
-from igd_lib.config import cache_dir, data_dir, reuse_memory
-from igd_lib.models import ConvNet
-from igd_lib.sampler import IGDPipeline
+from igd_lib.data import images as data
+from igd_lib.experiment import experiment, plan
+from igd_lib.models import standin
+from igd_lib.models.networks import ConvNet
+from igd_lib.pipeline import IGDPipeline
 from igd_lib.surrogate import Checkpoints
+from igd_lib.tools.machine import cache_dir, data_dir, reuse_memory
 
 reuse_memory()
 FOUND_DATA, FOUND_CACHE = data_dir(), cache_dir()  # before any test redirects them
@@ -60,7 +62,6 @@ def fashion_test(fashion_folder):
 @pytest.fixture
 def only_fashion(monkeypatch, tmp_path, fashion_folder) -> None:
     """A machine with Fashion-MNIST and nothing of the paper's: no images, no weights, no GPU."""
-    import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     def absent(*_, **__):
@@ -71,7 +72,7 @@ def only_fashion(monkeypatch, tmp_path, fashion_folder) -> None:
     (folder / "fashion-mnist").symlink_to(fashion_folder)
     monkeypatch.setenv("IGD_DATA", str(folder))
     monkeypatch.delenv("IGD_ALLOW_CPU", raising=False)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
+    monkeypatch.setattr(plan, "snapshot_download", absent)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
@@ -79,7 +80,7 @@ def only_fashion(monkeypatch, tmp_path, fashion_folder) -> None:
 def small_loads(monkeypatch, only_fashion, fashion_train, fashion_test):
     """Fashion-MNIST read once for all tests of this file, on a machine that has nothing else."""
     splits = {"train": fashion_train, "test": fashion_test}
-    monkeypatch.setattr(notebook, "load", lambda spec, split: splits[split])
+    monkeypatch.setattr(experiment, "load", lambda spec, split: splits[split])
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +97,9 @@ def standin_pipe() -> IGDPipeline:
 def tiny():
     """Factory: a random two-layer DiT, a random autoencoder (latents 4 x 8 x 8 of 16 px) and schedulers."""
 
-    def make(num_classes: int = 1000, out_channels: int = 4, dtype: torch.dtype = torch.float32) -> SimpleNamespace:
+    def make(
+        num_classes: int = 1000, out_channels: int = 4, dtype: torch.dtype = torch.float32
+    ) -> SimpleNamespace:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             transformer = DiTTransformer2DModel(
@@ -144,7 +147,7 @@ def tiny_pipe(tiny) -> IGDPipeline:
 
 @pytest.fixture(scope="session")
 def toy():
-    """Factory: three checkpoints of a ConvNet of 3 classes at 16 px, with unequal rates, and (3, 3, P) class gradients."""
+    """Factory: three checkpoints of a ConvNet of 3 classes, unequal rates, and (3, 3, P) class gradients."""
 
     def make(dtype: torch.dtype = torch.float32) -> SimpleNamespace:
         with torch.random.fork_rng():
@@ -152,9 +155,15 @@ def toy():
             models = [ConvNet(2, 3, 16, width=8).to(dtype).eval() for _ in range(3)]
             images = torch.rand(3, 4, 3, 16, 16, dtype=dtype) * 2 - 1  # four images of each class
         states = [model.state_dict() for model in models]
-        checkpoints = Checkpoints(models[0], [dict(state) for state in states], [0.0, 1.0, 2.0], [0.01, 0.02, 0.03])
-        gradients = [[reference.class_gradient(models[0], state, images[c], c) for c in range(3)] for state in states]
-        return SimpleNamespace(checkpoints=checkpoints, gradients=torch.stack([torch.stack(row) for row in gradients]))
+        checkpoints = Checkpoints(
+            models[0], [dict(state) for state in states], [0.0, 1.0, 2.0], [0.01, 0.02, 0.03]
+        )
+        gradients = [
+            [reference.class_gradient(models[0], state, images[c], c) for c in range(3)] for state in states
+        ]
+        return SimpleNamespace(
+            checkpoints=checkpoints, gradients=torch.stack([torch.stack(row) for row in gradients])
+        )
 
     return make
 

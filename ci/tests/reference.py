@@ -46,10 +46,24 @@ def deviation(latent: Tensor, memory: Tensor) -> Tensor:
 
 
 def trajectory(
-    models, scheduler, noise: Tensor, label: int, target: int, checkpoints, gradients, memory, guidance, fidelity,
-    *, cfg: float, steps: int, jacobian: str = "full", generator=None,
-) -> Tensor:  # fmt: skip
-    """Algorithm 1 for one image, with the update rules of DDPM (Ho et al., Eq. 7) or DDIM (Song et al., Eq. 12).
+    models,
+    scheduler,
+    noise: Tensor,
+    label: int,
+    target: int,
+    checkpoints,
+    gradients,
+    memory,
+    guidance,
+    fidelity,
+    *,
+    cfg: float,
+    steps: int,
+    jacobian: str = "full",
+    generator=None,
+) -> Tensor:
+    """Algorithm 1 for one image, with the update rules of DDPM (Ho et al., Eq. 7) or DDIM (Song et al.,
+    Eq. 12).
 
     noise: (C, h, w). Returns the final latent (C, h, w). Only the noise schedule is the scheduler's.
     """
@@ -64,14 +78,21 @@ def trajectory(
     weights = [rate / mean_rate for rate in checkpoints.learning_rates]
     z = noise
     for step, t in enumerate(timesteps):
-        guided = guidance.guided_range[0] <= steps - 1 - step + fidelity.range_counts_from <= guidance.guided_range[1]
+        guided = (
+            guidance.guided_range[0]
+            <= steps - 1 - step + fidelity.range_counts_from
+            <= guidance.guided_range[1]
+        )
         a = float(scheduler.alphas_cumprod[t])
         a_next = float(scheduler.alphas_cumprod[timesteps[step + 1]]) if step + 1 < steps else 1.0
         z = z.detach().requires_grad_(guided)
 
         # Classifier-free guidance, channel by channel.
         with torch.set_grad_enabled(guided and jacobian == "full"):
-            outputs = [transformer(z[None], timestep=torch.tensor([t]), class_labels=torch.tensor([c])).sample[0] for c in (label, null)]
+            outputs = [
+                transformer(z[None], timestep=torch.tensor([t]), class_labels=torch.tensor([c])).sample[0]
+                for c in (label, null)
+            ]
             conditional, unconditional = (output[:channels] for output in outputs)
             half, other = list(conditional), list(unconditional)
             for c in range(fidelity.cfg_channels or channels):
@@ -89,7 +110,13 @@ def trajectory(
                 losses.append(influence(image, target, checkpoints, gradients, weights))
             (gradient,) = torch.autograd.grad(sum(losses) / len(losses), z)
             scaled = (conditional if fidelity.eps == "conditional" else eps).detach()
-            rho = guidance.k * fidelity.rho_factor * math.sqrt(1 - a) * (scaled**2).sum().sqrt() / (gradient**2).sum().sqrt()
+            rho = (
+                guidance.k
+                * fidelity.rho_factor
+                * math.sqrt(1 - a)
+                * (scaled**2).sum().sqrt()
+                / (gradient**2).sum().sqrt()
+            )
             shift = shift + rho * gradient
             if len(memory):
                 (gradient,) = torch.autograd.grad(deviation(z, memory), z)
@@ -109,6 +136,10 @@ def trajectory(
                     if len(outputs[0]) == 2 * channels:  # learned range: between log(small) and log(beta)
                         share = (outputs[0][channels:] + 1) / 2
                     variance = torch.exp(share * math.log(beta) + (1 - share) * small.log())
-                    z_next = z_next + variance.sqrt() * torch.randn(1, *noise.shape, generator=generator, dtype=noise.dtype)[0]
+                    z_next = (
+                        z_next
+                        + variance.sqrt()
+                        * torch.randn(1, *noise.shape, generator=generator, dtype=noise.dtype)[0]
+                    )
             z = z_next - shift
     return z.detach()

@@ -5,12 +5,25 @@ from dataclasses import replace
 import pytest
 import torch
 
-from igd_lib import augment as module
-from igd_lib.augment import augment, centre, cutmix, normalise, resize, shuffle_patches
-from igd_lib.config import Protocol
+from igd_lib.data import augment as module
+from igd_lib.data.augment import augment, centre, cutmix, normalise, resize, shuffle_patches
+from igd_lib.protocols import Protocol
 
 HALF = (0.5, 0.5, 0.5)
-PLAIN = Protocol("plain", 32, HALF, HALF, "adamw", 1e-3, 0.01, crop_scale=(1.0, 1.0), flip=False, jitter=0.0, lighting=0.0, cutmix=0.0)
+PLAIN = Protocol(
+    "plain",
+    32,
+    HALF,
+    HALF,
+    "adamw",
+    1e-3,
+    0.01,
+    crop_scale=(1.0, 1.0),
+    flip=False,
+    jitter=0.0,
+    lighting=0.0,
+    cutmix=0.0,
+)
 
 
 def generator(seed=0):
@@ -43,7 +56,9 @@ def test_crop_keeps_its_share_of_the_area(pixels):
     """On a ramp in x and y the crop's extent can be read off: its area share is the drawn one."""
     ramp = torch.linspace(0, 1, 64)
     protocol = replace(PLAIN, image_size=64, crop_scale=(0.5, 1.0))
-    images = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64), torch.zeros(64, 64)]).expand(500, -1, -1, -1)
+    images = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64), torch.zeros(64, 64)]).expand(
+        500, -1, -1, -1
+    )
     found = augment(images, protocol, generator())
     width = (found[:, 0].amax((1, 2)) - found[:, 0].amin((1, 2))).double()
     height = (found[:, 1].amax((1, 2)) - found[:, 1].amin((1, 2))).double()
@@ -58,11 +73,13 @@ def test_crop_keeps_its_share_of_the_area(pixels):
 
 def test_crop_is_filled_from_inside_the_image(pixels):
     ones = torch.ones(64, 3, 32, 32)
-    torch.testing.assert_close(augment(ones, replace(PLAIN, crop_scale=(0.5, 1.0), flip=True), generator()), ones)
+    torch.testing.assert_close(
+        augment(ones, replace(PLAIN, crop_scale=(0.5, 1.0), flip=True), generator()), ones
+    )
 
 
 def test_jitter_by_hand(pixels):
-    """Grey images have nothing to saturate: brightness and contrast map x to an increasing function of x in [0, 1]."""
+    """Grey images have nothing to saturate: brightness and contrast map x to a growing function in [0, 1]."""
     found = augment(pixels, replace(PLAIN, jitter=0.4), generator())
     assert found.min() >= 0 and found.max() <= 1
     assert (found - pixels).abs().amax((1, 2, 3)).min() > 1e-3  # every image changes
@@ -122,16 +139,23 @@ def test_cutmix_off():
 
 
 def test_patch_shuffle_permutes_whole_patches():
-    """8 px in 2 strips a side: every image is one of the four arrangements of its quarters, each about equally often."""
+    """8 px in 2 strips a side: one of four arrangements of the quarters, each about equally often."""
     quarters = torch.tensor([[0.0, 1.0], [2.0, 3.0]]).repeat_interleave(4, 0).repeat_interleave(4, 1)
     found = shuffle_patches(quarters.expand(400, 3, 8, 8), 2, generator())
     seen = {}
     for image in found:
         assert torch.equal(image[0], image[1])
         corners = tuple(image[0, ::4, ::4].flatten().tolist())
-        assert torch.equal(image[0], torch.tensor(corners).reshape(2, 2).repeat_interleave(4, 0).repeat_interleave(4, 1))
+        assert torch.equal(
+            image[0], torch.tensor(corners).reshape(2, 2).repeat_interleave(4, 0).repeat_interleave(4, 1)
+        )
         seen[corners] = seen.get(corners, 0) + 1
-    assert set(seen) == {(0, 1, 2, 3), (1, 0, 3, 2), (2, 3, 0, 1), (3, 2, 1, 0)}  # columns swap together, and so do rows
+    assert set(seen) == {
+        (0, 1, 2, 3),
+        (1, 0, 3, 2),
+        (2, 3, 0, 1),
+        (3, 2, 1, 0),
+    }  # columns swap together, and so do rows
     assert min(seen.values()) > 60
 
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from ci.tests.test_distill import assert_same_pixels, latents, pixels, victim
-from igd_lib import cluster, notebook
-from igd_lib.config import IGD_HARD
-from igd_lib.distill import DistilledSet
-from igd_lib.evaluate import evaluate_all
-from igd_lib.methods import Method
+from igd_lib.evaluation import evaluate_all
+from igd_lib.experiment.experiment import prepare
+from igd_lib.experiment.methods import Method
+from igd_lib.protocols import IGD_HARD
+from igd_lib.sets.store import DistilledSet
+from igd_lib.tools import cluster
 
 ray = pytest.importorskip("ray")
 
@@ -27,7 +28,14 @@ def two_processors():
     """A local cluster of two processors, whatever the machine has; workers find the tests' modules."""
     paths = os.pathsep.join([os.getcwd(), os.path.join(os.getcwd(), "ci", "tests")])
     environment = {"env_vars": {"PYTHONPATH": paths, "IGD_QUIET": "1", "OMP_NUM_THREADS": "1"}}
-    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, runtime_env=environment, logging_level="warning")
+    ray.init(
+        num_cpus=2,
+        num_gpus=0,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env=environment,
+        logging_level="warning",
+    )
     yield
     ray.shutdown()
 
@@ -72,7 +80,7 @@ def test_a_dead_worker_s_chunk_is_taken_up_again(two_processors, tmp_path, whole
 
 
 def _workers() -> list[int]:
-    """The processes of this cluster's actors: descendants of this one that Ray has named after their class."""
+    """The processes of this cluster's actors: descendants of this one, named by Ray after their class."""
     parents, named = {}, []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -89,24 +97,32 @@ def _workers() -> list[int]:
 
 
 def test_evaluation_cells_as_tasks(two_processors, one_thread, tmp_path, toy_data):
-    options = dict(networks=["convnet1", "convnet2"], seeds=[0, 1], protocol=replace(IGD_HARD, image_size=16, epochs=2), device="cpu")
+    options = dict(
+        networks=["convnet1", "convnet2"],
+        seeds=[0, 1],
+        protocol=replace(IGD_HARD, image_size=16, epochs=2),
+        device="cpu",
+    )
     alone = evaluate_all(toy_data, toy_data, **options)
     spread = evaluate_all(toy_data, toy_data, ray=True, workers=2, folder=tmp_path, **options)
     assert [replace(score, seconds=0) for score in spread] == [replace(score, seconds=0) for score in alone]
     assert len(list(tmp_path.glob("*/score.json"))) == 4
 
 
-def test_notebooks_sample_on_a_cluster_where_one_is_named(two_processors, only_fashion, tmp_path, one_thread, monkeypatch):
+def test_notebooks_sample_on_a_cluster_where_one_is_named(
+    two_processors, only_fashion, tmp_path, one_thread, monkeypatch
+):
     """`IGD_RAY`: the same images, and they were made by workers."""
     found, chunks = {}, []
     run_all = cluster.run_all
-    monkeypatch.setattr(cluster, "run_all", lambda *given, **options: chunks.append(given[3]) or run_all(*given, **options))
+    monkeypatch.setattr(
+        cluster, "run_all", lambda *given, **options: chunks.append(given[3]) or run_all(*given, **options)
+    )
     for where in ("0", "1"):
         monkeypatch.setenv("IGD_RAY", where)
         monkeypatch.setenv("IGD_CACHE", str(tmp_path / where))
-        setup = notebook.prepare("01_nette_woof", "fashion-mnist", "smoke")
-        setup.fit_surrogate()
-        found[where] = setup.distilled(Method("DiT-IGD", setup.guidance), 1, 0)
+        made = prepare("01_nette_woof", "fashion-mnist", "smoke")
+        found[where] = made.set(Method(guidance=made.scale.guidance), 0, 1)
     assert len(chunks) == 1 and sum(map(len, chunks[0])) == len(found["1"].selected)
     assert_same_pixels(found["0"], found["1"])
 
@@ -139,7 +155,10 @@ def test_a_worker_without_a_place_holds_nothing_up(two_processors):
         ray.kill(other)
 
 
-@pytest.mark.parametrize(("machines", "count", "share"), [([2], 2, 1), ([16], 4, 4), ([3, 3], 3, 1), ([8, 8], 3, 4), ([7, 2], 2, 3), ([2, 2, 2], 3, 2)])
+@pytest.mark.parametrize(
+    ("machines", "count", "share"),
+    [([2], 2, 1), ([16], 4, 4), ([3, 3], 3, 1), ([8, 8], 3, 4), ([7, 2], 2, 3), ([2, 2, 2], 3, 2)],
+)
 def test_a_worker_s_processors_are_of_one_machine(machines, count, share):
     assert cluster.share_of(machines, count) == share
 

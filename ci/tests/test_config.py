@@ -8,23 +8,17 @@ from pathlib import Path
 import pytest
 
 from igd_lib.config import (
-    IGD_HARD,
-    MINIMAX_HARD,
     PAPER,
-    RDED_SOFT,
     RELEASED,
-    SMALL_HARD,
     Fidelity,
     Guidance,
-    Training,
-    cache_dir,
-    data_dir,
     fixed_checkpoints,
     flips,
     preset,
-    rded_soft,
     surrogate_training,
 )
+from igd_lib.protocols import IGD_HARD, MINIMAX_HARD, RDED_SOFT, SMALL_HARD, Training, rded_soft
+from igd_lib.tools.machine import cache_dir, data_dir
 
 
 def test_guided_range_covers_16_of_50_steps():
@@ -62,7 +56,12 @@ def test_bad_fidelity_raises(field):
 
 
 def test_misspelt_choices_raise():
-    for field, value in (("solver", "DDIM"), ("eps", "cond"), ("range_counts_from", 2), ("checkpoints", "all")):
+    for field, value in (
+        ("solver", "DDIM"),
+        ("eps", "cond"),
+        ("range_counts_from", 2),
+        ("checkpoints", "all"),
+    ):
         with pytest.raises(ValueError, match=f"Fidelity.{field} is one of"):
             Fidelity(**{field: value})
 
@@ -71,12 +70,23 @@ def test_paper_and_released_code():
     """The table of differences, by hand: field, released code, paper."""
     assert Fidelity() == RELEASED
     table = {
-        "solver": ("ddpm", "ddim"), "timestep_spacing": ("linspace", "leading"), "timestep_frequencies": ("original", "original"),
-        "cfg_channels": (3, None), "range_counts_from": (0, 1), "rho_factor": (0.0015, 1.0), "eps": ("combined", "conditional"),
-        "both_halves": (False, False), "backward": ("once", "once"), "clamp_images": (False, False), "memory_size": (64, None),
-        "gradient_images": (200, None), "checkpoints": ("fixed", "similarity"), "similarity": ("per_class", "mean"),
-        "surrogate": ("released", "paper"), "vae": ("stabilityai/sd-vae-ft-mse",) * 2,
-    }  # fmt: skip
+        "solver": ("ddpm", "ddim"),
+        "timestep_spacing": ("linspace", "leading"),
+        "timestep_frequencies": ("original", "original"),
+        "cfg_channels": (3, None),
+        "range_counts_from": (0, 1),
+        "rho_factor": (0.0015, 1.0),
+        "eps": ("combined", "conditional"),
+        "both_halves": (False, False),
+        "backward": ("once", "once"),
+        "clamp_images": (False, False),
+        "memory_size": (64, None),
+        "gradient_images": (200, None),
+        "checkpoints": ("fixed", "similarity"),
+        "similarity": ("per_class", "mean"),
+        "surrogate": ("released", "paper"),
+        "vae": ("stabilityai/sd-vae-ft-mse",) * 2,
+    }
     assert asdict(RELEASED) == {field: values[0] for field, values in table.items()}
     assert asdict(PAPER) == {field: values[1] for field, values in table.items()}
 
@@ -84,10 +94,20 @@ def test_paper_and_released_code():
 def test_flips_change_one_field_each():
     found = flips()
     assert list(found) == [
-        "solver=ddim", "timestep_spacing=leading", "cfg_channels=None", "range_counts_from=1", "rho_factor=1.0", "eps=conditional",
-        "memory_size=None", "gradient_images=None", "checkpoints=similarity", "similarity=mean", "surrogate=paper",
-        "both_halves=True", "clamp_images=True",
-    ]  # fmt: skip
+        "solver=ddim",
+        "timestep_spacing=leading",
+        "cfg_channels=None",
+        "range_counts_from=1",
+        "rho_factor=1.0",
+        "eps=conditional",
+        "memory_size=None",
+        "gradient_images=None",
+        "checkpoints=similarity",
+        "similarity=mean",
+        "surrogate=paper",
+        "both_halves=True",
+        "clamp_images=True",
+    ]
     for name, fidelity in found.items():
         changed = [field for field, value in asdict(fidelity).items() if value != asdict(RELEASED)[field]]
         assert changed == [name.split("=")[0]]
@@ -101,9 +121,16 @@ def test_fixed_checkpoints():
 
 def test_surrogate_training():
     ten = dict(epochs=50, lr=0.01, momentum=0.9, weight_decay=5e-4, batch_size=64)
-    assert surrogate_training(RELEASED, 10) == surrogate_training(PAPER, 10) == surrogate_training(PAPER, 1000) == ten
+    assert (
+        surrogate_training(RELEASED, 10)
+        == surrogate_training(PAPER, 10)
+        == surrogate_training(PAPER, 1000)
+        == ten
+    )
     # The released list for ImageNet-1K asks for epoch 52.
-    assert surrogate_training(RELEASED, 1000) == dict(epochs=52, lr=0.1, momentum=0.9, weight_decay=1e-4, batch_size=128)
+    assert surrogate_training(RELEASED, 1000) == dict(
+        epochs=52, lr=0.1, momentum=0.9, weight_decay=1e-4, batch_size=128
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,7 +145,9 @@ def test_surrogate_training():
     ],
 )
 def test_table_12(dataset, backbone, expected):
-    assert [preset(dataset, backbone, ipc) for ipc in (10, 50, 100)] == [Guidance(float(k), float(gamma)) for k, gamma in expected]
+    assert [preset(dataset, backbone, ipc) for ipc in (10, 50, 100)] == [
+        Guidance(float(k), float(gamma)) for k, gamma in expected
+    ]
     assert preset(dataset, backbone, 1) == preset(dataset, backbone, 10)
     assert preset(dataset, backbone, 99) == preset(dataset, backbone, 50)
 
@@ -133,7 +162,16 @@ def test_no_preset_raises():
 
 @pytest.mark.parametrize(
     ("ipc", "ten", "hundred"),
-    [(1, 3000, 2000), (10, 2000, 1300), (20, 1500, 1000), (50, 1500, 1000), (100, 1000, 600), (200, 1000, 600), (500, 500, 300), (1000, 300, 200)],
+    [
+        (1, 3000, 2000),
+        (10, 2000, 1300),
+        (20, 1500, 1000),
+        (50, 1500, 1000),
+        (100, 1000, 600),
+        (200, 1000, 600),
+        (500, 500, 300),
+        (1000, 300, 200),
+    ],
 )
 def test_epochs_by_ipc(ipc, ten, hundred):
     """Minimax's table; at 100 classes two thirds of it, rounded down to hundreds."""
@@ -155,14 +193,40 @@ def test_milestones_at_two_thirds_and_five_sixths(epochs):
 def test_hard_label_protocols_by_hand():
     """Every number of the two hard-label protocols."""
     shared = dict(
-        batch_size=64, momentum=0.9, labels="hard", schedule="multistep", milestones=(2 / 3, 5 / 6), lr_decay=0.2, crop_scale=(0.5, 1.0),
-        flip=True, jitter=0.4, lighting=0.1, cutmix=1.0, patch_factor=1, evaluations=100, reported="best", decay="all",
-    )  # fmt: skip
-    igd = dict(optimizer="adamw", lr=1e-3, weight_decay=0.01, image_size=256, mean=(0.5,) * 3, std=(0.5,) * 3, seeds=(0, 1, 2, 3, 4))
+        batch_size=64,
+        momentum=0.9,
+        labels="hard",
+        schedule="multistep",
+        milestones=(2 / 3, 5 / 6),
+        lr_decay=0.2,
+        crop_scale=(0.5, 1.0),
+        flip=True,
+        jitter=0.4,
+        lighting=0.1,
+        cutmix=1.0,
+        patch_factor=1,
+        evaluations=100,
+        reported="best",
+        decay="all",
+    )
+    igd = dict(
+        optimizer="adamw",
+        lr=1e-3,
+        weight_decay=0.01,
+        image_size=256,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        seeds=(0, 1, 2, 3, 4),
+    )
     minimax = dict(
-        optimizer="sgd", lr=0.01, weight_decay=5e-4, image_size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
+        optimizer="sgd",
+        lr=0.01,
+        weight_decay=5e-4,
+        image_size=224,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
         over_100_classes=(0.1, 1e-4, 128),
-    )  # fmt: skip
+    )
     for protocol, own in ((IGD_HARD, igd), (MINIMAX_HARD, minimax)):
         found = asdict(protocol)
         assert {key: found[key] for key in {**shared, **own}} == {**shared, **own}
@@ -171,19 +235,44 @@ def test_hard_label_protocols_by_hand():
 def test_soft_label_protocol_by_hand():
     """Every number of RDED's protocol."""
     expected = dict(
-        optimizer="adamw", betas=(0.9, 0.999), weight_decay=0.01, decay="matrices", epochs=300, schedule="half-cosine", labels="soft",
-        temperature=20.0, cutmix=1.0, patch_factor=2, crop_scale=(0.5, 1.0), flip=True, jitter=0.0, lighting=0.0, train_resize=0,
-        image_size=224, test_resize=256, seeds=(42,), reported="best", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
-    )  # fmt: skip
+        optimizer="adamw",
+        betas=(0.9, 0.999),
+        weight_decay=0.01,
+        decay="matrices",
+        epochs=300,
+        schedule="half-cosine",
+        labels="soft",
+        temperature=20.0,
+        cutmix=1.0,
+        patch_factor=2,
+        crop_scale=(0.5, 1.0),
+        flip=True,
+        jitter=0.0,
+        lighting=0.0,
+        train_resize=0,
+        image_size=224,
+        test_resize=256,
+        seeds=(42,),
+        reported="best",
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    )
     found = asdict(RDED_SOFT)
     assert {key: found[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize(
     ("network", "lr"),
-    [("timm/resnet18", 1e-3), ("resnet50", 1e-3), ("resnet101", 1e-3), ("convnet5", 1e-3), ("efficientnet_b0", 2e-3), ("mobilenetv2_100", 2.5e-3),
-     ("swinv2_tiny_window8_256", 1e-4)],
-)  # fmt: skip
+    [
+        ("timm/resnet18", 1e-3),
+        ("resnet50", 1e-3),
+        ("resnet101", 1e-3),
+        ("convnet5", 1e-3),
+        ("efficientnet_b0", 2e-3),
+        ("mobilenetv2_100", 2.5e-3),
+        ("swinv2_tiny_window8_256", 1e-4),
+    ],
+)
 def test_soft_label_rates_by_network(network, lr):
     assert RDED_SOFT.training(network, 10, 1000).lr == lr
     assert IGD_HARD.training(network, 10, 10).lr == 1e-3
@@ -191,17 +280,26 @@ def test_soft_label_rates_by_network(network, lr):
 
 def test_soft_label_batches():
     """10, 50, 100 at IPC 1, 10, 50, doubled at 100 and 1,000 classes; never more than there are images."""
-    batches = [[RDED_SOFT.training("resnet50", ipc, classes).batch_size for ipc in (1, 10, 50, 100)] for classes in (10, 100, 200, 1000)]
+    batches = [
+        [RDED_SOFT.training("resnet50", ipc, classes).batch_size for ipc in (1, 10, 50, 100)]
+        for classes in (10, 100, 200, 1000)
+    ]
     assert batches == [[10, 50, 100, 100], [20, 100, 200, 200], [10, 50, 100, 100], [20, 100, 200, 200]]
     assert RDED_SOFT.training("resnet50", 1, 3).batch_size == 3
 
 
 def test_minimax_rates_for_many_classes():
     """Over 100 classes lr 0.1, weight decay 1e-4, batches of 128 at least; at 100 still the others."""
-    assert MINIMAX_HARD.training("resnet18", 10, 1000) == Training(epochs=2000, batch_size=128, lr=0.1, weight_decay=1e-4)
-    assert MINIMAX_HARD.training("resnet18", 10, 100) == Training(epochs=1300, batch_size=64, lr=0.01, weight_decay=5e-4)
+    assert MINIMAX_HARD.training("resnet18", 10, 1000) == Training(
+        epochs=2000, batch_size=128, lr=0.1, weight_decay=1e-4
+    )
+    assert MINIMAX_HARD.training("resnet18", 10, 100) == Training(
+        epochs=1300, batch_size=64, lr=0.01, weight_decay=5e-4
+    )
     assert replace(MINIMAX_HARD, batch_size=256).training("resnet18", 10, 1000).batch_size == 256
-    assert IGD_HARD.training("resnet18", 50, 1000) == Training(epochs=1500, batch_size=64, lr=1e-3, weight_decay=0.01)
+    assert IGD_HARD.training("resnet18", 50, 1000) == Training(
+        epochs=1500, batch_size=64, lr=1e-3, weight_decay=0.01
+    )
 
 
 def test_when_networks_are_tested():
@@ -235,7 +333,7 @@ def test_folders_come_from_the_environment(monkeypatch, tmp_path):
 
 ZEROED_PAGES = """
 import resource, sys, torch
-from igd_lib.config import reuse_memory
+from igd_lib.tools.machine import reuse_memory
 if sys.argv[1] == "reuse":
     reuse_memory()
 torch.zeros(2**24).add_(1)  # 64 MiB
@@ -248,5 +346,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
 def test_memory_is_reused_rather_than_taken_anew():
-    pages = {mode: int(subprocess.run([sys.executable, "-c", ZEROED_PAGES, mode], capture_output=True, text=True, check=True).stdout) for mode in ("", "reuse")}
+    pages = {
+        mode: int(
+            subprocess.run(
+                [sys.executable, "-c", ZEROED_PAGES, mode], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for mode in ("", "reuse")
+    }
     assert pages["reuse"] < pages[""] / 2

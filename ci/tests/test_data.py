@@ -10,17 +10,20 @@ import pytest
 import torch
 from PIL import Image
 
-from igd_lib import data
-from igd_lib.data import load, read_image, read_images, to_float, to_uint8
-from igd_lib.datasets import DATASETS, DataSpec
-from igd_lib.sources import fashion
+from igd_lib.data import images as data
+from igd_lib.data.datasets import DATASETS, DataSpec
+from igd_lib.data.images import load, read_image, read_images, to_float, to_uint8
+from igd_lib.data.sources import fashion
 
 # --- Fashion-MNIST
 
 
 def sums(images) -> Counter:
     pixels = images.fetch(torch.arange(len(images)))[:, 0].contiguous().numpy()
-    return Counter((int(label), hashlib.md5(image.tobytes()).digest()) for label, image in zip(images.labels, pixels, strict=True))
+    return Counter(
+        (int(label), hashlib.md5(image.tobytes()).digest())
+        for label, image in zip(images.labels, pixels, strict=True)
+    )
 
 
 def test_splits_partition_the_training_images(fashion_train, fashion_test):
@@ -169,7 +172,9 @@ def test_labels_follow_the_given_class_order(animals):
     images = load(SPEC, "train", animals)
     assert images.classes == ("cat", "ant", "bee") and len(images) == 6
     for label, name in enumerate(images.classes):
-        torch.testing.assert_close(colour_of(images, label), torch.tensor(COLOURS[name]).float(), atol=3, rtol=0)
+        torch.testing.assert_close(
+            colour_of(images, label), torch.tensor(COLOURS[name]).float(), atol=3, rtol=0
+        )
     assert len(load(SPEC, "test", animals)) == 6  # from val/
 
 
@@ -190,7 +195,9 @@ def test_decoding_when_asked_equals_in_memory(animals, monkeypatch):
     monkeypatch.setattr(data, "from_tensors", None)  # must not be called
     lazy = load(SPEC, "train", animals)
     order = torch.tensor([4, 0, 5, 1])
-    assert torch.equal(lazy.fetch(order), in_memory.fetch(order)) and torch.equal(lazy.labels, in_memory.labels)
+    assert torch.equal(lazy.fetch(order), in_memory.fetch(order)) and torch.equal(
+        lazy.labels, in_memory.labels
+    )
 
 
 def test_holdout_of_an_image_folder(animals):
@@ -198,7 +205,9 @@ def test_holdout_of_an_image_folder(animals):
     train, validation = load(spec, "train", animals), load(spec, "validation", animals)
     assert train.labels.tolist() == validation.labels.tolist() == [0, 1, 2]
     whole = load(SPEC, "train", animals)
-    assert torch.equal(train.of_class(0), whole.of_class(0)[:1]) and torch.equal(validation.of_class(0), whole.of_class(0)[1:])
+    assert torch.equal(train.of_class(0), whole.of_class(0)[:1]) and torch.equal(
+        validation.of_class(0), whole.of_class(0)[1:]
+    )
     with pytest.raises(ValueError, match="no held-out validation split"):
         load(SPEC, "validation", animals)
 
@@ -237,7 +246,15 @@ def test_a_damaged_image_is_named(animals, damage, suffix):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path, quality=95)
     raw = path.read_bytes()
-    path.write_bytes({"cut": raw[: len(raw) // 2], "last bytes": raw[:-200], "header": raw[:30], "text": b"not an image", "empty": b""}[damage])
+    path.write_bytes(
+        {
+            "cut": raw[: len(raw) // 2],
+            "last bytes": raw[:-200],
+            "header": raw[:30],
+            "text": b"not an image",
+            "empty": b"",
+        }[damage]
+    )
     with pytest.raises(ValueError, match=rf"cannot read the image .*ant.1\.{suffix}"):
         load(SPEC, "train", animals)
 
@@ -260,10 +277,13 @@ def test_images_are_read_in_order_whatever_the_threads(tmp_path, monkeypatch, th
     images = read_images(paths, 8)
     assert images.shape == (40, 3, 8, 8) and read_images([], 8).shape == (0, 3, 8, 8)
     for i, image in enumerate(images):
-        assert torch.equal(image, torch.tensor([i, 2 * i, 255 - i], dtype=torch.uint8).reshape(3, 1, 1).expand(3, 8, 8))
+        assert torch.equal(
+            image, torch.tensor([i, 2 * i, 255 - i], dtype=torch.uint8).reshape(3, 1, 1).expand(3, 8, 8)
+        )
     for i in (30, 7):
         paths[i].write_bytes(b"not an image")
-    with pytest.raises(ValueError, match=r"cannot read the image .*7\.png"):  # the first, not the first to fail
+    # the first, not the first to fail
+    with pytest.raises(ValueError, match=r"cannot read the image .*7\.png"):
         read_images(paths, 8)
 
 
@@ -339,14 +359,24 @@ def test_exif_orientation_is_not_applied(tmp_path, mode):
     exif[0x0112] = 6  # to be turned by 90 degrees
     Image.fromarray(halves).convert(mode).save(tmp_path / "x.jpg", exif=exif, quality=100)
     image = read_image(tmp_path / "x.jpg", 16)
-    assert image[:, :6].float().mean() > 150 and image[:, 10:].float().mean() < 50  # the light half is still on top
-    assert torch.equal(image, torch.from_numpy(np.array(default_loader(str(tmp_path / "x.jpg")))).permute(2, 0, 1))
+    # the light half is still on top
+    assert image[:, :6].float().mean() > 150 and image[:, 10:].float().mean() < 50
+    assert torch.equal(
+        image, torch.from_numpy(np.array(default_loader(str(tmp_path / "x.jpg")))).permute(2, 0, 1)
+    )
 
 
 def test_resize_keeps_proportions_and_crops_the_centre(tmp_path):
-    """Four vertical stripes, 64 x 16 px: at size 8 only the inner two are left, and their border is in the middle."""
+    """Four vertical stripes, 64 x 16 px: at size 8 only the inner two are left, and their border is in
+    the middle.
+    """
     stripes = np.zeros((16, 64, 3), np.uint8)
-    stripes[:, :24], stripes[:, 24:32], stripes[:, 32:40], stripes[:, 40:] = 255, (200, 0, 0), (0, 200, 0), 255
+    stripes[:, :24], stripes[:, 24:32], stripes[:, 32:40], stripes[:, 40:] = (
+        255,
+        (200, 0, 0),
+        (0, 200, 0),
+        255,
+    )
     Image.fromarray(stripes).save(tmp_path / "x.png")
     image = read_image(tmp_path / "x.png", 8)
     assert image.shape == (3, 8, 8)

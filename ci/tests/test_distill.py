@@ -1,7 +1,6 @@
 """The class x IPC loop: resume, memory, batches of classes, and refusals."""
 
 import errno
-import hashlib
 import itertools
 import json
 import os
@@ -18,12 +17,14 @@ import pytest
 import torch
 from PIL import Image
 
-from igd_lib import distill as module
-from igd_lib import files
+from igd_lib import distillation as module
 from igd_lib.config import RELEASED, Guidance
-from igd_lib.data import to_uint8
-from igd_lib.distill import DistilledSet, distill, image_generator
+from igd_lib.data.images import to_uint8
+from igd_lib.distillation import distill, image_generator
+from igd_lib.sets.store import DistilledSet
 from igd_lib.surrogate import class_gradients
+from igd_lib.tools import files, keys
+from igd_lib.tools.version import git_revision
 
 GUIDANCE = Guidance(k=5.0, gamma=30.0, guided_range=(1, 4))
 
@@ -33,7 +34,9 @@ def run(tiny_pipe, toy, toy_data, tmp_path):
     """Factory: distil 3 images of each of the toy's 3 classes into a folder of `tmp_path`, in 6 steps."""
 
     def run(folder="set", **changes):
-        options = dict(ipc=3, guidance=GUIDANCE, checkpoints=toy().checkpoints, num_steps=6, label_ids=(4, 0, 9))
+        options = dict(
+            ipc=3, guidance=GUIDANCE, checkpoints=toy().checkpoints, num_steps=6, label_ids=(4, 0, 9)
+        )
         return distill(tiny_pipe, toy_data, out_dir=tmp_path / folder, **(options | changes))
 
     return run
@@ -41,10 +44,10 @@ def run(tiny_pipe, toy, toy_data, tmp_path):
 
 def test_shortcuts_reach_the_sampler_and_the_manifest(run, tiny):
     """A set made with one is another set, says so, and is not resumed without it."""
-    plain = run()
-    assert "shortcuts" not in plain.manifest["settings"] and plain.manifest["settings"]["jacobian"] == "full"
-    fast = run("fast", every=2, jacobian="decoder")
-    assert fast.manifest["settings"]["shortcuts"] == {"every": 2} and fast.manifest["settings"]["jacobian"] == "decoder"
+    plain, fast = run(), run("fast", every=2, jacobian="decoder")
+    none = {"jacobian": "full", "every": 1, "checkpoints_per_step": None, "guidance_decoder": None}
+    assert plain.manifest["settings"]["shortcuts"] == none
+    assert fast.manifest["settings"]["shortcuts"] == none | {"every": 2, "jacobian": "decoder"}
     assert not torch.equal(latents(fast), latents(plain))
     assert torch.equal(latents(run("defaults", every=1, checkpoints_per_step=None)), latents(plain))
     with pytest.raises(ValueError, match="other settings"):
@@ -85,32 +88,48 @@ def test_a_finished_set(run, tiny_pipe, tmp_path):
     assert images.shape == (9, 3, 16, 16) and images.dtype == torch.uint8
     assert len({image.numpy().tobytes() for image in images}) == 9
     # Pixels are the decoded latents; PNG keeps them exactly.
-    torch.testing.assert_close(images[3:6].int(), to_uint8(tiny_pipe.decode(found.latents(1))).int(), rtol=0, atol=1)
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "set/images/00001/00002.png")), images[5].permute(1, 2, 0).numpy())
+    torch.testing.assert_close(
+        images[3:6].int(), to_uint8(tiny_pipe.decode(found.latents(1))).int(), rtol=0, atol=1
+    )
+    assert np.array_equal(
+        np.asarray(Image.open(tmp_path / "set/images/00001/00002.png")), images[5].permute(1, 2, 0).numpy()
+    )
     assert not temporary_files(tmp_path)
 
 
 def test_the_manifest_says_how_it_was_made(run):
     manifest = run(seed=3).manifest
-    assert manifest["classes"] == ["a", "b", "c"] and manifest["label_ids"] == [4, 0, 9] and manifest["seed"] == 3
+    assert (
+        manifest["classes"] == ["a", "b", "c"]
+        and manifest["label_ids"] == [4, 0, 9]
+        and manifest["seed"] == 3
+    )
     assert manifest["settings"]["guidance"] == {"k": 5.0, "gamma": 30.0, "guided_range": [1, 4]}
     assert manifest["settings"]["fidelity"]["rho_factor"] == RELEASED.rho_factor
-    assert {"igd_lib", "torch", "diffusers"} <= manifest["versions"].keys()
+    assert manifest["versions"].keys() == {"igd_lib", "torch", "diffusers", "python"}
+    assert manifest["revision"] == git_revision()
 
 
 def test_each_image_has_its_own_generator():
     draws = {
-        tuple(torch.randn(3, generator=image_generator(seed, label, index)).tolist()) for seed in range(3) for label in range(3) for index in range(3)
+        tuple(torch.randn(3, generator=image_generator(seed, label, index)).tolist())
+        for seed in range(3)
+        for label in range(3)
+        for index in range(3)
     }
     assert len(draws) == 27
     assert torch.equal(*(torch.randn(3, generator=image_generator(1, 2, 3)) for _ in range(2)))
 
 
 def test_each_image_starts_from_its_own_generator(run, tiny_pipe):
-    """Image `index` of a class is what the pipeline makes of that image's generator and the diffusion model's class id."""
+    """An image is what the pipeline makes of its own generator and the diffusion model's class id."""
     found = run(guidance=None, checkpoints=None, seed=5)
     for label, index in ((0, 0), (1, 2), (2, 1)):
-        options = dict(num_inference_steps=6, output_type="latent", generator=[image_generator(5, (4, 0, 9)[label], index)])
+        options = dict(
+            num_inference_steps=6,
+            output_type="latent",
+            generator=[image_generator(5, (4, 0, 9)[label], index)],
+        )
         expected = tiny_pipe([(4, 0, 9)[label]], **options).images
         torch.testing.assert_close(found.latents(label)[index], expected[0], rtol=1e-3, atol=1e-4)
 
@@ -120,16 +139,25 @@ def test_each_class_is_guided_by_its_own_gradients_and_label(run, tiny_pipe, toy
     found, checkpoints = run(), toy().checkpoints
     for label in range(3):
         expected = tiny_pipe(
-            [(4, 0, 9)[label]], num_inference_steps=6, output_type="latent", generator=[image_generator(0, (4, 0, 9)[label], 0)],
-            guidance=GUIDANCE, checkpoints=checkpoints, targets=torch.tensor([label]), memory=[torch.empty(0, 4, 8, 8)],
+            [(4, 0, 9)[label]],
+            num_inference_steps=6,
+            output_type="latent",
+            generator=[image_generator(0, (4, 0, 9)[label], 0)],
+            guidance=GUIDANCE,
+            checkpoints=checkpoints,
+            targets=torch.tensor([label]),
+            memory=[torch.empty(0, 4, 8, 8)],
             gradients=class_gradients(checkpoints, toy_data.of_class(label), label)[:, None],
-        ).images  # fmt: skip
+        ).images
         torch.testing.assert_close(found.latents(label)[0], expected[0], rtol=1e-3, atol=2e-4)
 
 
 def test_noise_is_the_same_for_every_method(run):
     """Vanilla, guided and deviation-only sets start from the same noise: k = gamma = 0 is vanilla."""
-    vanilla, zero = run("vanilla", guidance=None, checkpoints=None), run("zero", guidance=Guidance(0.0, 0.0, (1, 4)))
+    vanilla, zero = (
+        run("vanilla", guidance=None, checkpoints=None),
+        run("zero", guidance=Guidance(0.0, 0.0, (1, 4))),
+    )
     torch.testing.assert_close(latents(zero), latents(vanilla), rtol=1e-3, atol=1e-4)
     assert not torch.allclose(latents(run("guided")), latents(vanilla), rtol=1e-3)
 
@@ -158,7 +186,9 @@ def test_a_run_cut_short_resumes_to_the_same_images(run, monkeypatch, tmp_path, 
     assert sum(cut.finished(label) for label in range(3)) == 4
     monkeypatch.setattr(module.files, "write", real)
     resumed = run("cut", **options)
-    assert torch.equal(pixels(resumed), pixels(whole)) and torch.equal(latents(resumed), latents(whole))  # to the last bit
+    assert torch.equal(pixels(resumed), pixels(whole)) and torch.equal(
+        latents(resumed), latents(whole)
+    )  # to the last bit
     assert resumed.verify() == []
 
 
@@ -177,7 +207,9 @@ def test_only_missing_images_are_sampled_again(run, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "_sample", spy)
     assert torch.equal(pixels(run(batch_classes=1)), whole)
     assert sorted(sampled) == [(1, 1), (1, 2), (2, 2)]
-    changed = {path.parent.name + "/" + path.name for path, time in kept.items() if path.stat().st_mtime_ns != time}
+    changed = {
+        path.parent.name + "/" + path.name for path, time in kept.items() if path.stat().st_mtime_ns != time
+    }
     assert changed <= {"00001/00002.png"}
     sampled.clear()
     run()
@@ -198,7 +230,9 @@ def test_a_part_of_the_classes_gives_the_same_images(run):
 
 
 def test_given_gradients_equal_computed_ones(run, toy, toy_data):
-    gradients = torch.stack([class_gradients(toy().checkpoints, toy_data.of_class(label), label) for label in range(3)], dim=1)
+    gradients = torch.stack(
+        [class_gradients(toy().checkpoints, toy_data.of_class(label), label) for label in range(3)], dim=1
+    )
     given = run("given", gradients=gradients)
     torch.testing.assert_close(latents(given), latents(run("computed")), rtol=1e-3, atol=1e-4)
 
@@ -207,8 +241,11 @@ def test_given_gradients_equal_computed_ones(run, toy, toy_data):
 
 
 def test_later_images_depend_on_earlier_ones(run):
-    """Image 0 of a class equals the memoryless run's; images 1, 2 do not, and lie further from their predecessors."""
-    alone, remembered = (latents(run(name, guidance=Guidance(0.0, gamma, (1, 4)))) for name, gamma in (("alone", 0.0), ("memory", 30.0)))
+    """Image 0 of a class equals the memoryless run's; images 1, 2 do not, and lie further from it."""
+    alone, remembered = (
+        latents(run(name, guidance=Guidance(0.0, gamma, (1, 4))))
+        for name, gamma in (("alone", 0.0), ("memory", 30.0))
+    )
     torch.testing.assert_close(remembered[:, 0], alone[:, 0], rtol=1e-3, atol=1e-4)
     for j in (1, 2):
         assert ((remembered[:, j] - alone[:, j]).flatten(1).norm(dim=1) > 1e-2).all()
@@ -221,7 +258,9 @@ def test_later_images_depend_on_earlier_ones(run):
 
 def test_classes_do_not_share_their_memory(run, tiny_pipe, toy_data):
     """Class b alone equals class b beside the others."""
-    torch.testing.assert_close(run("alone", classes=[1]).latents(1), run("beside").latents(1), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        run("alone", classes=[1]).latents(1), run("beside").latents(1), rtol=1e-3, atol=1e-4
+    )
 
 
 # --- refusals
@@ -232,28 +271,28 @@ def test_classes_do_not_share_their_memory(run, tiny_pipe, toy_data):
     [
         (dict(ipc=4), "ipc = 3, wanted 4"),
         (dict(seed=1), "seed = 0, wanted 1"),
-        (dict(guidance=replace(GUIDANCE, gamma=31.0)), r"settings\.guidance\.gamma = 30\.0, wanted 31\.0"),
-        (dict(guidance=None), "settings.guidance"),
-        (dict(fidelity=replace(RELEASED, memory_size=None)), r"settings\.fidelity\.memory_size = 64, wanted None"),
-        (dict(cfg_scale=1.5), r"settings\.cfg_scale = 4\.0, wanted 1\.5"),
+        (dict(guidance=replace(GUIDANCE, gamma=31.0)), r"guidance\.gamma = 30, wanted 31"),
+        (dict(guidance=None), r"guidance = \{.*\}, wanted None"),
+        (dict(fidelity=replace(RELEASED, memory_size=None)), r"fidelity\.memory_size = 64, wanted None"),
+        (dict(cfg_scale=1.5), r"cfg_scale = 4, wanted 1\.5"),
         (dict(num_steps=7), "num_steps = 6, wanted 7"),
-        (dict(jacobian="decoder"), "jacobian = full, wanted decoder"),
-        (dict(label_ids=(4, 0, 8)), "label_ids"),
-        (dict(classes=[0]), "selected"),
+        (dict(jacobian="decoder"), r"shortcuts\.jacobian = full, wanted decoder"),
+        (dict(label_ids=(4, 0, 8)), r"label_ids\[2\] = 9, wanted 8"),
+        (dict(classes=[0]), r"selected = \[0, 1, 2\], wanted \[0\]"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_other_settings_into_the_same_folder_are_refused(run, tmp_path, changes, named):
     run(classes=None)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=f"holds a set of other settings: {named}; choose another out_dir"):
         run(**changes)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_other_checkpoints_into_the_same_folder_are_refused(run, toy):
     run()
-    with pytest.raises(ValueError, match="checkpoint_epochs"):
+    with pytest.raises(ValueError, match=r"settings: checkpoints\.epochs = \[0, 1, 2\], wanted \[0, 2\]"):
         run(checkpoints=toy().checkpoints.keep([0, 2]))
 
 
@@ -261,30 +300,57 @@ def test_other_checkpoints_into_the_same_folder_are_refused(run, toy):
 def test_other_weights_of_the_same_architecture_are_refused(run, tmp_path, toy, tiny_pipe, part):
     """A set never mixes the images of two models, such as DiT and its Minimax fine-tuning."""
     found = run()
-    assert set(found.manifest["settings"]["weights"]) == {"transformer", "vae", "checkpoints"}
+    assert {"transformer", "vae", "checkpoints"} <= found.manifest["settings"].keys()
     found.image_path(2, 2).unlink()
     if part == "checkpoints":
         own = toy().checkpoints
-        own.states[0] = {name: value + (0.01 if value.is_floating_point() else 0) for name, value in own.states[0].items()}
-        with pytest.raises(ValueError, match=r"other settings: settings\.weights\.checkpoints\[0\]"):
+        own.states[0] = {
+            name: value + (0.01 if value.is_floating_point() else 0) for name, value in own.states[0].items()
+        }
+        with pytest.raises(ValueError, match=r"other settings: checkpoints\.weights\[0\] = "):
             run(checkpoints=own)
         return
     parameter = next(getattr(tiny_pipe, part).parameters())
     before = parameter.detach().clone()
     try:
         parameter.data += 0.01
-        with pytest.raises(ValueError, match=rf"other settings: settings\.weights\.{part} = "):
+        with pytest.raises(ValueError, match=rf"other settings: {part} = "):
             run()
     finally:
         parameter.data.copy_(before)
     assert run().verify() == []
 
 
-def test_the_settings_hash_is_that_of_everything_else(run):
-    one, same, other = run(), run("same"), run("other", seed=1)
-    assert one.manifest["settings_hash"] == same.manifest["settings_hash"] != other.manifest["settings_hash"]
-    rest = {key: value for key, value in one.manifest.items() if key not in ("settings_hash", "versions")}
-    assert one.manifest["settings_hash"] == hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:12]
+def test_the_key_is_that_of_the_settings(run):
+    """Whatever the seed and the selection, which the manifest has beside them; nothing else is left out."""
+    one, same, other = run(), run("same"), run("other", cfg_scale=1.5)
+    seed, part = run("seed", seed=1), run("part", classes=[1])
+    assert one.manifest["key"] == same.manifest["key"] != other.manifest["key"]
+    assert seed.manifest["key"] == part.manifest["key"] == one.manifest["key"]
+    for found in (one, other):
+        manifest = found.manifest
+        assert (manifest["kind"], manifest["schema"]) == ("set", keys.SCHEMA["set"])
+        assert manifest["key"] == keys.key("set", manifest["settings"])
+        beside = {"kind", "schema", "key", "settings", "seed", "selected", "revision", "versions"}
+        assert manifest.keys() - beside == manifest["settings"].keys() & manifest.keys()
+        assert all(manifest[name] == manifest["settings"][name] for name in manifest.keys() - beside)
+
+
+def test_another_schema_s_set_is_refused(run, monkeypatch):
+    run()
+    monkeypatch.setitem(keys.SCHEMA, "set", keys.SCHEMA["set"] + 1)
+    with pytest.raises(ValueError, match="it was made under schema 1 of 'set', results now are of schema 2"):
+        run()
+
+
+def test_a_set_keeps_the_revision_that_began_it(run, monkeypatch):
+    """A resumed one too: another revision with the same key is no other set."""
+    monkeypatch.setattr(module, "git_revision", lambda: "0123456789ab+")
+    found = run()
+    assert found.revision == found.manifest["revision"] == "0123456789ab+"
+    found.image_path(1, 2).unlink()
+    monkeypatch.setattr(module, "git_revision", lambda: "ba9876543210")
+    assert run().revision == "0123456789ab+" and found.verify() == []
 
 
 def test_checkpoints_do_not_matter_without_influence_guidance(run):
@@ -322,7 +388,9 @@ def test_a_damaged_manifest_is_named(run, tmp_path, damage):
             attempt()
 
 
-@pytest.mark.parametrize(("kind", "damage"), [("latents", b"x"), ("latents", None), ("images", b"garbage"), ("images", None)])
+@pytest.mark.parametrize(
+    ("kind", "damage"), [("latents", b"x"), ("latents", None), ("images", b"garbage"), ("images", None)]
+)
 def test_a_run_goes_on_from_the_last_image_before_a_damaged_one(run, kind, damage, capsys):
     """Replaced by garbage, or cut in half; in the class that is not finished and in one that is."""
     whole, cut = run("whole"), run()
@@ -331,7 +399,11 @@ def test_a_run_goes_on_from_the_last_image_before_a_damaged_one(run, kind, damag
         path = cut.image_path(label, 1) if kind == "images" else cut.latent_path(label, 1)
         path.write_bytes(damage or path.read_bytes()[: path.stat().st_size // 2])
     found = run()
-    assert found.verify() == [] and torch.equal(pixels(found), pixels(whole)) and torch.equal(latents(found), latents(whole))
+    assert (
+        found.verify() == []
+        and torch.equal(pixels(found), pixels(whole))
+        and torch.equal(latents(found), latents(whole))
+    )
     said = capsys.readouterr().out
     assert "class 0, image 1: cannot be read" in said and "class 1, image 1: cannot be read" in said
 
@@ -389,7 +461,12 @@ def small_disk(tmp_path):
     """A file system of its own, too small for the set; a function that makes it large enough. Needs root."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if shutil.which("mount") is None or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(disk)], capture_output=True).returncode:
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(disk)], capture_output=True
+        ).returncode
+    ):
         pytest.skip("no file system can be mounted here")
     yield disk, lambda: subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
     subprocess.run(["umount", "-l", str(disk)], check=True)
@@ -398,14 +475,20 @@ def small_disk(tmp_path):
 def test_a_disk_that_is_really_full(run, small_disk):
     disk, enlarge = small_disk
     whole = run("whole")
-    with pytest.raises(OSError, match=r"cannot write .*disk.*No space left on device\. Free space or choose another folder"):
+    with pytest.raises(
+        OSError, match=r"cannot write .*disk.*No space left on device\. Free space or choose another folder"
+    ):
         run("disk/set")
     assert not temporary_files(disk) and 0 < len(list(disk.rglob("*.png"))) < 9
     for path in disk.rglob("*.png"):
         Image.open(path).load()
     enlarge()
     found = run("disk/set")
-    assert torch.equal(pixels(found), pixels(whole)) and torch.equal(latents(found), latents(whole)) and found.verify() == []
+    assert (
+        torch.equal(pixels(found), pixels(whole))
+        and torch.equal(latents(found), latents(whole))
+        and found.verify() == []
+    )
 
 
 def test_a_set_can_be_moved(run, tmp_path):
@@ -432,10 +515,16 @@ def damage_all(folder: Path) -> dict[str, str]:
     (folder / "images" / "00000" / ".00001.png.abc.tmp").write_bytes(b"half")
     (folder / "notes.txt").write_text("mine")
     return {
-        "garbage": "class 0, image 1: cannot be read", "truncated": "class 0, image 2: cannot be read", "changed": "class 1, image 0: another image",
-        "exchanged": "class 1, image 1: another image", "no image": "class 1, image 2: no image", "gone": "class 2, image 0: missing",
-        "small": "class 2, image 1: 8 x 8 px", "leftover": "images/00000/.00001.png.abc.tmp: no part", "foreign": "notes.txt: no part",
-    }  # fmt: skip
+        "garbage": "class 0, image 1: cannot be read",
+        "truncated": "class 0, image 2: cannot be read",
+        "changed": "class 1, image 0: another image",
+        "exchanged": "class 1, image 1: another image",
+        "no image": "class 1, image 2: no image",
+        "gone": "class 2, image 0: missing",
+        "small": "class 2, image 1: 8 x 8 px",
+        "leftover": "images/00000/.00001.png.abc.tmp: no part",
+        "foreign": "notes.txt: no part",
+    }
 
 
 def test_verify_finds_every_damage_and_distill_makes_it_good(run, tmp_path):
@@ -444,7 +533,9 @@ def test_verify_finds_every_damage_and_distill_makes_it_good(run, tmp_path):
     assert found.verify() == []
     expected = damage_all(tmp_path / "set")
     said = found.verify()
-    assert len(said) == len(expected) and all(line.startswith(start) for line, start in zip(said, expected.values(), strict=True))
+    assert len(said) == len(expected) and all(
+        line.startswith(start) for line, start in zip(said, expected.values(), strict=True)
+    )
     assert found.verify(repair=True) == said
     assert [found.finished(label) for label in range(3)] == [1, 0, 0]
     again = run()
@@ -466,7 +557,10 @@ def test_a_second_run_into_the_same_folder_is_refused(run, tmp_path, monkeypatch
 
     def meddle(*arguments):
         monkeypatch.setattr(module, "_sample", real)
-        with pytest.raises(BlockingIOError, match=rf"in use by a run that samples into it \(process {os.getpid()} on .*\); wait"):
+        with pytest.raises(
+            BlockingIOError,
+            match=rf"in use by a run that samples into it \(process {os.getpid()} on .*\); wait",
+        ):
             run()
         return real(*arguments)
 
@@ -503,7 +597,12 @@ def test_a_second_run_can_wait_for_the_first(run, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_sample", spy)
     found = run()
     other.join(60)
-    assert ended == [[]] and found.verify() == [] and "second" not in sampled and not (tmp_path / "set" / ".lock").exists()
+    assert (
+        ended == [[]]
+        and found.verify() == []
+        and "second" not in sampled
+        and not (tmp_path / "set" / ".lock").exists()
+    )
 
 
 def test_a_finished_set_needs_no_lock(run, tmp_path):
@@ -522,7 +621,7 @@ def test_leftovers_of_a_killed_run_are_removed(run, tmp_path):
 
 
 def test_a_clock_that_jumps_changes_nothing(run, monkeypatch):
-    """Neither by its readings nor by the times of files that a run finds: some in the future, some in 1970."""
+    """Neither by its readings nor by the times of files found: some in the future, some in 1970."""
     whole, cut = run("whole"), run()
     for position, path in enumerate(sorted(path for path in cut.path.rglob("*") if path.is_file())):
         os.utime(path, (4e9, 4e9) if position % 2 else (0, 0))
@@ -545,17 +644,21 @@ victim(sys.argv[1])
 def victim(folder, ipc: int = 4, **options) -> DistilledSet:
     """Distils 10 classes of random models, slowly enough to be killed on the way."""
     from ci.bench.shapes import tiny_models
-    from igd_lib.data import from_tensors
-    from igd_lib.models import ConvNet
-    from igd_lib.sampler import IGDPipeline
+    from igd_lib.data.images import from_tensors
+    from igd_lib.models.networks import ConvNet
+    from igd_lib.pipeline import IGDPipeline
     from igd_lib.surrogate import Checkpoints
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pipe, model = IGDPipeline(*tiny_models(10)), ConvNet(2, 10, 16, width=8).eval()
     pipe.set_progress_bar_config(disable=True)
-    images = torch.randint(0, 256, (20, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    dataset = from_tensors("victim", "train", [str(label) for label in range(10)], images, torch.arange(10).repeat_interleave(2))
+    images = torch.randint(
+        0, 256, (20, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
+    dataset = from_tensors(
+        "victim", "train", [str(label) for label in range(10)], images, torch.arange(10).repeat_interleave(2)
+    )
     checkpoints = Checkpoints(model, [model.state_dict()], [0.0], [0.01])
     guided = dict(guidance=Guidance(5.0, 7.5, (1, 2)), checkpoints=checkpoints, num_steps=4)
     return distill(pipe, dataset, ipc=ipc, out_dir=folder, batch_classes=5, **guided, **options)
@@ -564,15 +667,28 @@ def victim(folder, ipc: int = 4, **options) -> DistilledSet:
 def killed_at_random(folder: Path, times: int, ipc: int = 4, seed: int = 0) -> int:
     """Start `victim` and kill -9 it `times` over, then let it end. Returns how often it was killed at work.
 
-    In turn soon after it starts (manifest, lock, clean-up, reading what is there) and once a random number of images is there.
+    In turn soon after it starts (manifest, lock, clean-up, reading what is there) and once a random number of
+    images is there.
     """
     import random
 
-    environment = {**os.environ, "IGD_QUIET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([".", "ci/tests"])}
+    environment = {
+        **os.environ,
+        "IGD_QUIET": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([".", "ci/tests"]),
+    }
     draw, killed, last = random.Random(seed), 0, 0
-    command = [sys.executable, "-c", VICTIM.replace("victim(sys.argv[1])", f"victim(sys.argv[1], ipc={ipc})"), str(folder)]
+    command = [
+        sys.executable,
+        "-c",
+        VICTIM.replace("victim(sys.argv[1])", f"victim(sys.argv[1], ipc={ipc})"),
+        str(folder),
+    ]
     for number in range(times):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
         process.stdout.readline()  # its imports are done
         if number % 2:
             target = draw.randint(last, last + 20 * ipc // times)

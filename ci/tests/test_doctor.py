@@ -7,18 +7,25 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from click.testing import CliRunner
 
-from igd_lib import doctor
-from igd_lib.__main__ import main
+from igd_lib.__main__ import igd
+from igd_lib.experiment import doctor
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_doctor_says_what_is_here(only_fashion, capsys):
-    assert main(["doctor"]) == 0
-    said = capsys.readouterr().out
-    for expected in ("no CUDA GPU", "fashion-mnist: found", "stand-in fashion-mnist: found", "facebook/DiT-XL-2-256", "Inception-V3 (FID): "):
+def test_doctor_says_what_is_here(only_fashion):
+    told = CliRunner().invoke(igd, ["doctor"])
+    assert told.exit_code == 0
+    said = told.output
+    for expected in (
+        "no CUDA GPU",
+        "fashion-mnist: found",
+        "stand-in fashion-mnist: found",
+        "facebook/DiT-XL-2-256",
+        "Inception-V3 (FID): ",
+    ):
         assert expected in said, expected
     assert re.search(r"\d+ cores .* GiB of memory", said) and re.search(r"IGD_CACHE: .* GiB free", said)
     assert re.search(r"imagenet: .*imagenet", said)
@@ -26,7 +33,9 @@ def test_doctor_says_what_is_here(only_fashion, capsys):
 
 def test_every_notebook_has_its_line(only_fashion):
     lines = doctor.notebooks()
-    assert [line.split(":")[0] for line in lines] == sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    assert [line.split(":")[0] for line in lines] == sorted(
+        path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")
+    )
     assert all(": small (" in line for line in lines)
 
 
@@ -42,20 +51,30 @@ def test_a_folder_that_cannot_be_written_is_seen(monkeypatch):
 
 
 def test_doctor_speaks_where_a_package_is_missing():
-    """In a process of its own, where timm cannot be imported: the rest is reported, and what could not be looked at."""
-    code = "import sys; sys.modules['timm'] = None; from igd_lib.__main__ import main; sys.exit(main(['doctor']))"
-    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    """In a process of its own, without timm: the rest is reported, and what could not be looked at."""
+    code = "import sys; sys.modules['timm'] = None; from igd_lib.__main__ import igd; igd(['doctor'])"
+    said = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert "NOT LOOKED AT, ModuleNotFoundError: " in said and "timm" in said and "Python 3." in said
 
 
-def test_verify_by_command(tmp_path, tiny_pipe, toy_data, capsys):
-    from igd_lib.distill import distill
+def test_verify_by_command(tmp_path, tiny_pipe, toy_data):
+    from igd_lib.distillation import distill
 
-    found = distill(tiny_pipe, toy_data, ipc=1, guidance=None, checkpoints=None, out_dir=tmp_path / "set", num_steps=2)
-    assert main(["verify", str(tmp_path / "set")]) == 0 and "complete" in capsys.readouterr().out
+    found = distill(
+        tiny_pipe, toy_data, ipc=1, guidance=None, checkpoints=None, out_dir=tmp_path / "set", num_steps=2
+    )
+    run = CliRunner().invoke
+    told = run(igd, ["verify", str(tmp_path / "set")])
+    assert told.exit_code == 0 and "complete" in told.output
     found.image_path(1, 0).write_bytes(b"x")
-    assert main(["verify", str(tmp_path / "set"), "--repair"]) == 1
-    assert "class 1, image 0: cannot be read" in capsys.readouterr().out and not found.image_path(1, 0).exists()
-    assert main(["verify", str(tmp_path)]) == 2 and "no distilled set" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["treat"])
+    told = run(igd, ["verify", str(tmp_path / "set"), "--repair"])
+    assert (
+        told.exit_code == 1
+        and "class 1, image 0: cannot be read" in told.output
+        and not found.image_path(1, 0).exists()
+    )
+    told = run(igd, ["verify", str(tmp_path)])
+    assert told.exit_code == 2 and "no distilled set" in told.stderr
+    assert run(igd, ["treat"]).exit_code == 2

@@ -10,29 +10,30 @@ from dataclasses import replace
 import pytest
 import torch
 
-from igd_lib import evaluate as module
-from igd_lib.config import IGD_HARD, MINIMAX_HARD, RDED_SOFT, Protocol
-from igd_lib.data import from_tensors
-from igd_lib.evaluate import (
-    Teacher,
-    accuracy,
-    check_class_order,
-    check_teacher,
-    evaluate,
-    evaluate_all,
-    make_optimizer,
-    predict,
-    schedule,
-    soft_label_loss,
-    test_inputs,
-)
-from igd_lib.models import network
+from igd_lib import evaluation as module
+from igd_lib.data.images import from_tensors
+from igd_lib.evaluation import evaluate, evaluate_all, make_optimizer, schedule, soft_label_loss
+from igd_lib.models.networks import network
+from igd_lib.protocols import IGD_HARD, MINIMAX_HARD, RDED_SOFT, Protocol
+from igd_lib.teachers import Teacher, accuracy, check_class_order, check_teacher, predict, test_inputs
 
 HALF = (0.5, 0.5, 0.5)
 PLAIN = Protocol(
-    "plain", 32, HALF, HALF, "adamw", 1e-3, 0.01, epochs=12, crop_scale=(1.0, 1.0), flip=False, jitter=0.0, lighting=0.0, cutmix=0.0,
+    "plain",
+    32,
+    HALF,
+    HALF,
+    "adamw",
+    1e-3,
+    0.01,
+    epochs=12,
+    crop_scale=(1.0, 1.0),
+    flip=False,
+    jitter=0.0,
+    lighting=0.0,
+    cutmix=0.0,
     evaluations=3,
-)  # fmt: skip
+)
 
 
 # --- the optimiser and the schedule
@@ -41,10 +42,18 @@ PLAIN = Protocol(
 def test_optimizers():
     model = torch.nn.Linear(2, 2)
     adamw = make_optimizer(model, IGD_HARD, lr=1e-3, weight_decay=0.01)
-    assert isinstance(adamw, torch.optim.AdamW) and adamw.defaults["lr"] == 1e-3 and adamw.defaults["weight_decay"] == 0.01
+    assert (
+        isinstance(adamw, torch.optim.AdamW)
+        and adamw.defaults["lr"] == 1e-3
+        and adamw.defaults["weight_decay"] == 0.01
+    )
     assert adamw.defaults["betas"] == (0.9, 0.999)
     sgd = make_optimizer(model, MINIMAX_HARD, lr=0.01, weight_decay=5e-4)
-    assert isinstance(sgd, torch.optim.SGD) and sgd.defaults["momentum"] == 0.9 and sgd.defaults["weight_decay"] == 5e-4
+    assert (
+        isinstance(sgd, torch.optim.SGD)
+        and sgd.defaults["momentum"] == 0.9
+        and sgd.defaults["weight_decay"] == 5e-4
+    )
 
 
 def test_soft_labels_decay_weight_matrices_alone():
@@ -55,15 +64,20 @@ def test_soft_labels_decay_weight_matrices_alone():
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0.0)
     kept = {names[id(parameter)] for parameter in decayed["params"]}
     assert {"conv1.weight", "fc.weight", "layer2.0.downsample.0.weight"} <= kept
-    assert not any("bn" in name or name.endswith("bias") or name == "layer2.0.downsample.1.weight" for name in kept)
+    assert not any(
+        "bn" in name or name.endswith("bias") or name == "layer2.0.downsample.1.weight" for name in kept
+    )
     assert len(decayed["params"]) + len(spared["params"]) == len(names)
     (everything,) = make_optimizer(model, IGD_HARD, lr=1e-3, weight_decay=0.01).param_groups
     assert everything["weight_decay"] == 0.01 and len(everything["params"]) == len(names)
 
 
-@pytest.mark.parametrize(("evaluations", "expected"), [(5, [2, 4, 6, 8, 10]), (1, [10]), (10, list(range(1, 11))), (100, list(range(1, 11)))])
+@pytest.mark.parametrize(
+    ("evaluations", "expected"),
+    [(5, [2, 4, 6, 8, 10]), (1, [10]), (10, list(range(1, 11))), (100, list(range(1, 11)))],
+)
 def test_tests_are_spread_over_the_training(toy_data, monkeypatch, evaluations, expected):
-    """About `evaluations` tests, evenly, the last epoch among them; after every epoch if there are fewer epochs."""
+    """About `evaluations` tests, evenly, the last epoch among them; at most one an epoch."""
     steps, at = [], []
     real = module.make_optimizer
 
@@ -74,7 +88,9 @@ def test_tests_are_spread_over_the_training(toy_data, monkeypatch, evaluations, 
 
     monkeypatch.setattr(module, "make_optimizer", counting)
     monkeypatch.setattr(module, "accuracy", lambda *_: at.append(len(steps)) or (50.0, 80.0))
-    protocol = replace(PLAIN, image_size=16, epochs=10, evaluations=evaluations, batch_size=18)  # one step an epoch
+    protocol = replace(
+        PLAIN, image_size=16, epochs=10, evaluations=evaluations, batch_size=18
+    )  # one step an epoch
     score = evaluate(toy_data, toy_data, network="convnet2", protocol=protocol, seed=0)
     assert at == expected
     assert (score.epochs, score.best_epoch) == (10, expected[0])
@@ -88,7 +104,12 @@ def test_best_and_last_are_both_there(toy_data, monkeypatch):
     assert (score.best, score.best_epoch, score.last, score.reported, score.seed) == (70.0, 2, 40.0, 70.0, 4)
     assert (score.best_top5, score.last_top5) == (80.0, 90.0)
     values = iter([(30.0, 60.0), (70.0, 80.0), (40.0, 90.0)])
-    assert evaluate(toy_data, toy_data, network="convnet2", protocol=replace(protocol, reported="last"), seed=4).reported == 40.0
+    assert (
+        evaluate(
+            toy_data, toy_data, network="convnet2", protocol=replace(protocol, reported="last"), seed=4
+        ).reported
+        == 40.0
+    )
 
 
 def test_the_rate_falls_at_the_milestones(toy_data, monkeypatch):
@@ -101,18 +122,26 @@ def test_the_rate_falls_at_the_milestones(toy_data, monkeypatch):
 
     monkeypatch.setattr(module, "make_optimizer", watching)
     monkeypatch.setattr(module, "accuracy", lambda *_: (0.0, 0.0))
-    evaluate(toy_data, toy_data, network="convnet2", protocol=replace(PLAIN, image_size=16, batch_size=18), seed=0)
+    evaluate(
+        toy_data, toy_data, network="convnet2", protocol=replace(PLAIN, image_size=16, batch_size=18), seed=0
+    )
     assert rates == pytest.approx([1e-3] * 8 + [2e-4] * 2 + [4e-5] * 2)
 
 
 def test_half_cosine_by_hand():
     """From 1 towards 0.5 (1 + cos(pi / 2)) = 0.5, a third of the way at cos(pi / 6)."""
-    assert [schedule(RDED_SOFT, epoch, 300) for epoch in (0, 100, 150)] == pytest.approx([1.0, 0.5 * (1 + 3**0.5 / 2), 0.5 * (1 + 0.5**0.5)])
-    assert schedule(RDED_SOFT, 299, 300) == pytest.approx(0.5, abs=0.003) and schedule(RDED_SOFT, 299, 300) > 0.5
+    assert [schedule(RDED_SOFT, epoch, 300) for epoch in (0, 100, 150)] == pytest.approx(
+        [1.0, 0.5 * (1 + 3**0.5 / 2), 0.5 * (1 + 0.5**0.5)]
+    )
+    assert (
+        schedule(RDED_SOFT, 299, 300) == pytest.approx(0.5, abs=0.003) and schedule(RDED_SOFT, 299, 300) > 0.5
+    )
 
 
 def test_multistep_by_hand():
-    assert [schedule(IGD_HARD, epoch, 2000) for epoch in (0, 1332, 1333, 1665, 1666, 1999)] == pytest.approx([1, 1, 0.2, 0.2, 0.04, 0.04])
+    assert [schedule(IGD_HARD, epoch, 2000) for epoch in (0, 1332, 1333, 1665, 1666, 1999)] == pytest.approx(
+        [1, 1, 0.2, 0.2, 0.04, 0.04]
+    )
 
 
 def test_epochs_follow_the_images_a_class(toy_data, monkeypatch):
@@ -125,11 +154,24 @@ def test_epochs_follow_the_images_a_class(toy_data, monkeypatch):
 def test_one_training_step_by_hand(toy_data, monkeypatch):
     """Cross-entropy with the mixed labels, share by share, and one step of SGD with weight decay."""
     finals = []
-    monkeypatch.setattr(module, "accuracy", lambda model, *_: finals.append(copy.deepcopy(model)) or (0.0, 0.0))
+    monkeypatch.setattr(
+        module, "accuracy", lambda model, *_: finals.append(copy.deepcopy(model)) or (0.0, 0.0)
+    )
     monkeypatch.setattr(module, "augment", lambda pixels, *_: pixels)
     monkeypatch.setattr(module, "cutmix", lambda inputs, labels, *_: (inputs, (labels + 1) % 3, 0.75))
-    protocol = replace(PLAIN, image_size=16, optimizer="sgd", lr=0.1, weight_decay=0.5, epochs=1, milestones=(), batch_size=18)
-    evaluate(toy_data, toy_data, network="convnet2", protocol=protocol, seed=7, device="cpu", mixed_precision=False)
+    protocol = replace(
+        PLAIN,
+        image_size=16,
+        optimizer="sgd",
+        lr=0.1,
+        weight_decay=0.5,
+        epochs=1,
+        milestones=(),
+        batch_size=18,
+    )
+    evaluate(
+        toy_data, toy_data, network="convnet2", protocol=protocol, seed=7, device="cpu", mixed_precision=False
+    )
     with torch.random.fork_rng():
         torch.manual_seed(7)
         model = module.make_network("convnet2", num_classes=3, image_size=16).double()
@@ -169,7 +211,12 @@ def test_accuracy_by_hand(toy_data):
             mean = images.mean((1, 2, 3))
             return torch.stack([-mean, mean, torch.full_like(mean, -9.0)], dim=1) * self.scale
 
-    images = torch.tensor([10, 250, 20, 240], dtype=torch.uint8).reshape(4, 1, 1, 1).expand(-1, 3, 16, 16).contiguous()
+    images = (
+        torch.tensor([10, 250, 20, 240], dtype=torch.uint8)
+        .reshape(4, 1, 1, 1)
+        .expand(-1, 3, 16, 16)
+        .contiguous()
+    )
     data = from_tensors("toy", "test", ("dark", "light", "none"), images, torch.tensor([0, 1, 0, 2]))
     protocol = replace(PLAIN, image_size=16)
     assert predict(Brightness(), data, protocol).argmax(1).tolist() == [0, 1, 0, 1]
@@ -179,7 +226,14 @@ def test_accuracy_by_hand(toy_data):
 def test_a_network_learns_from_real_images(fashion_train, fashion_test):
     """10 images a class for 10 epochs, tested on 500 test images."""
     few, test = fashion_train.per_class(10, seed=0), fashion_test.per_class(50, seed=0)
-    score = evaluate(few, test, network="convnet3", protocol=replace(PLAIN, flip=True, epochs=10, evaluations=2), seed=0, device="cpu")
+    score = evaluate(
+        few,
+        test,
+        network="convnet3",
+        protocol=replace(PLAIN, flip=True, epochs=10, evaluations=2),
+        seed=0,
+        device="cpu",
+    )
     assert score.last > 30  # chance is 10
     assert score.best >= score.last and score.best_epoch in (5, 10)
 
@@ -187,7 +241,11 @@ def test_a_network_learns_from_real_images(fashion_train, fashion_test):
 def test_evaluation_is_deterministic_in_the_seed(toy_data, monkeypatch):
     """The final weights too, with every augmentation on and other global random numbers before."""
     finals = []
-    monkeypatch.setattr(module, "accuracy", lambda model, *_: finals.append(model.classifier.weight.detach().clone()) or (0.0, 0.0))
+    monkeypatch.setattr(
+        module,
+        "accuracy",
+        lambda model, *_: finals.append(model.classifier.weight.detach().clone()) or (0.0, 0.0),
+    )
     protocol = replace(IGD_HARD, image_size=16, epochs=3, batch_size=8, evaluations=1)
     for other, seed in ((1, 0), (2, 0), (1, 1)):
         torch.manual_seed(other)
@@ -199,16 +257,30 @@ def test_evaluation_is_deterministic_in_the_seed(toy_data, monkeypatch):
 
 def test_mixed_precision_changes_only_the_rounding(toy_data, monkeypatch):
     finals = []
-    monkeypatch.setattr(module, "accuracy", lambda model, *_: finals.append(model.classifier.weight.detach().clone()) or (0.0, 0.0))
+    monkeypatch.setattr(
+        module,
+        "accuracy",
+        lambda model, *_: finals.append(model.classifier.weight.detach().clone()) or (0.0, 0.0),
+    )
     protocol = replace(PLAIN, image_size=16, optimizer="sgd", lr=0.01, epochs=3, evaluations=1)
     for mixed in (False, True):
-        evaluate(toy_data, toy_data, network="convnet2", protocol=protocol, seed=0, device="cpu", mixed_precision=mixed)
+        evaluate(
+            toy_data,
+            toy_data,
+            network="convnet2",
+            protocol=protocol,
+            seed=0,
+            device="cpu",
+            mixed_precision=mixed,
+        )
     assert finals[1].dtype == torch.float32 and not torch.equal(*finals)
     torch.testing.assert_close(finals[1], finals[0], rtol=0, atol=0.02 * finals[0].abs().max().item())
 
 
 def test_images_are_resized_to_the_protocol(toy_data):
-    score = evaluate(toy_data, toy_data, network="convnet2", protocol=replace(PLAIN, image_size=24, epochs=1), seed=0)
+    score = evaluate(
+        toy_data, toy_data, network="convnet2", protocol=replace(PLAIN, image_size=24, epochs=1), seed=0
+    )
     assert 0 <= score.last <= 100
 
 
@@ -221,7 +293,13 @@ def test_a_non_finite_loss_raises(toy_data):
 @pytest.mark.parametrize("name", ["timm/resnet18", "mobilenetv3_small_050"])
 def test_networks_with_dropout_or_batch_statistics_are_deterministic_too(toy_data, name):
     """Drop-out draws from the global generator, which a run seeds for itself."""
-    options = dict(network=name, protocol=replace(IGD_HARD, image_size=32, epochs=2, batch_size=9), seed=0, device="cpu", mixed_precision=False)
+    options = dict(
+        network=name,
+        protocol=replace(IGD_HARD, image_size=32, epochs=2, batch_size=9),
+        seed=0,
+        device="cpu",
+        mixed_precision=False,
+    )
     finals = []
     for other in (1, 2):
         torch.manual_seed(other)
@@ -262,7 +340,9 @@ def test_soft_label_loss_against_a_float64_reference():
         total = 0.0
         for row, target in zip(logits.tolist(), teacher.tolist(), strict=True):
             q, p = ([math.exp(v / temperature) for v in values] for values in (row, target))
-            total += sum(a / sum(p) * (math.log(a / sum(p)) - math.log(b / sum(q))) for a, b in zip(p, q, strict=True))
+            total += sum(
+                a / sum(p) * (math.log(a / sum(p)) - math.log(b / sum(q))) for a, b in zip(p, q, strict=True)
+            )
         loss = soft_label_loss(logits, teacher, temperature)
         assert loss.item() == pytest.approx(total / 5, rel=1e-10)
         (gradient,) = torch.autograd.grad(loss, logits)
@@ -274,14 +354,27 @@ def test_soft_label_loss_against_a_float64_reference():
 def test_the_teacher_sees_the_mixed_batch_in_its_own_normalisation(toy_data, monkeypatch):
     """One step of SGD by hand, labels made on the mixed images."""
     finals, seen = [], []
-    monkeypatch.setattr(module, "accuracy", lambda model, *_: finals.append(copy.deepcopy(model)) or (0.0, 0.0))
+    monkeypatch.setattr(
+        module, "accuracy", lambda model, *_: finals.append(copy.deepcopy(model)) or (0.0, 0.0)
+    )
     monkeypatch.setattr(module, "augment", lambda pixels, *_: pixels)
     monkeypatch.setattr(module, "cutmix", lambda pixels, labels, *_: (0.5 * pixels, labels, 0.5))
     teacher = replace(perfect(toy_data), mean=(0.25,) * 3, std=(0.25,) * 3)
     monkeypatch.setattr(module, "check_teacher", lambda *_: 100.0)
     teacher.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    protocol = replace(SOFT, optimizer="sgd", lr=0.5, weight_decay=0.0, epochs=1, milestones=(), batch_size=18)
-    evaluate(toy_data, toy_data, network="convnet2", protocol=protocol, seed=3, teacher=teacher, device="cpu", mixed_precision=False)
+    protocol = replace(
+        SOFT, optimizer="sgd", lr=0.5, weight_decay=0.0, epochs=1, milestones=(), batch_size=18
+    )
+    evaluate(
+        toy_data,
+        toy_data,
+        network="convnet2",
+        protocol=protocol,
+        seed=3,
+        teacher=teacher,
+        device="cpu",
+        mixed_precision=False,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(3)
         model = module.make_network("convnet2", num_classes=3, image_size=16).double()
@@ -308,8 +401,18 @@ def test_soft_labels_teach_real_classes(fashion_train, fashion_test):
             optimizer.step()
     teacher = Teacher(model, "convnet3", "trained here", test.classes, HALF, HALF)
     distilled = fashion_train.per_class(10, seed=0)
-    unlabelled = replace(distilled, labels=distilled.labels[torch.randperm(100, generator=torch.Generator().manual_seed(0))])
-    score = evaluate(unlabelled, test, network="convnet3", protocol=replace(SOFT, image_size=32, epochs=5), seed=0, teacher=teacher, device="cpu")
+    unlabelled = replace(
+        distilled, labels=distilled.labels[torch.randperm(100, generator=torch.Generator().manual_seed(0))]
+    )
+    score = evaluate(
+        unlabelled,
+        test,
+        network="convnet3",
+        protocol=replace(SOFT, image_size=32, epochs=5),
+        seed=0,
+        teacher=teacher,
+        device="cpu",
+    )
     assert score.last > 35  # the hard labels are shuffled: what it knows is the teacher's
 
 
@@ -349,23 +452,29 @@ import sys, torch
 from dataclasses import replace
 from pathlib import Path
 torch.set_num_threads(1)
-from igd_lib import evaluate as module
-from igd_lib.config import IGD_HARD
-from igd_lib.data import from_tensors
+from igd_lib import evaluation as module
+from igd_lib.data.images import from_tensors
+from igd_lib.protocols import IGD_HARD
 module.CHECKPOINT_SECONDS = 0.0
 generator = torch.Generator().manual_seed(2)
-data = from_tensors("toy", "train", ("a", "b", "c"), torch.randint(0, 256, (30, 3, 32, 32), generator=generator, dtype=torch.uint8), torch.arange(3).repeat(10))
+images = torch.randint(0, 256, (30, 3, 32, 32), generator=generator, dtype=torch.uint8)
+data = from_tensors("toy", "train", ("a", "b", "c"), images, torch.arange(3).repeat(10))
 protocol = replace(IGD_HARD, image_size=32, epochs=int(sys.argv[3]), batch_size=10, evaluations=5)
-score = module.evaluate(data, data, network=sys.argv[2], protocol=protocol, seed=1, device="cpu", mixed_precision=False, folder=sys.argv[1])
+options = dict(seed=1, device="cpu", mixed_precision=False, folder=sys.argv[1])
+score = module.evaluate(data, data, network=sys.argv[2], protocol=protocol, **options)
 print(replace(score, seconds=0.0))
 """
 
 
 def test_a_killed_evaluation_ends_with_the_same_score(tmp_path):
-    """kill -9 once the first training state is on disk, then again from there; a network with drop-out and batch statistics."""
+    """kill -9 at the first training state, then on from there; a network with drop-out and batch norm."""
 
     def start(folder):
-        return subprocess.Popen([sys.executable, "-c", RUN, str(folder), "mobilenetv3_small_050", "8"], stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [sys.executable, "-c", RUN, str(folder), "mobilenetv3_small_050", "8"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     whole, _ = start(tmp_path / "whole").communicate()
     broken, state = start(tmp_path / "broken"), tmp_path / "broken" / "training.safetensors"
@@ -373,25 +482,43 @@ def test_a_killed_evaluation_ends_with_the_same_score(tmp_path):
         time.sleep(0.002)
     broken.kill()
     broken.wait()
-    assert state.is_file() and not (tmp_path / "broken" / "score.json").exists(), "killed too late to show anything"
+    assert state.is_file() and not (tmp_path / "broken" / "score.json").exists(), (
+        "killed too late to show anything"
+    )
     again, _ = start(tmp_path / "broken").communicate()
     assert again == whole and whole.startswith("Score(")
-    assert sorted(path.name for path in (tmp_path / "broken").iterdir() if not path.name.endswith(".tmp")) == ["score.json", "settings.json"]
+    assert sorted(
+        path.name for path in (tmp_path / "broken").iterdir() if not path.name.endswith(".tmp")
+    ) == ["score.json", "settings.json"]
 
 
 def test_a_finished_evaluation_is_read(toy_data, tmp_path, monkeypatch):
-    options = dict(network="convnet2", protocol=replace(PLAIN, image_size=16, epochs=2), seed=0, device="cpu", folder=tmp_path)
+    options = dict(
+        network="convnet2",
+        protocol=replace(PLAIN, image_size=16, epochs=2),
+        seed=0,
+        device="cpu",
+        folder=tmp_path,
+    )
     first = evaluate(toy_data, toy_data, **options)
     monkeypatch.setattr(module, "_run", lambda *_: pytest.fail("trained again"))
     assert evaluate(toy_data, toy_data, **options) == first
 
 
 def test_a_folder_of_other_settings_is_refused(toy_data, tmp_path):
-    options = dict(network="convnet2", protocol=replace(PLAIN, image_size=16, epochs=1), seed=0, device="cpu", folder=tmp_path)
+    options = dict(
+        network="convnet2",
+        protocol=replace(PLAIN, image_size=16, epochs=1),
+        seed=0,
+        device="cpu",
+        folder=tmp_path,
+    )
     evaluate(toy_data, toy_data, **options)
     with pytest.raises(ValueError, match="other settings: seed = 0, wanted 1"):
         evaluate(toy_data, toy_data, **{**options, "seed": 1})
-    changed = from_tensors("toy", "train", toy_data.classes, 255 - toy_data.fetch(torch.arange(18)), toy_data.labels)
+    changed = from_tensors(
+        "toy", "train", toy_data.classes, 255 - toy_data.fetch(torch.arange(18)), toy_data.labels
+    )
     with pytest.raises(ValueError, match="other settings: train"):
         evaluate(changed, toy_data, **options)
     (tmp_path / "score.json").write_text("{")
@@ -401,8 +528,15 @@ def test_a_folder_of_other_settings_is_refused(toy_data, tmp_path):
 
 def test_a_whole_cell_equals_its_single_runs(toy_data, tmp_path):
     options = dict(protocol=replace(IGD_HARD, image_size=16, epochs=2), device="cpu")
-    found = evaluate_all(toy_data, toy_data, networks=["convnet1", "convnet2"], seeds=[0, 1], folder=tmp_path, **options)
-    assert [(score.network, score.seed) for score in found] == [("convnet1", 0), ("convnet1", 1), ("convnet2", 0), ("convnet2", 1)]
+    found = evaluate_all(
+        toy_data, toy_data, networks=["convnet1", "convnet2"], seeds=[0, 1], folder=tmp_path, **options
+    )
+    assert [(score.network, score.seed) for score in found] == [
+        ("convnet1", 0),
+        ("convnet1", 1),
+        ("convnet2", 0),
+        ("convnet2", 1),
+    ]
     alone = evaluate(toy_data, toy_data, network="convnet2", seed=0, **options)
     assert replace(found[2], seconds=0) == replace(alone, seconds=0)
     assert len(list(tmp_path.glob("*/score.json"))) == 4

@@ -1,5 +1,6 @@
-"""The steps that notebooks share: surrogates, sets, rows, pictures, and the methods of the tables."""
+"""Experiments: made at a scale, their sets, the methods of the tables, what is measured, and pictures."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,212 +8,420 @@ import pandas as pd
 import pytest
 import torch
 
-from igd_lib import experiment, plotting, tables
-from igd_lib.config import cache_dir
-from igd_lib.guidance import influence_loss
-from igd_lib.methods import (
-    Method,
+from igd_lib import distillation, teachers
+from igd_lib.analysis import plotting, results, statistics, tables
+from igd_lib.config import PAPER, RELEASED, Guidance, preset
+from igd_lib.data.datasets import DATASETS
+from igd_lib.experiment import experiment as module
+from igd_lib.experiment import measures, pictures, registry
+from igd_lib.experiment.comparisons import (
     ablation,
-    ablation_claims,
     baselines,
     by_cfg,
-    claims,
     comparison,
     early_stage,
-    early_stage_claims,
     flipped,
     grid,
     plain_and_guided,
     sampled,
-    selection_claims,
     selections,
     sensitivity,
-    solver_claims,
+    shortcuts,
     solvers,
     surrogates,
 )
-from igd_lib.models import network
-from igd_lib.notebook import prepare
-from igd_lib.overview import overview, shown_steps, trace
+from igd_lib.experiment.experiment import Sets, prepare
+from igd_lib.experiment.methods import Method, Selection
+from igd_lib.experiment.overview import overview, shown_steps, trace
+from igd_lib.experiment.plan import missing_for_paper
+from igd_lib.experiment.scales import STAND_INS
+from igd_lib.guidance import influence_loss
+from igd_lib.guides import Shortcuts
+from igd_lib.models.networks import network
+from igd_lib.pipeline import IGDPipeline
+from igd_lib.sets.store import DistilledSet
+from igd_lib.tools import files
+from igd_lib.tools.machine import cache_dir
+
+RANDOM, RDED, DIT = Method("random"), Method("rded"), Method()
 
 
-def test_the_steps_of_a_notebook(small_loads, monkeypatch):
-    """At smoke scale, two classes: surrogate, sets, influence, accuracy, pictures and stored rows."""
-    found = prepare("01", "fashion-mnist", "smoke")
-    found.classes = [0, 8]
-    deviation_only = comparison(found)[3]
-    before = found.distilled(deviation_only, 1, seed=0)
-    checkpoints = found.fit_surrogate()
+@pytest.fixture
+def smoke(small_loads):
+    return prepare("01", "fashion-mnist", "smoke")
+
+
+@pytest.fixture
+def small(small_loads):
+    return prepare("01", "fashion-mnist", "small")
+
+
+@pytest.fixture
+def own_paper(small_loads, monkeypatch, tmp_path, tiny):
+    """A machine where all that ImageWoof needs is found: empty class folders and tiny random models."""
+    monkeypatch.setenv("IGD_ALLOW_CPU", "1")
+    for split in ("train", "val"):
+        for wnid in DATASETS["imagewoof"].classes:
+            (tmp_path / "data" / "imagenet" / split / wnid).mkdir(parents=True)
+    models = tiny(num_classes=1000)
+    IGDPipeline(models.transformer, models.vae, models.ddpm).save_pretrained(
+        cache_dir() / "models" / "DiT-XL-2-256"
+    )
+    models.vae.save_pretrained(cache_dir() / "models" / "sd-vae-ft-mse")
+
+
+def labels(methods):
+    return [method.label for method in methods]
+
+
+def columns(methods):
+    """What statistics know of methods: their fields, a line each."""
+    return pd.DataFrame([method.columns(num_steps=50) for method in methods])
+
+
+# --- made at a scale
+
+
+def test_paper_scale_names_every_missing_piece(only_fashion):
+    with pytest.raises(FileNotFoundError) as caught:
+        prepare("01", "imagenet", "paper")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 5
+    pieces = ("the images of imagenet", "facebook/DiT-XL-2-256", "stabilityai/sd-vae-ft-mse", "a CUDA GPU")
+    for line, piece in zip(lines[1:], pieces, strict=True):
+        assert piece in line
+    assert "IGD_DATA" in lines[1] and "--revision" in lines[2]
+
+
+def test_paper_scale_names_only_what_is_missing(only_fashion, monkeypatch, tmp_path):
+    monkeypatch.setenv("IGD_ALLOW_CPU", "1")
+    for split in ("train", "val"):
+        for wnid in DATASETS["imagenet"].classes:
+            (tmp_path / "data" / "imagenet" / split / wnid).mkdir(parents=True)
+    (cache_dir() / "models" / "DiT-XL-2-256").mkdir(parents=True)
+    (line,) = missing_for_paper("imagenet")
+    assert "stabilityai/sd-vae-ft-mse" in line
+
+
+def test_a_stand_in_has_no_paper_scale(only_fashion):
+    with pytest.raises(FileNotFoundError, match="no paper scale"):
+        prepare("01", "fashion-mnist", "paper")
+
+
+def test_auto_on_a_bare_machine_says_that_it_is_not_imagenet(small_loads):
+    found = prepare("01", "imagenet", "auto")
+    assert found.scale.name == "small" and found.train.name == "fashion-mnist"
+    assert "**Scale: small.**" in found.banner and "not imagenet results" in found.banner
+    assert "not fashion-mnist results" not in prepare("01", "fashion-mnist", "auto").banner
+
+
+def test_wrong_scale_or_data_set_raise(only_fashion):
+    with pytest.raises(ValueError, match="scale is one of"):
+        prepare("01", "imagenet", "tiny")
+    with pytest.raises(ValueError, match="unknown data set 'imagnet'"):
+        prepare("01", "imagnet", "auto")  # a typo must not become the stand-in
+
+
+@pytest.mark.parametrize("scale", ["auto", "paper"])
+def test_the_paper_s_scale_where_everything_is_there(own_paper, scale):
+    found = prepare("01", "imagewoof", scale, ipc=10)
+    assert found.scale.name == "paper" and found.label_ids == DATASETS["imagewoof"].label_ids
+    assert found.scale.guidance == preset("imagewoof", "dit", 10)
+    assert found.scale.on_minimax() == preset("imagewoof", "minimax", 10)
+    assert found.scale.limit(50, 5) == (50, 5) and found.scale.num_steps == 50
+    assert "**Scale: paper.**" in found.banner and "k and gamma Table 12" in found.banner
+    assert found.models.pipe.transformer.config.timestep_frequencies == "original"
+    with pytest.raises(FileNotFoundError, match=r"no guidance decoder in .*taesd"):
+        _ = found.models.tiny_decoder
+
+
+def test_a_method_s_gamma_is_the_paper_s_and_follows_the_latents_where_it_samples(small):
+    own = STAND_INS["fashion-mnist"].guidance
+    assert labels(comparison(small)) == ["Random", "DiT", "DiT, best cfg", "DiT + G_D", "DiT-IGD"]
+    alone = comparison(small)[3]
+    assert alone.guidance == replace(own, k=0.0) == replace(small.scale.guidance, k=0.0)
+    assert small.latent_values == 256
+    assert small.sampling(alone).guidance == replace(own, k=0.0, gamma=own.gamma * 256 / 4096)
+
+
+def test_smoke_is_short(small_loads):
+    found = prepare("01", "imagenet", "smoke", fidelity=PAPER)
+    scale = found.scale
+    assert scale.num_steps == 10 and scale.protocol.epochs_for(10, 10) == 2 and len(found.test) == 200
+    assert scale.limit(50, 5) == (2, 2) and scale.limit(1, 1) == (1, 1)
+    assert scale.grid_values("1,2,3", "4,5,6") == ([2.0, 3.0], [5.0, 6.0])
+    assert prepare("01", "imagenet", "small").scale.limit(50, 5) == (50, 5)
+    assert scale.fidelity == replace(PAPER, gradient_images=10)
+    assert "mean nothing" in found.banner and "not imagenet results" in found.banner
+
+
+def test_a_threshold_of_its_own(small_loads):
+    found = prepare("02", "fashion-mnist", "smoke", threshold=2.0)
+    assert prepare("02", "fashion-mnist", "smoke").scale.threshold == 0.7
+    assert found.scale.threshold == found.surrogates.scale.threshold == 2.0
+    assert len(found.checkpoints) == len(found.surrogates.trajectory())  # no cosine reaches 2
+
+
+def test_networks_by_scale(smoke, own_paper):
+    assert smoke.networks("auto", paper="resnet18", small="convnet3,convnet4") == ["convnet3", "convnet4"]
+    assert smoke.networks("a, b", paper="resnet18") == ["a", "b"]
+    paper = prepare("01", "imagewoof", "paper")
+    assert paper.networks("auto", paper="convnet6,resnet18") == ["convnet6", "resnet18"]
+
+
+def test_validation_images_are_none_of_training_or_test(only_fashion):
+    found = prepare("12", "fashion-mnist", "smoke")
+    held = found.on_validation()
+    assert held.test.split.startswith("validation") and found.test.split.startswith("test")
+    assert held.train is found.train and len(held.test) == len(found.test)
+    known = {image.numpy().tobytes() for image in found.train.of_class(0)}
+    fresh = [image.numpy().tobytes() not in known for image in held.test.of_class(0)]
+    assert sum(fresh) >= len(fresh) - 1  # Fashion-MNIST repeats an image now and then
+
+
+# --- the steps of a notebook
+
+
+def test_the_steps_of_a_notebook(smoke, monkeypatch):
+    """At smoke scale: surrogate, sets, influence, accuracy, pictures and stored rows."""
+    deviation_only = comparison(smoke)[3]
+    before = smoke.set(deviation_only, 0, 1)
+    checkpoints, gradients_of = smoke.retained
     # The same set, found again, though a surrogate is there now.
-    after = found.distilled(deviation_only, 1, seed=0)
+    sets = smoke.sets([deviation_only, RANDOM], 1, 1)
+    after = sets[deviation_only, 0]
     assert after.path == before.path and cache_dir() in before.path.parents
+    assert len(sets) == 2 and sets.methods == [deviation_only, RANDOM] and sets.of_seed(1) == {}
 
-    assert len(checkpoints) == len(found.gradients(0)) >= 1 and checkpoints.epochs[0] == 0
-    assert [len(curve) for curve in found.similarities().values()] == [len(found.trajectory())] * 2
+    assert len(checkpoints) == len(gradients_of(0)) >= 1 and checkpoints.epochs[0] == 0
+    curves, trajectory = smoke.surrogates.similarities(), smoke.surrogates.trajectory()
+    assert [len(curve) for curve in curves.values()] == [len(trajectory)] * 2
 
-    random = found.train.per_class(1, seed=0)
-    sets = {("DiT + G_D", 0): after, ("Random", 0): random.subset(torch.tensor([0, 8]))}
-    influence = found.influence_rows(sets, ipc=1)
-    labels = torch.tensor([0, 8])
-    gradients = torch.stack([found.gradients(0), found.gradients(8)], dim=1)
-    images = torch.cat([after.images(0), after.images(8)]).float() / 127.5 - 1
-    expected = influence_loss(images, labels, checkpoints, gradients, weights=checkpoints.weights).mean().item()
-    assert influence.value[0] == pytest.approx(expected, rel=1e-4)
+    influence = measures.influence_rows(smoke, sets)
+    labels = torch.arange(10)
+    gradients = torch.stack([gradients_of(label) for label in range(10)], dim=1)
+    images = torch.cat([after.images(label) for label in range(10)]).float() / 127.5 - 1
+    losses = influence_loss(images, labels, checkpoints, gradients, weights=checkpoints.weights)
+    assert influence.value[0] == pytest.approx(losses.mean().item(), rel=1e-4)
 
-    accuracy = found.accuracy_rows(sets, ipc=1, networks="convnet3")
+    accuracy = measures.accuracy_rows(smoke, sets, "convnet3")
     assert accuracy.value.between(0, 100).all() and set(accuracy.scale) == {"smoke"} and len(accuracy) == 10
     assert set(accuracy.metric) == {"top1", "top1_last", "top1_best", "top5_last", "top5_best"}
     assert tables.accuracy_table(accuracy, influence).shape == (2, 5)
-    monkeypatch.setattr("igd_lib.evaluate._run", lambda *_: pytest.fail("trained again"))
-    assert found.accuracy_rows(sets, ipc=1, networks=["convnet3"]).equals(accuracy)  # read from disk
+    monkeypatch.setattr("igd_lib.evaluation._run", lambda *_: pytest.fail("trained again"))
+    assert measures.accuracy_rows(smoke, sets, ["convnet3"]).equals(accuracy)  # read from disk
 
-    found.save(influence, accuracy, folder=str(cache_dir() / "notebook"))
+    measures.save(influence, accuracy, folder=str(cache_dir() / "notebook"))
     assert len(list((cache_dir() / "results").iterdir())) == 12
     assert len(pd.read_csv(cache_dir() / "notebook" / "rows.csv")) == 12
 
-    pictures = found.across_classes(sets)
-    assert {name: images.shape for name, images in pictures.items()} == {"DiT + G_D": (2, 3, 32, 32), "Random": (2, 3, 32, 32)}
-    assert torch.equal(found.images_of(sets, 8, seeds=1)["DiT + G_D"], after.images(8))
+    shown = pictures.across_classes(sets, count=2)
+    assert list(shown.titles) == list(smoke.train.classes[:2])
+    assert shown.looks == {"DiT + G_D": "DiT + G_D", "Random": "Random"}
+    assert {name: images.shape for name, images in shown.rows.items()} == dict.fromkeys(
+        shown.looks, (2, 3, 32, 32)
+    )
+    assert torch.equal(shown.rows["DiT + G_D"], torch.cat([after.images(0), after.images(1)]))
+    assert torch.equal(pictures.one_class(sets, 8, title="").rows["DiT + G_D"], after.images(8))
+    by_class = pictures.by_class(sets, title="").rows
+    assert len(by_class) == 20 and torch.equal(
+        by_class[f"{smoke.train.classes[8]}, DiT + G_D"], after.images(8)
+    )
 
 
-def test_other_weights_get_another_folder(small_loads):
-    found = prepare("01", "fashion-mnist", "smoke")
-    found.classes = [0]
-    first = found.distilled(Method("DiT"), 1, seed=0).path
+def test_other_weights_get_another_folder(smoke):
+    first = smoke.set(DIT, 0, 1).path
     with torch.no_grad():
-        next(found.pipe.transformer.parameters()).mul_(1.01)
-    assert found.distilled(Method("DiT"), 1, seed=0).path != first
-    assert found.distilled(Method("DiT"), 1, seed=1).path.name.endswith("seed1")
+        next(smoke.models.pipe.transformer.parameters()).mul_(1.01)
+    assert smoke.set(DIT, 0, 1).path != first
+    assert smoke.set(DIT, 1, 1).path.name.endswith("seed1")
 
 
 def test_a_guided_set_is_found_by_an_experiment_that_reads_the_surrogate_from_disk(small_loads, monkeypatch):
     folders = []
-    monkeypatch.setattr(experiment, "distill", lambda *_, out_dir, **__: folders.append(out_dir))
-    for _ in range(3):  # the first trains it
+    for _ in range(3):  # the first trains and samples it
         found = prepare("01", "fashion-mnist", "smoke")
-        found.distilled(Method("DiT-IGD", found.guidance), 1, seed=0)
+        folders.append(found.set(Method(guidance=found.scale.guidance), 0, 1).path)
+        monkeypatch.setattr(distillation, "_store", lambda *_: pytest.fail("sampled again"))
+        monkeypatch.setattr("igd_lib.surrogate._train_step", lambda *_: pytest.fail("trained again"))
     assert len(folders) == 3 and len(set(folders)) == 1
 
 
-def test_random_images_are_a_draw_of_real_ones(small_loads):
-    found = prepare("01", "fashion-mnist", "smoke")
-    a, b = (found.distilled(Method("Random", real="random"), 2, seed) for seed in (0, 1))
+def test_a_set_of_another_version_is_named_once(smoke, monkeypatch, capsys):
+    smoke.set(DIT, 0, 1)
+    assert "was made by" not in capsys.readouterr().out
+    monkeypatch.setattr(module, "VERSION", "99.0")
+    smoke.set(DIT, 0, 1)
+    assert "this is 99.0" in capsys.readouterr().out
+    smoke.set(DIT, 0, 1)
+    assert capsys.readouterr().out == ""
+
+
+def test_random_images_are_a_draw_of_real_ones(smoke):
+    a, b = (smoke.set(RANDOM, seed, 2) for seed in (0, 1))
     assert len(a) == 20 and not torch.equal(a.fetch(torch.arange(20)), b.fetch(torch.arange(20)))
 
 
 # --- the comparisons of Tables 5, 6, 10 and of paper and code
 
 
-def test_methods_of_the_tables(only_fashion):
-    found = prepare("05", "fashion-mnist", "small")
-    strong = found.guidance
-    by_name = {method.name: method for method in ablation(found)}
-    assert [(m.guidance.k, m.guidance.gamma) for m in (by_name["DiT + G_I"], by_name["DiT + G_D"])] == [(strong.k, 0.0), (0.0, strong.gamma)]
-    assert by_name["DiT"].guidance is None and by_name["DiT, best cfg"].cfg_scale == found.best_cfg
-    dpm = solvers(found)[3]
-    assert (dpm.fidelity.solver, dpm.num_steps, dpm.guidance.guided_range) == ("dpmsolver++", 20, (12, 18))
-    assert [m.name for m in by_cfg(found, (1.0, 4.0))] == [f"{kind}, cfg {cfg}" for kind in ("DiT", "DiT + G_D", "DiT-IGD") for cfg in (1, 4)]
-    released, *others = flipped(found)
-    assert released.fidelity is None and all(method.guidance == strong for method in others)
-    assert [method.name for method in others] == [
-        "solver=ddim", "timestep_spacing=leading", "cfg_channels=None", "range_counts_from=1", "rho_factor=1.0", "eps=conditional",
-        "gradient_images=1000", "similarity=mean", "both_halves=True", "clamp_images=True",
+def test_methods_of_the_tables(small):
+    strong = small.scale.guidance
+    by_label = {method.label: method for method in ablation(small)}
+    alone = (by_label["DiT + G_I"].guidance, by_label["DiT + G_D"].guidance)
+    assert [(own.k, own.gamma) for own in alone] == [(strong.k, 0.0), (0.0, strong.gamma)]
+    assert by_label["DiT"].guidance is None and by_label["DiT, best cfg"].cfg_scale == small.scale.best_cfg
+    dpm = solvers(small)[3]
+    assert dpm.label == "DiT-IGD, DPM-Solver++ 20"
+    settings = (dpm.fidelity.solver, dpm.num_steps, dpm.guidance.guided_range)
+    assert settings == ("dpmsolver++", 20, (12, 18))
+    assert labels(by_cfg(small, (1.0, 4.0))) == [
+        f"{kind}, cfg {cfg}" for kind in ("DiT", "DiT + G_D", "DiT-IGD") for cfg in (1, 4)
+    ]
+    released, *others = flipped(small)
+    assert released.fidelity is None and released.label == "DiT-IGD"
+    assert all(method.guidance == strong for method in others)
+    assert labels(others) == [
+        "solver=ddim",
+        "timestep_spacing=leading",
+        "cfg_channels=None",
+        "range_counts_from=1",
+        "rho_factor=1.0",
+        "eps=conditional",
+        "gradient_images=1000",
+        "similarity=mean",
+        "both_halves=True",
+        "clamp_images=True",
+    ]
+    for method in others:  # the label names the field that differs, and no other does
+        field = method.label.split("=")[0]
+        assert replace(method.fidelity, **{field: getattr(RELEASED, field)}) == RELEASED != method.fidelity
+
+
+def test_labels_say_what_a_table_s_rows_differ_in(small):
+    assert labels(surrogates(small, ["convnet3", "convnet2"])) == [
+        "DiT", "DiT + G_D", "DiT-IGD, convnet3", "DiT-IGD, convnet2",
     ]  # fmt: skip
+    assert labels(shortcuts(small)) == [
+        "DiT",
+        "DiT + G_D",
+        "DiT-IGD",
+        "decoder Jacobian",
+        "tiny decoder",
+        "decoder Jacobian, tiny decoder",
+        "gradient every 2nd step",
+        "gradient every 4th step",
+        "gradient every 8th step",
+        "gradient every 4th step, decoder Jacobian",
+        "one checkpoint a step",
+    ]
+    assert len(set(shortcuts(small))) == 11
+    assert Method(shortcuts=Shortcuts(every=4, jacobian="decoder"), varies=("shortcuts",)) in [
+        replace(method, guidance=None) for method in shortcuts(small)
+    ]
+    for rows in (ablation(small), solvers(small), sensitivity(small, [0.0, 1.0], [2.0]), flipped(small)):
+        assert len(set(labels(rows))) == len(set(rows)) == len(rows)
+    with pytest.raises(ValueError, match="backbone is 'dit' or 'minimax', got 'unet'"):
+        plain_and_guided(small, "unet")
 
 
-def test_methods_with_their_own_checkpoints_and_fidelity(only_fashion):
-    """At smoke scale: a method's own choice of checkpoints guides its set and no other's; sets do not depend on names."""
-    found = prepare("06", "fashion-mnist", "smoke")
-    found.classes = [3]
-    kept = found.fit_surrogate()
-    last = len(found.trajectory()) - 1
-    guidance = replace(found.guidance, gamma=0.0)
-    sets = {
-        name: found.distilled(method, 1, 0)
-        for name, method in {
-            "default": Method("a", guidance), "renamed": Method("b", guidance), "last": Method("c", guidance, keep=(last,)),
-            "ddim": Method("d", guidance, fidelity=replace(found.fidelity, solver="ddim")), "plain": Method("e"),
-        }.items()
-    }  # fmt: skip
-    assert sets["default"].path == sets["renamed"].path and len({images.path for images in sets.values()}) == 4
-    assert found.checkpoints is kept
-    assert sets["last"].manifest["settings"]["checkpoint_epochs"] == [found.trajectory().epochs[last]]
-    assert sets["ddim"].manifest["settings"]["scheduler"] == "ListedDDIMScheduler"
-    assert all(images.seconds > 0 for images in sets.values())
+def test_methods_with_their_own_checkpoints_and_fidelity(smoke):
+    """A method's own choice of checkpoints guides its set and no other's; sets do not depend on labels."""
+    kept, trajectory = smoke.checkpoints, smoke.surrogates.trajectory()
+    last = len(trajectory) - 1
+    default = Method(guidance=replace(smoke.scale.guidance, gamma=0.0))
+    renamed = replace(default, varies=("k",))
+    chosen = replace(default, selection=Selection("regular", (last,)))
+    ddim = replace(default, fidelity=replace(smoke.scale.fidelity, solver="ddim"))
+    sets = smoke.sets([default, renamed, chosen, ddim, DIT], 1, 1)
+    assert default.label != renamed.label and sets[default, 0].path == sets[renamed, 0].path
+    assert len({images.path for _, _, images in sets}) == 4
+    assert smoke.checkpoints is kept
+    settings = sets[chosen, 0].manifest["settings"]
+    assert settings["checkpoints"]["epochs"] == [trajectory.epochs[last]]
+    assert sets[ddim, 0].manifest["settings"]["scheduler"] == "ListedDDIMScheduler"
+    assert all(images.seconds > 0 for _, _, images in sets)
 
-    rows = found.latent_rows({("default", 0): sets["default"], ("plain", 0): sets["plain"]}, 1, reference="plain")
-    value = rows.set_index(["method", "metric"]).value
-    own, plain = sets["default"].latents(3), sets["plain"].latents(3)
-    assert value["default", "moved"] == pytest.approx(((own - plain).norm() / plain.norm()).item(), rel=1e-5) and value["plain", "moved"] == 0
-    assert value["default", "seconds"] == sets["default"].seconds
+    two = Sets(1, {(method, 0): sets[method, 0] for method in (default, DIT)})
+    value = measures.latent_rows(smoke, two, DIT).set_index(["method", "metric"]).value
+    own, plain = (
+        torch.cat([sets[method, 0].latents(label) for label in range(10)]).flatten(1)
+        for method in (default, DIT)
+    )
+    moved = ((own - plain).norm(dim=1) / plain.norm(dim=1)).mean().item()
+    assert moved > 0 and value[default.label, "moved"] == pytest.approx(moved, rel=1e-5)
+    assert value["DiT", "moved"] == 0
+    assert value[default.label, "seconds"] == sets[default, 0].seconds
 
 
-def test_nearest_of_a_class_by_hand(only_fashion):
-    found = prepare("13", "fashion-mnist", "smoke")
-    latents = {0: torch.tensor([[1.0, 0.0], [1.0, 1.0], [-1.0, 0.0]]).reshape(3, 2, 1, 1)}
-    images = SimpleNamespace(selected=[0], latents=lambda label: latents[label], seconds=2.0)
-    rows = found.latent_rows({("DiT", 0): images}, 3, reference="DiT").set_index("metric").value
+def test_nearest_of_a_class_by_hand(smoke, tmp_path):
+    about = {"classes": ["a"], "selected": [0], "ipc": 3}
+    files.write(tmp_path / "manifest.json", json.dumps(about))
+    images = DistilledSet(tmp_path)
+    for index, latent in enumerate(torch.tensor([[1.0, 0.0], [1.0, 1.0], [-1.0, 0.0]])):
+        files.write(images.image_path(0, index), b"")
+        files.save_tensors(images.latent_path(0, index), {"latent": latent.reshape(2, 1, 1)}, seconds=0.5)
+    rows = measures.latent_rows(smoke, Sets(3, {(DIT, 0): images}), DIT).set_index("metric").value
     half = 0.5**0.5  # the first two are each other's nearest; the third is nearest to the second, at -0.707
-    assert rows["nearest"] == pytest.approx((half + half - half) / 3, abs=1e-6) and rows["moved"] == 0 and rows["seconds"] == 2
+    assert rows["nearest"] == pytest.approx((half + half - half) / 3, abs=1e-6)
+    assert rows["moved"] == 0 and rows["seconds"] == 1.5
+    with pytest.raises(TypeError, match="Random is not sampled: it has no latents"):
+        measures.latent_rows(smoke, Sets(3, {(RANDOM, 0): smoke.train}), DIT)
 
 
-def test_choices_and_selections(only_fashion):
-    found = prepare("06", "fashion-mnist", "smoke")
-    choices = found.choices((0.7, 2.0))
-    assert list(choices.columns) == ["similarity", "threshold", "kept", "epochs", "regular"] and len(choices) == 4
-    everything = list(range(len(found.trajectory())))
+def test_choices_and_selections(smoke):
+    choices = smoke.surrogates.choices((0.7, 2.0))
+    assert (
+        list(choices.columns) == ["similarity", "threshold", "kept", "epochs", "regular"]
+        and len(choices) == 4
+    )
+    everything = list(range(len(smoke.surrogates.trajectory())))
     assert choices.kept[1] == choices.regular[1] == everything  # no cosine reaches 2
-    rows = selections(found, (2.0,))
-    assert [method.name for method in rows] == ["DiT", f"threshold 2.0 ({len(everything)})"]  # the regular one is the same
-    assert rows[1].keep == tuple(everything)
+    rows = selections(smoke, (2.0,))
+    assert labels(rows) == ["DiT", f"threshold 2.0 ({len(everything)})"]  # the regular one is the same
+    assert rows[1].selection.keep == tuple(everything) and rows[1].guidance == smoke.scale.guidance
+    assert labels(selections(smoke, (2.0,), "minimax"))[1].startswith("Minimax-IGD, threshold 2.0 (")
 
 
-def test_grid_of_settings(only_fashion):
-    found = prepare("12", "fashion-mnist", "small")
-    assert found.grid_values("auto", "0, 120") == ([0.0, 30.0], [0.0, 120.0])
-    assert found.grid_values("1,2", "auto") == ([1.0, 2.0], [0.0, 480.0])  # the paper's gamma, for 4,096 values
-    rows = grid(found, [0.0, 30.0], [0.0, 480.0])
-    assert [(m.name, m.guidance and (m.guidance.k, m.guidance.gamma)) for m in rows] == [
-        ("DiT", None), ("k 30, gamma 0", (30.0, 0.0)), ("k 0, gamma 480", (0.0, 30.0)), ("k 30, gamma 480", (30.0, 30.0)),
-    ]  # fmt: skip
-    assert rows[3].guidance == found.guidance
+def test_grid_of_settings(small):
+    assert small.scale.grid_values("auto", "0, 120") == ([0.0, 30.0], [0.0, 120.0])
+    assert small.scale.grid_values("1,2", "auto") == (
+        [1.0, 2.0],
+        [0.0, 480.0],
+    )  # the paper's, for 4,096 values
+    rows = grid(small, [0.0, 30.0], [0.0, 480.0])
+    assert [(method.label, method.guidance) for method in rows] == [
+        ("DiT", None),
+        ("k 30, gamma 0", Guidance(30.0, 0.0, (15, 22))),
+        ("k 0, gamma 480", Guidance(0.0, 480.0, (15, 22))),
+        ("k 30, gamma 480", Guidance(30.0, 480.0, (15, 22))),
+    ]
+    assert small.sampling(rows[2]).guidance == Guidance(0.0, 30.0, (15, 22))  # for latents of 256 values
+    assert rows[3].guidance == small.scale.guidance
+    assert labels(grid(small, [30.0], [480.0], "minimax")) == ["Minimax", "Minimax, k 30, gamma 480"]
 
 
-def test_networks_by_scale(small_loads):
-    found = prepare("01", "imagenet", "smoke")
-    assert found.networks("auto", paper="resnet18", small="convnet3,convnet4") == ["convnet3", "convnet4"]
-    assert found.networks("a, b", paper="resnet18") == ["a", "b"]
-    found.scale = "paper"
-    assert found.networks("auto", paper="convnet6,resnet18") == ["convnet6", "resnet18"]
-
-
-def test_validation_images_are_none_of_training_or_test(only_fashion):
-    found = prepare("12", "fashion-mnist", "smoke")
-    held = found.on_validation()
-    assert held.test.split.startswith("validation") and found.test.split.startswith("test") and held.train is found.train
-    known = {image.numpy().tobytes() for image in found.train.of_class(0)}
-    fresh = [image.numpy().tobytes() not in known for image in held.test.of_class(0)]
-    assert sum(fresh) >= len(fresh) - 1  # Fashion-MNIST repeats an image now and then
-
-
-def test_soft_labels_come_from_the_surrogates_last_checkpoint(only_fashion):
+def test_soft_labels_come_from_the_surrogates_last_checkpoint(small_loads):
     """None for hard labels. Smoke's is hardly trained, so only there no accuracy is asked of it."""
     assert prepare("03", "imagenet", "smoke").teacher() is None
     found = prepare("03", "imagenet", "smoke", labels="soft")
     teacher = found.teacher()
-    assert found.protocol.labels == "soft" and teacher.classes == found.train.classes and "epoch 1" in teacher.weights
-    assert teacher.least == 0 and replace(found, scale="small").teacher().least == 50
-    last = found.trajectory().states[-1]
+    assert found.scale.protocol.labels == "soft"
+    assert teacher.classes == found.train.classes and "epoch 1" in teacher.weights
+    assert teacher.least == 0 and prepare("03", "imagenet", "small").scale.teacher_least == 50
+    asking = replace(found.surrogates, scale=replace(found.scale, teacher_least=50.0))
+    assert replace(found, models=replace(found.models, surrogates=asking)).teacher().least == 50
+    last = found.surrogates.trajectory().states[-1]
     assert all(torch.equal(value, last[name]) for name, value in teacher.model.state_dict().items())
 
 
 def test_a_published_teacher_is_reduced_to_the_classes_at_hand(monkeypatch):
-    """Logits of ImageNet-1K's ids alone, in the data set's order; without weights the error says where they go."""
+    """ImageNet-1K's logits at its ids, in that order; without weights the error says where they go."""
     torch.manual_seed(0)
     state = network("timm/resnet18", num_classes=1000, image_size=224).state_dict()
-    weights = experiment.ResNet18_Weights
+    weights = teachers.ResNet18_Weights
     monkeypatch.setattr(weights, "get_state_dict", lambda self, **options: state)
-    teacher = experiment.imagenet_teacher(("woof", "meow"), (207, 5))
+    teacher = teachers.imagenet_teacher(("woof", "meow"), (207, 5))
     whole = network("timm/resnet18", num_classes=1000, image_size=224)
     whole.load_state_dict(state)
     images = torch.rand(2, 3, 64, 64)
@@ -223,162 +432,253 @@ def test_a_published_teacher_is_reduced_to_the_classes_at_hand(monkeypatch):
         raise OSError("no route")
 
     monkeypatch.setattr(weights, "get_state_dict", offline)
-    with pytest.raises(FileNotFoundError, match=r"no route\); download https.*resnet18-f37072fd.pth to .*checkpoints"):
-        experiment.imagenet_teacher(("woof",), (207,))
+    with pytest.raises(
+        FileNotFoundError, match=r"no route\); download https.*resnet18-f37072fd.pth to .*checkpoints"
+    ):
+        teachers.imagenet_teacher(("woof",), (207,))
 
 
-def test_surrogates_of_other_architectures(only_fashion):
+def test_surrogates_of_other_architectures(smoke):
     """Each has a trajectory and guides sets of its own; influence is measured with the experiment's."""
-    found = prepare("04", "fashion-mnist", "smoke")
-    found.classes = [3]
-    found.fit_surrogate()
-    _, _, default, other = surrogates(found, ["convnet3", "convnet2"])
-    a, b = (found.distilled(replace(method, guidance=replace(method.guidance, gamma=0.0)), 1, 0) for method in (default, other))
+    rows = surrogates(smoke, ["convnet3", "convnet2"])
+    default, other = (replace(row, guidance=replace(row.guidance, gamma=0.0)) for row in rows[2:])
+    sets = smoke.sets([default, other], 1, 1)
+    a, b = (sets[method, 0] for method in (default, other))
     assert a.path != b.path and not torch.equal(a.latents(3), b.latents(3))
-    sizes = [sum(value.numel() for value in found.trajectory(name).states[0].values()) for name in ("convnet3", "convnet2")]
-    assert sizes[0] == found.gradients(3).shape[1] != sizes[1]
-    assert len(found.influence_rows({("b", 0): b}, 1)) == 1
+    trajectories = [smoke.surrogates.trajectory(name) for name in ("convnet3", "convnet2")]
+    sizes = [sum(value.numel() for value in found.states[0].values()) for found in trajectories]
+    assert sizes[0] == smoke.retained[1](3).shape[1] != sizes[1]
+    influence = measures.influence_rows(smoke, Sets(1, {(other, 0): b}))
+    assert len(influence) == 1 and influence.surrogate[0] == "convnet2"
 
 
-def test_distances_are_named_after_their_features(only_fashion):
+def test_distances_are_named_after_their_features(smoke, monkeypatch):
     """Real images drawn anew lie nearer to the data than dark ones, by every measure."""
-    found = prepare("11", "fashion-mnist", "smoke")
-    draw = found.train.per_class(5, seed=1)
+    monkeypatch.setitem(registry.BASELINES, "dark", registry.Baseline("dark", None))
+    draw = smoke.train.per_class(5, seed=1)
     dark = replace(draw, fetch=lambda indices: draw.fetch(indices) // 8)
-    rows = found.distribution_rows({("Random", 0): draw, ("dark", 0): dark}, 5, images=20).set_index(["metric", "method"]).value
-    name = "convnet3 features"
-    assert list(rows.index.levels[0]) == sorted([f"FD over {name}", f"coverage over {name}", f"Wasserstein over {name}"])
-    for metric, better in ((f"FD over {name}", -1), (f"Wasserstein over {name}", -1), (f"coverage over {name}", 1)):
+    sets = Sets(5, {(RANDOM, 0): draw, (Method("dark"), 0): dark})
+    rows = measures.distribution_rows(smoke, sets, images=20).set_index(["metric", "method"]).value
+    fd, coverage, wasserstein = (
+        f"{what} over convnet3 features" for what in ("FD", "coverage", "Wasserstein")
+    )
+    assert list(rows.index.levels[0]) == sorted([fd, coverage, wasserstein])
+    for metric, better in ((fd, -1), (wasserstein, -1), (coverage, 1)):
         assert better * (rows[metric, "Random"] - rows[metric, "dark"]) > 0, metric
 
 
 # --- either backbone, and RDED
 
 
-def test_the_minimax_backbone_is_fine_tuned_once(small_loads, monkeypatch):
-    found = prepare("01", "fashion-mnist", "smoke")
-    found.classes = [0]
-    assert found.minimax_missing == "" and found.minimax_pipe is found.minimax_pipe
-    own, plain = (found.distilled(Method(name, backbone=name.lower()), 1, seed=0) for name in ("Minimax", "DiT"))
+def test_the_minimax_backbone_is_fine_tuned_once(smoke, monkeypatch):
+    tuned = Method(backbone="minimax")
+    assert smoke.models.minimax_missing == "" and smoke.models.minimax is smoke.models.minimax
+    own, plain = (smoke.set(method, 0, 1) for method in (tuned, DIT))
     assert own.path != plain.path and not torch.equal(own.latents(0), plain.latents(0))
-    monkeypatch.setattr("igd_lib.minimax.Accelerator", None)  # a second experiment reads what the first made
+    monkeypatch.setattr(
+        "igd_lib.baselines.minimax.Accelerator", None
+    )  # a second experiment reads what the first made
     again = prepare("01", "fashion-mnist", "smoke")
-    again.classes = [0]
-    assert again.distilled(Method("Minimax", backbone="minimax"), 1, seed=0).path == own.path
-    assert found.row("Minimax-IGD", 1, 0, "top1", 1.0).backbone == "minimax" and found.row("DiT-IGD", 1, 0, "top1", 1.0).backbone == "dit"
+    assert again.set(tuned, 0, 1).path == own.path
+    guided = plain_and_guided(smoke, "minimax")[1]
+    row = measures.About(smoke, guided, 0, own, 1).row("top1", 1.0)
+    assert (row.method, row.backbone, row.guides) == ("Minimax-IGD", "minimax", "influence+deviation")
+    assert measures.About(smoke, DIT, 0, plain, 1).row("top1", 1.0).backbone == "dit"
 
 
-def test_without_a_minimax_model_its_rows_are_left_out(small_loads):
-    found = prepare("01", "fashion-mnist", "smoke")
-    with_it = [method.name for method in baselines(found)]
-    assert with_it == ["Random", "RDED", "DiT", "DiT, best cfg", "DiT + G_D", "DiT-IGD", "Minimax", "Minimax-IGD"]
-    assert [method.name for method in sampled(found)] == ["DiT", "DiT + G_D", "DiT-IGD", "Minimax", "Minimax-IGD"]
-    assert [method.name for method in plain_and_guided(found, "minimax")] == ["Minimax", "Minimax-IGD"]
-    found.scale = "paper"  # where no folder of such a model is
-    assert [method.name for method in baselines(found)] == with_it[:6] and len(ablation(found)) == 5
-    assert "accelerate launch -m igd_lib.minimax fashion-mnist" in found.minimax_missing
-    for make in (lambda: found.minimax_pipe, lambda: selections(found, [0.7], "minimax"), lambda: plain_and_guided(found, "minimax")):
-        with pytest.raises((FileNotFoundError, ValueError), match="no Minimax model in"):
+def test_without_a_minimax_model_its_rows_are_left_out(smoke, own_paper):
+    with_it = labels(baselines(smoke))
+    assert with_it == [
+        "Random",
+        "RDED",
+        "DiT",
+        "DiT, best cfg",
+        "DiT + G_D",
+        "DiT-IGD",
+        "Minimax",
+        "Minimax-IGD",
+    ]
+    assert labels(sampled(smoke)) == ["DiT", "DiT + G_D", "DiT-IGD", "Minimax", "Minimax-IGD"]
+    assert labels(plain_and_guided(smoke, "minimax")) == ["Minimax", "Minimax-IGD"]
+    paper = prepare("01", "imagewoof", "paper")  # where no folder of such a model is
+    assert labels(baselines(paper)) == with_it[:6] and len(ablation(paper)) == 5 and len(solvers(paper)) == 4
+    assert "accelerate launch -m igd_lib minimax imagewoof" in paper.models.minimax_missing
+    assert "Without the rows on the Minimax backbone: no Minimax model in" in paper.banner
+    for make in (
+        lambda: paper.models.minimax,
+        lambda: selections(paper, [0.7], "minimax"),
+        lambda: plain_and_guided(paper, "minimax"),
+    ):
+        with pytest.raises(FileNotFoundError, match="no Minimax model in"):
             make()
 
 
-def test_rded_s_images_are_kept(small_loads, monkeypatch):
-    found = prepare("01", "fashion-mnist", "smoke")
-    first = found.distilled(Method("RDED", real="rded"), 1, seed=0)
+def test_the_minimax_model_of_a_folder(own_paper, tiny_pipe):
+    tiny_pipe.save_pretrained(cache_dir() / "models" / "Minimax-imagewoof")
+    paper = prepare("01", "imagewoof", "paper")
+    assert paper.models.minimax_missing == "" and "Minimax" not in paper.banner
+    assert labels(baselines(paper))[6:] == ["Minimax", "Minimax-IGD"]
+    assert baselines(paper)[-1].guidance == preset("imagewoof", "minimax", 10) != paper.scale.guidance
+    assert paper.models.minimax.vae is paper.models.pipe.vae
+    assert paper.sampling(Method(backbone="minimax")).pipe is paper.models.minimax is not paper.models.pipe
+
+
+def test_rded_s_images_are_kept(smoke, monkeypatch):
+    first = smoke.set(RDED, 0, 1)
     assert first.labels.tolist() == list(range(10)) and "RDED, ipc 1, factor 2, seed 0" in first.split
-    monkeypatch.setattr(experiment, "rded", None)
-    again = found.distilled(Method("RDED", real="rded"), 1, seed=0)
+    monkeypatch.setattr(registry.rded, "rded", None)
+    again = smoke.set(RDED, 0, 1)
     assert torch.equal(again.fetch(torch.arange(10)), first.fetch(torch.arange(10)))
 
 
-def test_a_map_of_sets(small_loads, tmp_path):
-    found = prepare("23", "fashion-mnist", "smoke")
-    few = found.train.per_class(3, seed=0)
-    coordinates, distances = found.map_of_sets({("Random", 0): few, ("Random", 1): few}, 3, 4, images=30)
-    assert coordinates.set.tolist() == ["real"] * 30 + ["Random"] * 3 and list(distances.metric) == ["Wasserstein over convnet3 features"]
-    found.keep_table(coordinates, str(tmp_path), "coordinates")
+def test_a_map_of_sets(smoke, tmp_path):
+    few = smoke.train.per_class(3, seed=0)
+    sets = Sets(3, {(RANDOM, 0): few, (RANDOM, 1): few})
+    coordinates, distances = measures.map_of_sets(smoke, sets, 4, images=30)
+    assert coordinates.set.tolist() == ["real"] * 30 + ["Random"] * 3
+    assert list(distances.metric) == ["Wasserstein over convnet3 features"]
+    measures.save_table(smoke, coordinates, str(tmp_path), "coordinates")
     kept = pd.read_csv(tmp_path / "coordinates.csv")
-    assert list(kept.columns) == ["set", "x", "y", "class", "dataset", "scale", "git_revision"] and set(kept.scale) == {"smoke"}
+    assert list(kept.columns) == ["set", "x", "y", "class", "dataset", "scale", "git_revision"]
+    assert set(kept.scale) == {"smoke"}
 
 
-def test_claims_name_only_rows_that_are_there():
-    assert claims(["DiT", "DiT-IGD"]) == [("DiT-IGD", "DiT")]
-    assert ablation_claims(["Minimax", "Minimax + G_D", "Minimax-IGD"]) == [
+# --- which differences a table claims
+
+
+def test_claims_name_only_rows_that_are_there(small):
+    igd, tuned = Guidance(), Method(backbone="minimax")
+    alone = Guidance(k=0.0)
+    assert statistics.table_claims(columns([DIT, Method(guidance=igd)])) == [("DiT-IGD", "DiT")]
+    assert statistics.table_claims(columns(baselines(small))) == [
+        ("DiT-IGD", "DiT"),
+        ("DiT, best cfg", "DiT"),
+        ("DiT-IGD", "DiT + G_D"),
+        ("DiT-IGD", "DiT, best cfg"),
+        ("DiT-IGD", "RDED"),
+        ("Minimax", "DiT"),
+        ("Minimax-IGD", "Minimax"),
+        ("Minimax-IGD", "DiT-IGD"),
+    ]
+    rows = columns([tuned, replace(tuned, guidance=alone), replace(tuned, guidance=igd)])
+    assert statistics.ablation_claims(rows) == [
         ("Minimax + G_D", "Minimax"), ("Minimax-IGD", "Minimax"), ("Minimax-IGD", "Minimax + G_D"),
     ]  # fmt: skip
-    assert selection_claims(["DiT", "threshold 0.7 (3)", "regular (3)", "regular (4)"])[-1] == ("threshold 0.7 (3)", "regular (3)")
-    names = ["DiT-IGD, DPM-Solver++ 20", "DiT, DDIM 50", "DiT, DPM-Solver++ 20", "DiT-IGD, DDIM 50"]
-    assert solver_claims(names) == [(names[3], names[1]), (names[0], names[2]), (names[2], names[1]), (names[0], names[3])]
+
+
+def test_claims_of_selections_and_solvers(small):
+    def chosen(rule, count, threshold=None):
+        selection = Selection(rule, tuple(range(count)), threshold)
+        return Method(guidance=Guidance(), selection=selection, varies=("selection",))
+
+    rows = columns([DIT, chosen("threshold", 3, 0.7), chosen("regular", 3), chosen("regular", 4)])
+    assert rows.method.tolist() == ["DiT", "threshold 0.7 (3)", "regular (3)", "regular (4)"]
+    against_none = [(name, "DiT") for name in rows.method[1:]]
+    assert statistics.selection_claims(rows) == [*against_none, ("threshold 0.7 (3)", "regular (3)")]
+
+    slow, guided, quick, guided_quick = solvers(small)[:4]
+    found = statistics.solver_claims(columns([guided_quick, slow, quick, guided]))
+    assert found == [
+        ("DiT-IGD, DDIM 25", "DiT, DDIM 25"),
+        ("DiT-IGD, DPM-Solver++ 20", "DiT, DPM-Solver++ 20"),
+        ("DiT, DPM-Solver++ 20", "DiT, DDIM 25"),
+        ("DiT-IGD, DPM-Solver++ 20", "DiT-IGD, DDIM 25"),
+    ]
+
+
+def test_what_a_method_is_called_is_read_from_its_row_again(small):
+    """A row carries every field that its label is made of."""
+    for rows in (baselines(small), ablation(small), solvers(small), shortcuts(small), flipped(small)):
+        table = columns(rows)
+        assert results.labels(table).tolist() == table.method.tolist()
+        assert results.looks(table) == {method.label: method.look for method in rows}
 
 
 # --- the figures' methods and trajectories
 
 
-def test_methods_of_figures_2_and_6(only_fashion):
-    found = prepare("22", "fashion-mnist", "small")
-    plain, *others = early_stage(found, [10.0, 30.0])
+def test_methods_of_figures_2_and_6(small, small_loads):
+    own = small.scale.guidance
+    plain, *others = rows = early_stage(small, [10.0, 30.0])
     assert plain.guidance is None and all(method.guidance.gamma == 0 for method in others)
-    assert {(m.name, m.guidance.k, m.guidance.guided_range) for m in others} == {
-        ("DiT + G_I, k 10", 10.0, found.guidance.guided_range), ("DiT + G_I, k 30", 30.0, found.guidance.guided_range),
-        ("DiT + G_I throughout, k 10", 10.0, (0, 24)), ("DiT + G_I throughout, k 30", 30.0, (0, 24)),
-    }  # fmt: skip
-    early = "DiT + G_I, k 10"
-    assert early_stage_claims(["DiT", early, "DiT + G_I throughout, k 10"]) == [
-        (early, "DiT"), ("DiT + G_I throughout, k 10", "DiT"), ("DiT + G_I throughout, k 10", early),
+    early, late = (
+        ("DiT + G_I, k 10", "DiT + G_I, k 30"),
+        ("DiT + G_I throughout, k 10", "DiT + G_I throughout, k 30"),
+    )
+    assert {(method.label, method.guidance.k, method.guidance.guided_range) for method in others} == {
+        (early[0], 10.0, own.guided_range),
+        (early[1], 30.0, own.guided_range),
+        (late[0], 10.0, (0, 24)),
+        (late[1], 30.0, (0, 24)),
+    }
+    assert statistics.early_stage_claims(columns([plain, rows[1], rows[3]])) == [
+        (early[0], "DiT"), (late[0], "DiT"), (late[0], early[0]),
     ]  # fmt: skip
-    found.fidelity = replace(found.fidelity, range_counts_from=1)
-    assert early_stage(found, [10.0])[2].guidance.guided_range == (1, 25)
+    counted = prepare("22", "fashion-mnist", "small", fidelity=replace(RELEASED, range_counts_from=1))
+    assert early_stage(counted, [10.0])[2].guidance.guided_range == (1, 25)
 
-    own = found.guidance
-    by_name = {method.name: method.guidance for method in sensitivity(found, [0.0, 100.0], [480.0, 4096.0])}
-    assert by_name.pop("DiT") is None
-    assert by_name == {
-        "DiT-IGD, k 0": replace(own, k=0.0), "DiT-IGD, k 100": replace(own, k=100.0),
-        "DiT-IGD, gamma 480": replace(own, gamma=30.0), "DiT-IGD, gamma 4096": replace(own, gamma=256.0),
-    }  # fmt: skip
+    by_label = {method.label: method.guidance for method in sensitivity(small, [0.0, 100.0], [480.0, 4096.0])}
+    assert by_label.pop("DiT") is None
+    assert by_label == {
+        "DiT-IGD, k 0": replace(own, k=0.0),
+        "DiT-IGD, k 100": replace(own, k=100.0),
+        "DiT-IGD, gamma 480": replace(own, gamma=480.0),
+        "DiT-IGD, gamma 4096": replace(own, gamma=4096.0),
+    }
+    weakest = sensitivity(small, [0.0], [4096.0])[1]
+    assert (
+        small.sampling(replace(weakest, guidance=replace(weakest.guidance, gamma=4096.0))).guidance.gamma
+        == 256.0
+    )
 
 
-def test_a_trace_ends_where_the_set_did_and_parts_from_the_plain_one_when_guided(small_loads):
-    found = prepare("25", "fashion-mnist", "smoke")
-    found.classes = [3, 8]
-    found.fit_surrogate()
-    compared = plain_and_guided(found, "dit")
-    sets = found.all_sets(2, 1, compared)
-    ways = {method.name: trace(found, method, sets[method.name, 0], 8, 1) for method in compared}
-    first, last = found.guidance.guided_range
-    for name, way in ways.items():
+def test_a_trace_ends_where_the_set_did_and_parts_from_the_plain_one_when_guided(smoke):
+    plain, igd = plain_and_guided(smoke, "dit")
+    sets = smoke.sets([plain, igd], 2, 1)
+    ways = {method: trace(smoke, method, sets[method, 0], 8, 1) for method in (plain, igd)}
+    first, last = smoke.scale.guidance.guided_range
+    for method, way in ways.items():
         assert way.latents.shape == (11, 4, 8, 8) and way.clean.shape == (10, 4, 8, 8)
-        assert (way.latents[-1] - sets[name, 0].latents(8)[1]).abs().max() < 1e-3  # alone and in a batch of two
-        assert way.guided == [name == "DiT-IGD" and first <= 9 - step <= last for step in range(10)]
-    same = (ways["DiT"].latents == ways["DiT-IGD"].latents).flatten(1).all(dim=1).tolist()
+        # Alone and in a batch.
+        assert (way.latents[-1] - sets[method, 0].latents(8)[1]).abs().max() < 1e-3
+        assert way.guided == [method == igd and first <= 9 - step <= last for step in range(10)]
+    same = (ways[plain].latents == ways[igd].latents).flatten(1).all(dim=1).tolist()
     assert same == [True] * (10 - last) + [False] * (last + 1)
     # Eq. 5 on the noise itself, from the first step's own prediction of it.
-    scheduler = found.pipe.scheduler_for(found.fidelity)
+    pipe = smoke.models.pipe
+    scheduler = pipe.scheduler_for(smoke.scale.fidelity)
     scheduler.set_timesteps(10)
-    alpha = scheduler.alphas_cumprod[int(scheduler.timesteps[0])]
-    noise = ways["DiT"].latents[:1]
-    labels = torch.tensor([8, 10])
+    timestep = scheduler.timesteps[:1]
+    alpha = scheduler.alphas_cumprod[int(timestep)]
+    noise = ways[plain].latents[:1]
+    classes = torch.tensor([8, 10])
     with torch.no_grad():
-        conditional, null = found.pipe.transformer(noise.repeat(2, 1, 1, 1), timestep=scheduler.timesteps[:1].expand(2), class_labels=labels).sample[:, :4]
+        predicted = pipe.transformer(
+            noise.repeat(2, 1, 1, 1), timestep=timestep.expand(2), class_labels=classes
+        )
+    conditional, null = predicted.sample[:, :4]
     eps = null + 4 * (conditional - null)
     eps[3] = conditional[3]  # RELEASED guides three channels
     expected = (noise[0] - (1 - alpha).sqrt() * eps) / alpha.sqrt()
-    torch.testing.assert_close(ways["DiT"].clean[0], expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(ways[plain].clean[0], expected, rtol=1e-3, atol=1e-3)
 
-    paths, strips = overview(found, compared, sets, 8, [0, 1], columns=5)
-    assert len(paths) == 2 * 2 * 11 and {name: images.shape for name, images in strips.items()} == {name: (5, 3, 32, 32) for name in ("DiT", "DiT-IGD")}
+    paths, strips = overview(smoke, sets, 8, [0, 1], columns=5)
+    assert len(paths) == 2 * 2 * 11 and set(paths.method) == {"DiT", "DiT-IGD"}
+    assert {name: images.shape for name, images in strips.items()} == dict.fromkeys(
+        ("DiT", "DiT-IGD"), (5, 3, 32, 32)
+    )
     assert shown_steps(10, 5) == [9, 7, 4, 2, 0]
     # A plane keeps at most the true distances, and shows the final latents apart.
     ends = paths[(paths.image == 1) & (paths.step == 0)][["x", "y"]].to_numpy()
-    distance = (ways["DiT"].latents[-1] - ways["DiT-IGD"].latents[-1]).norm().item()
+    distance = (ways[plain].latents[-1] - ways[igd].latents[-1]).norm().item()
     assert 0 < ((ends[0] - ends[1]) ** 2).sum() ** 0.5 <= distance + 1e-3
 
 
 def test_pictures_are_kept_pixel_by_pixel(tmp_path):
-    setup = SimpleNamespace(train=SimpleNamespace(name="data"), scale="small")
-    setup.keep_table = lambda *arguments: experiment.Experiment.keep_table(setup, *arguments)
-    pictures = {name: torch.randint(0, 256, (3, 3, 4, 5), dtype=torch.uint8) for name in ("a, b", "c")}
-    experiment.Experiment.keep_images(setup, pictures, ["x", "y", "z"], "a title", str(tmp_path))
+    about = SimpleNamespace(train=SimpleNamespace(name="data"), scale=SimpleNamespace(name="small"))
+    rows = {name: torch.randint(0, 256, (3, 3, 4, 5), dtype=torch.uint8) for name in ("a, b", "c")}
+    pictures.Gallery(rows, ["x", "y", "z"], "a title", {"a, b": "DiT"}).save(about, str(tmp_path))
     found = plotting.read_gallery(tmp_path / "images")
-    assert found["titles"] == ["x", "y", "z"] and found["title"] == "a title" and list(found["columns"]) == list(pictures)
-    assert all(torch.equal(found["columns"][name], images) for name, images in pictures.items())
+    assert found["titles"] == ["x", "y", "z"] and found["title"] == "a title"
+    assert list(found["columns"]) == list(rows) and found["looks"] == {"a, b": "DiT", "c": ""}
+    assert all(torch.equal(found["columns"][name], images) for name, images in rows.items())

@@ -7,12 +7,15 @@ import json
 
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
-from igd_lib import files, plotting, results, tables
+from igd_lib.analysis import plotting, results, tables
+from igd_lib.tools import files
 from paper_figures import make_figures
 
 
+@pytest.mark.slow  # `make check` does the same by `make_figures.py --check`
 def test_nothing_is_stale():
     assert make_figures.stale() == []
 
@@ -31,8 +34,10 @@ def copy(tmp_path, monkeypatch):
 
 def test_a_change_of_rows_or_of_a_page_is_noticed(copy, capsys):
     manifest = json.loads((copy / "MANIFEST.json").read_text())
-    assert set(manifest["outputs"]) == {"table05.md", "table05.svg"} and (copy / "table05.pdf").is_file() and (copy / "table05.png").is_file()
-    assert manifest["inputs"]["data/05_guidance_ablation.csv"] == files.sha256(copy / "data" / "05_guidance_ablation.csv")
+    assert set(manifest["outputs"]) == {"table05.md", "table05.svg"}
+    assert (copy / "table05.pdf").is_file() and (copy / "table05.png").is_file()
+    own = "data/05_guidance_ablation.csv"
+    assert manifest["inputs"][own] == files.sha256(copy / own)
     assert make_figures.main(["--check"]) == 0
     page = (copy / "table05.md").read_text()
     (copy / "table05.md").write_text(page.replace("Table 5", "Table 6"))
@@ -58,7 +63,8 @@ def test_a_picture_that_is_missing_or_shows_something_else_is_noticed(copy):
     assert make_figures.stale() == ["file table05.png shows something else"]
     picture.write_bytes(drawn)
     manifest = json.loads((copy / "MANIFEST.json").read_text())
-    (copy / "MANIFEST.json").write_text(json.dumps(manifest | {"outputs": {**manifest["outputs"], "old.svg": "0"}}))
+    more = manifest | {"outputs": {**manifest["outputs"], "old.svg": "0"}}
+    (copy / "MANIFEST.json").write_text(json.dumps(more))
     assert make_figures.stale() == ["outputs old.svg is no longer used or drawn"]
 
 
@@ -66,7 +72,13 @@ def test_a_picture_that_is_missing_or_shows_something_else_is_noticed(copy):
 def saved(copy, tmp_path_factory):
     """A folder as a notebook saves it at the paper's scale (the stand-in's rows under other names)."""
     rows = pd.read_csv(copy / "data" / "05_guidance_ablation.csv", dtype=str, keep_default_na=False)
-    rows = rows.assign(scale="paper", dataset="imagenette", ipc="50", network=rows.network.replace("convnet3", "resnet18"), device="cuda, bfloat16")
+    rows = rows.assign(
+        scale="paper",
+        dataset="imagenette",
+        ipc="50",
+        network=rows.network.replace("convnet3", "resnet18"),
+        device="cuda, bfloat16",
+    )
     folder = tmp_path_factory.mktemp("rows") / "05_guidance_ablation"
     folder.mkdir()
     rows.to_csv(folder / "rows.csv", index=False)
@@ -82,19 +94,21 @@ def test_rows_of_the_paper_s_scale_do_not_replace_the_stand_in_s(copy, saved, ca
 
 
 def test_rows_of_the_paper_s_scale_are_drawn_into_a_folder_of_their_own(copy, saved, tmp_path_factory):
-    """Under the paper's name, beside the paper's numbers with the difference, without words about the stand-in."""
+    """Under the paper's name, beside its numbers with the difference, without words about the stand-in."""
     into = tmp_path_factory.mktemp("own")
     assert make_figures.main([str(saved), "--into", str(into)]) == 0
     page = (into / "table05.md").read_text()
     assert page.startswith("# Table 5\n") and "stand-in" not in page and "trained on cuda, bfloat16" in page
     rows = tables.top1(results.load(into / "data" / "05_guidance_ablation.csv"))
     mean = rows[rows.method == "DiT-IGD"].value.mean()
-    line = next(line for line in page.splitlines() if line.startswith("| imagenette | 50 | resnet18 | DiT-IGD |"))
+    start = "| imagenette | 50 | resnet18 | DiT-IGD |"
+    line = next(line for line in page.splitlines() if line.startswith(start))
     assert "81.0 ± 0.7" in line and f"{mean:.1f} ± " in line and f"{mean - 81.0:+.1f}" in line
 
 
 def test_the_readme_shows_the_quickstart_s_page():
-    readme, page = ((make_figures.HERE.parent / name).read_text() for name in ("README.md", "paper_figures/quickstart.md"))
+    readme = (make_figures.HERE.parent / "README.md").read_text()
+    page = (make_figures.HERE / "quickstart.md").read_text()
     parts = page.split("\n\n")
     assert parts[2].startswith("| method") and parts[2] in readme
     assert parts[4].startswith("- DiT-IGD") and parts[4].strip() in readme
@@ -111,7 +125,35 @@ def test_the_readme_shows_the_quickstart_s_page():
     ],
 )
 def test_methods_far_below_the_others_do_not_set_the_axis(means, below):
-    rows = pd.DataFrame([(method, mean + seed) for method, mean in means.items() for seed in (0, 1)], columns=["method", "value"])
+    values = [(method, mean + seed) for method, mean in means.items() for seed in (0, 1)]
+    rows = pd.DataFrame(values, columns=["method", "value"]).assign(kind="DiT", throughout=0, cfg_choice="")
     assert tables.far_below(rows) == below
     low = plotting.scores(rows, title="").axes[0].get_ylim()[0]
     assert low > max((means[name] for name in below), default=-1.0)
+
+
+def test_every_method_of_the_rows_has_a_colour_and_a_marker_of_its_own():
+    assert plotting.COLOURS.keys() == plotting.MARKERS.keys()
+    assert len(set(plotting.COLOURS.values())) == len(plotting.COLOURS)
+    paths = [make_figures.HERE / "data" / f"{artefact.source}.csv" for artefact in make_figures.ARTEFACTS]
+    looks = {look for path in paths for look in results.looks(results.load(path)).values()}
+    assert looks <= plotting.COLOURS.keys()
+
+
+def test_methods_are_coloured_by_their_look_whatever_they_are_called():
+    assert plotting.style_of("DiT-IGD") == (plotting.COLOURS["DiT-IGD"], "*")
+    assert plotting.style_of("m1") == ("#777777", "o") and plotting.style_of("m1", "#333333")[0] == "#333333"
+    first = {"method": "m1", "kind": "DiT + G_I", "throughout": 1, "cfg_choice": "", "value": 60.0}
+    second = {"method": "DiT-IGD", "kind": "DiT", "throughout": 0, "cfg_choice": "best", "value": 62.0}
+    rows = pd.DataFrame([first, first, second, second])
+    looks = {"m1": "DiT + G_I throughout", "DiT-IGD": "DiT, best cfg"}
+    assert results.looks(rows) == looks
+    lines = plotting.scores(rows, title="").axes[0].lines
+    styles = {(line.get_color(), line.get_marker()) for line in lines if line.get_marker() in "XD"}
+    assert styles == {plotting.style_of(look) for look in looks.values()}
+
+    images = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+    columns = {"m1": images, "DiT-IGD": images, "DiT": images}
+    figure = plotting.gallery(columns, titles=["0"], title="", looks=looks)
+    colours = [axes.yaxis.label.get_color() for axes in figure.axes]
+    assert colours == [*(plotting.COLOURS[look] for look in looks.values()), "#333333"]

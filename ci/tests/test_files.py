@@ -9,14 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from igd_lib import files
+from igd_lib.tools import files
 
 
 def everything_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*"))
 
 
-@pytest.mark.parametrize("content", [b"new", "new", lambda path: path.write_text("new")], ids=["bytes", "text", "function"])
+@pytest.mark.parametrize(
+    "content", [b"new", "new", lambda path: path.write_text("new")], ids=["bytes", "text", "function"]
+)
 def test_write_replaces_the_old_content(tmp_path, content):
     target = tmp_path / "folder" / "file.txt"
     target.parent.mkdir()
@@ -31,7 +33,9 @@ def test_write_makes_the_folders(tmp_path):
     assert files.write(tmp_path / "a" / "b" / "c", "x").read_text() == "x"
 
 
-@pytest.mark.parametrize("error", [RuntimeError("half way"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("half way"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")]
+)
 def test_a_failing_writer_keeps_the_old_content(tmp_path, error):
     target = tmp_path / "file"
     target.write_text("old")
@@ -51,7 +55,9 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch, where):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "fsync", full) if where == "fsync" else monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full) if where == "fsync" else monkeypatch.setattr(
+        Path, "write_bytes", full
+    )
     with pytest.raises(OSError, match=r"cannot write .*file: No space left") as caught:
         files.write(tmp_path / "file", b"content")
     assert caught.value.errno == errno.ENOSPC

@@ -14,13 +14,18 @@ TARGETS = torch.tensor([0, 2, 1, 2])
 def case(toy):
     """Double-precision checkpoints, four images, and each image's class gradients (E, 4, P)."""
     case = toy(torch.float64)
-    case.images = torch.rand(4, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    case.images = (
+        torch.rand(4, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    )
     case.own = case.gradients[:, TARGETS]
     return case
 
 
 def naive_losses(case, images, weights=None):
-    terms = [reference.influence(x, int(y), case.checkpoints, case.own[:, b], weights) for b, (x, y) in enumerate(zip(images, TARGETS, strict=True))]
+    terms = [
+        reference.influence(x, int(y), case.checkpoints, case.own[:, b], weights)
+        for b, (x, y) in enumerate(zip(images, TARGETS, strict=True))
+    ]
     return torch.stack(terms)
 
 
@@ -52,7 +57,9 @@ def test_influence_gradient_equals_finite_differences(case):
     for _ in range(4):
         direction = torch.randn(case.images.shape, dtype=torch.float64, generator=generator)
         step = 1e-7 * direction
-        ahead, behind = (influence_loss(case.images + s, TARGETS, case.checkpoints, case.own) for s in (step, -step))
+        ahead, behind = (
+            influence_loss(case.images + s, TARGETS, case.checkpoints, case.own) for s in (step, -step)
+        )
         expected = (gradient * direction).flatten(1).sum(1)
         torch.testing.assert_close((ahead - behind) / 2e-7, expected, rtol=1e-4, atol=1e-6)
 
@@ -76,26 +83,40 @@ def test_influence_loss_does_not_depend_on_the_batch(case):
         image = case.images[b : b + 1].clone().requires_grad_()
         alone = influence_loss(image, TARGETS[b : b + 1], case.checkpoints, case.own[:, b : b + 1])
         torch.testing.assert_close(alone[0], together[b], rtol=1e-12, atol=0)
-        torch.testing.assert_close(torch.autograd.grad(alone.sum(), image)[0][0], gradient[b], rtol=1e-8, atol=1e-14)
+        torch.testing.assert_close(
+            torch.autograd.grad(alone.sum(), image)[0][0], gradient[b], rtol=1e-8, atol=1e-14
+        )
 
 
 def test_influence_loss_is_zero_for_the_class_gradient_itself(case):
-    own = torch.stack([sample_gradients(case.checkpoints.model, state, case.images, TARGETS) for state in case.checkpoints.states])
+    own = torch.stack(
+        [
+            sample_gradients(case.checkpoints.model, state, case.images, TARGETS)
+            for state in case.checkpoints.states
+        ]
+    )
     assert influence_loss(case.images, TARGETS, case.checkpoints, 7 * own).abs().max() < 1e-12
     assert (influence_loss(case.images, TARGETS, case.checkpoints, -own) - 2).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("zero", ["class", "sample"])
 def test_zero_gradients_give_a_finite_loss_and_derivative(toy, zero):
-    """A class gradient of zero, and a sample that the surrogate is certain of: its own gradient is exactly zero."""
+    """A class gradient of zero, and a sample that the surrogate is certain of, whose own gradient is zero."""
     case = toy(torch.float64)
     checkpoints, gradients = case.checkpoints, case.gradients[:, [1, 1]].clone()
     if zero == "class":
         gradients[:] = 0
     else:
-        certain = [dict(state) | {"classifier.bias": torch.tensor([0.0, 1e4, 0.0], dtype=torch.float64)} for state in checkpoints.states]
+        certain = [
+            dict(state) | {"classifier.bias": torch.tensor([0.0, 1e4, 0.0], dtype=torch.float64)}
+            for state in checkpoints.states
+        ]
         checkpoints = Checkpoints(checkpoints.model, certain, checkpoints.epochs, checkpoints.learning_rates)
-    images = torch.zeros(2, 3, 16, 16, dtype=torch.float64).normal_(generator=torch.Generator().manual_seed(0)).requires_grad_()
+    images = (
+        torch.zeros(2, 3, 16, 16, dtype=torch.float64)
+        .normal_(generator=torch.Generator().manual_seed(0))
+        .requires_grad_()
+    )
     loss = influence_loss(images, torch.tensor([1, 1]), checkpoints, gradients)
     (derivative,) = torch.autograd.grad(loss.sum(), images)
     torch.testing.assert_close(loss, torch.ones_like(loss))
@@ -109,12 +130,16 @@ def test_influence_loss_leaves_the_model_alone(case):
 
 def test_batch_statistics_are_refused():
     """In training mode a sample's gradient depends on its batch; with running statistics it does not."""
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 3))
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 3)
+    )
     images, targets = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
     with pytest.raises(ValueError, match="normalises over the batch"):
         sample_gradients(model.train(), model.state_dict(), images, targets)
     together = sample_gradients(model.eval(), model.state_dict(), images, targets)
-    torch.testing.assert_close(sample_gradients(model, model.state_dict(), images[1:], targets[1:])[0], together[1])
+    torch.testing.assert_close(
+        sample_gradients(model, model.state_dict(), images[1:], targets[1:])[0], together[1]
+    )
 
 
 def test_other_number_of_class_gradients_raises(case):
@@ -138,7 +163,12 @@ def test_deviation_loss_and_gradient_equal_naive_loop():
     found = deviation_loss(a, memory)
     expected = torch.stack([reference.deviation(z, m) for z, m in zip(b, memory, strict=True)])
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
-    torch.testing.assert_close(torch.autograd.grad(found.sum(), a)[0], torch.autograd.grad(expected.sum(), b)[0], rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(
+        torch.autograd.grad(found.sum(), a)[0],
+        torch.autograd.grad(expected.sum(), b)[0],
+        rtol=1e-9,
+        atol=1e-14,
+    )
 
 
 def test_deviation_gradient_points_to_the_nearest_memory():
@@ -192,4 +222,6 @@ def test_influence_scale_by_hand():
 def test_zero_gradient_gives_zero_scale():
     eps, grad = torch.ones(2, 4, 1, 1), torch.zeros(2, 4, 1, 1)
     grad[1] = 1
-    assert influence_scale(5.0, 0.5, eps, grad, factor=1.0).flatten().tolist() == pytest.approx([0, 5 * 0.5**0.5])
+    assert influence_scale(5.0, 0.5, eps, grad, factor=1.0).flatten().tolist() == pytest.approx(
+        [0, 5 * 0.5**0.5]
+    )

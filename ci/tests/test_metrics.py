@@ -1,4 +1,4 @@
-"""Metrics of sets: distances against closed forms and values by hand, features and influence against the networks' own."""
+"""Metrics of sets: distances against closed forms, features and influence against the networks' own."""
 
 import hashlib
 import importlib.util
@@ -15,27 +15,25 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 import reference
-from igd_lib import files, metrics
-from igd_lib.data import from_tensors, to_float
-from igd_lib.distill import DistilledSet
-from igd_lib.metrics import (
-    Extractor,
+from igd_lib.analysis import features as feature_spaces
+from igd_lib.analysis import metrics
+from igd_lib.analysis.features import Extractor, features, inception, missing_for_inception, network_extractor
+from igd_lib.analysis.metrics import (
     coverage,
     coverage_threshold,
     distance_name,
-    features,
     frechet_distance,
     gaussian,
-    inception,
     influence_of_set,
-    missing_for_inception,
     nearest_cosine,
     nearest_distances,
-    network_extractor,
     per_class_accuracy,
     wasserstein,
 )
-from igd_lib.models import ConvNet, ResNet
+from igd_lib.data.images import from_tensors, to_float
+from igd_lib.models.networks import ConvNet, ResNet
+from igd_lib.sets.store import DistilledSet
+from igd_lib.tools import files
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -52,7 +50,9 @@ def line(*values):
 
 
 def images(count=5, size=32):
-    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
 
 
 def normalised(pictures, mean=MEAN, std=STD):
@@ -61,7 +61,7 @@ def normalised(pictures, mean=MEAN, std=STD):
 
 @pytest.fixture(scope="module")
 def networks():
-    """Random networks in evaluation mode: this project's own and two of timm's, one of them with a hidden layer in its head."""
+    """Random networks in evaluation mode: ours and two of timm's, one with a hidden layer in its head."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         found = {
@@ -84,7 +84,9 @@ def test_features_are_what_the_last_linear_layer_sees(networks, name):
             "convnet": lambda: model.features(inputs).flatten(1),
             "resnet": lambda: model.body(model.stem(inputs)).mean((-2, -1)),
             "timm": lambda: model.forward_features(inputs).mean((-2, -1)),
-            "hidden": lambda: model.act2(model.conv_head(model.forward_features(inputs).mean((-2, -1), keepdim=True))).flatten(1),
+            "hidden": lambda: model.act2(
+                model.conv_head(model.forward_features(inputs).mean((-2, -1), keepdim=True))
+            ).flatten(1),
         }[name]()
         last = model.get_classifier() if hasattr(model, "get_classifier") else model.classifier
         assert last(found).std() > 0
@@ -96,15 +98,21 @@ def test_features_are_what_the_last_linear_layer_sees(networks, name):
 def test_features_by_default_are_of_the_surrogates_range(networks):
     found = network_extractor(networks["convnet"], "convnet")(images())
     with torch.no_grad():
-        torch.testing.assert_close(found, networks["convnet"].features(to_float(images())).flatten(1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            found, networks["convnet"].features(to_float(images())).flatten(1), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_features_resize_then_cut_the_centre(networks):
     pictures = images(size=48)
     found = network_extractor(networks["convnet"], "convnet", image_size=40, crop=32)(pictures)
-    small = nn.functional.interpolate(pictures.float() / 255, size=(40, 40), mode="bilinear", antialias=True)[..., 4:36, 4:36]
+    small = nn.functional.interpolate(pictures.float() / 255, size=(40, 40), mode="bilinear", antialias=True)[
+        ..., 4:36, 4:36
+    ]
     with torch.no_grad():
-        torch.testing.assert_close(found, networks["convnet"].features((small - 0.5) / 0.5).flatten(1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            found, networks["convnet"].features((small - 0.5) / 0.5).flatten(1), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_extractor_is_frozen_and_leaves_the_model_alone():
@@ -119,7 +127,9 @@ def test_extractor_is_frozen_and_leaves_the_model_alone():
         for parameter in model.parameters():
             parameter.add_(1)
     assert torch.equal(extractor(images()), before)  # batch statistics, too, are not updated
-    torch.testing.assert_close(extractor(images()[2:3]), before[2:3], rtol=1e-3, atol=1e-4)  # nor used: an image's features are its own
+    torch.testing.assert_close(
+        extractor(images()[2:3]), before[2:3], rtol=1e-3, atol=1e-4
+    )  # nor used: an image's features are its own
     assert not torch.allclose(before[2], before[3], rtol=1e-2, atol=1e-3)
 
 
@@ -140,7 +150,9 @@ def test_wrong_images_sizes_and_networks_are_refused(networks):
 
 def colours(count=7):
     """Uniform grey images of brightness 10 i, and an extractor that reads the brightness off."""
-    pictures = (10 * torch.arange(count, dtype=torch.uint8)).reshape(-1, 1, 1, 1).expand(-1, 3, 4, 4).contiguous()
+    pictures = (
+        (10 * torch.arange(count, dtype=torch.uint8)).reshape(-1, 1, 1, 1).expand(-1, 3, 4, 4).contiguous()
+    )
     return pictures, Extractor("brightness", 1, lambda batch: batch.float().mean((1, 2, 3))[:, None])
 
 
@@ -183,17 +195,22 @@ def test_missing_inception_says_how_to_get_it(nowhere, own_cache):
     with pytest.raises(FileNotFoundError) as error:
         inception()
     message = str(error.value)
-    assert f"{own_cache}/models/weights-inception-2015-12-05-6726825d.pth https://github.com/toshas/torch-fidelity/releases/" in message
+    assert (
+        f"{own_cache}/models/weights-inception-2015-12-05-6726825d.pth https://github.com/toshas/torch-fidelity/releases/"
+        in message
+    )
     assert ("pip install torch-fidelity" in message) == (importlib.util.find_spec("torch_fidelity") is None)
     with pytest.raises(FileNotFoundError, match="elsewhere.pth"):
         inception(weights=nowhere / "elsewhere.pth")
 
 
-@pytest.mark.parametrize("name", ["weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth"])
+@pytest.mark.parametrize(
+    "name", ["weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth"]
+)
 @pytest.mark.parametrize("place", ["cache", "torch"])
 def test_other_bytes_are_no_inception(nowhere, own_cache, monkeypatch, name, place):
     """Found in each place under each name, and refused: only the published weights give FID."""
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(feature_spaces.importlib.util, "find_spec", lambda name: True)
     assert len(missing_for_inception()) == 1
     folder = own_cache / "models" if place == "cache" else nowhere / "torch" / "hub" / "checkpoints"
     files.write(folder / name, b"something else")
@@ -203,7 +220,7 @@ def test_other_bytes_are_no_inception(nowhere, own_cache, monkeypatch, name, pla
 
 
 def test_inception_features(tmp_path, monkeypatch):
-    """Random weights in the place of the published ones: 2,048 features, the input of the last layer, and nothing unpickled."""
+    """Random weights, not the published ones: 2,048 features before the last layer, nothing unpickled."""
     fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
         torch.manual_seed(0)
@@ -213,14 +230,20 @@ def test_inception_features(tmp_path, monkeypatch):
 
     def stored(content):
         torch.save(content, tmp_path / "weights.pth")
-        monkeypatch.setattr(metrics, "INCEPTION_SHA256", hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest())
+        monkeypatch.setattr(
+            feature_spaces,
+            "INCEPTION_SHA256",
+            hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest(),
+        )
         return tmp_path / "weights.pth"
 
     pictures = images(2, 299)
     extractor = inception(weights=stored(model.state_dict()), device="cpu")
     assert extractor.is_inception and distance_name(extractor) == "FID"
     with torch.no_grad():
-        torch.testing.assert_close(extractor(pictures), model(pictures)[0], rtol=1e-4, atol=1e-5)  # at 299 px nothing is resized
+        torch.testing.assert_close(
+            extractor(pictures), model(pictures)[0], rtol=1e-4, atol=1e-5
+        )  # at 299 px nothing is resized
     monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
     with pytest.raises(Exception, match="weights_only|Weights only"):
         inception(weights=stored({"fc.weight": Extractor("code", 1, len)}), device="cpu")
@@ -300,7 +323,9 @@ def test_frechet_distance_keeps_its_digits_far_from_the_origin():
 def test_frechet_distance_from_a_stored_gaussian_and_in_blocks(monkeypatch):
     real, fake = randn(100, 5), 2 * randn(4, 5, seed=1)
     expected = frechet_distance(real, fake)
-    assert frechet_distance(gaussian(real), fake) == frechet_distance(gaussian(real), gaussian(fake)) == expected
+    assert (
+        frechet_distance(gaussian(real), fake) == frechet_distance(gaussian(real), gaussian(fake)) == expected
+    )
     monkeypatch.setattr(metrics, "ROWS", 7)
     assert frechet_distance(real, fake) == pytest.approx(expected, rel=1e-12)
 
@@ -333,7 +358,7 @@ def test_coverage_of_points_on_a_line_by_hand():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_nearest_distances_in_blocks_equal_one_piece(monkeypatch, dtype):
-    """Several blocks on both sides, against the whole matrix of differences; a point of both sets is at exactly 0."""
+    """Several blocks on both sides, against the whole matrix; a point of both sets is at exactly 0."""
     points, others = 3 * randn(700, 6, dtype=dtype) + 100, 3 * randn(901, 6, seed=1, dtype=dtype) + 100
     others[850] = points[650]
     expected = (points.double()[:, None] - others.double()).norm(dim=2).amin(1)
@@ -347,7 +372,11 @@ def test_nearest_distances_in_blocks_equal_one_piece(monkeypatch, dtype):
 def test_coverage_never_holds_the_whole_matrix():
     """200,000 x 2,000 distances are 1.6 GB in single precision."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert 0 < coverage(randn(200_000, 2, dtype=torch.float32), randn(2_000, 2, seed=1, dtype=torch.float32), 0.05) < 100
+    assert (
+        0
+        < coverage(randn(200_000, 2, dtype=torch.float32), randn(2_000, 2, seed=1, dtype=torch.float32), 0.05)
+        < 100
+    )
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KiB
 
 
@@ -397,14 +426,19 @@ def test_wasserstein_equals_the_best_assignment(p):
     real, fake = randn(30, 5).numpy(), randn(30, 5, seed=1).numpy()
     cost = np.linalg.norm(real[:, None] - fake[None], axis=2) ** p
     expected = cost[linear_sum_assignment(cost)].mean() ** (1 / p)
-    assert wasserstein(torch.from_numpy(real), torch.from_numpy(fake), p=p) == pytest.approx(expected, rel=1e-9)
+    assert wasserstein(torch.from_numpy(real), torch.from_numpy(fake), p=p) == pytest.approx(
+        expected, rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("p", [1, 2, 3])
 def test_wasserstein_of_a_shifted_set_is_the_shifts_length(p):
     points = randn(40, 3)
     direction = torch.tensor([2.0, 3.0, 6.0]).double() / 7
-    found = [wasserstein(points, points[torch.randperm(40)] + length * direction, p=p) for length in (0.0, 0.5, 2.0, 20.0)]
+    found = [
+        wasserstein(points, points[torch.randperm(40)] + length * direction, p=p)
+        for length in (0.0, 0.5, 2.0, 20.0)
+    ]
     assert found == pytest.approx([0.0, 0.5, 2.0, 20.0], abs=1e-4 if p > 1 else 1e-6)
 
 
@@ -427,7 +461,11 @@ def test_regularised_wasserstein_comes_down_to_the_exact_one():
 def test_large_sets_are_cut_to_a_seeded_draw():
     real, fake = randn(200, 3), randn(90, 3, seed=1) + 1
     whole = wasserstein(real, fake)
-    assert wasserstein(real, fake, max_points=200, seed=1) == wasserstein(real, fake, max_points=200, seed=2) == whole
+    assert (
+        wasserstein(real, fake, max_points=200, seed=1)
+        == wasserstein(real, fake, max_points=200, seed=2)
+        == whole
+    )
     cut = [wasserstein(real, fake, max_points=60, seed=seed) for seed in (0, 0, 1)]
     assert cut[0] == cut[1] != cut[2]
     assert cut[0] == pytest.approx(whole, rel=0.3)
@@ -451,11 +489,13 @@ def test_wasserstein_refuses_wrong_settings():
 
 @pytest.fixture(scope="module")
 def case(toy, toy_data):
-    """A surrogate's checkpoints of unequal rates, and the influence loss of each of 18 images by plain autograd."""
+    """Checkpoints of unequal rates, and the influence loss of each of 18 images by plain autograd."""
     case = toy()
     case.expected = torch.stack(
         [
-            reference.influence(to_float(image), label, case.checkpoints, case.gradients[:, label], case.checkpoints.weights).detach()
+            reference.influence(
+                to_float(image), label, case.checkpoints, case.gradients[:, label], case.checkpoints.weights
+            ).detach()
             for image, label in zip(toy_data.fetch(torch.arange(18)), toy_data.labels.tolist(), strict=True)
         ]
     )
@@ -471,12 +511,14 @@ def test_influence_of_a_set_is_each_images_own(case, toy_data, batch_size):
 
 def test_influence_of_a_set_in_any_order(case, toy_data):
     order = torch.randperm(18, generator=torch.Generator().manual_seed(3))[:13]
-    found = influence_of_set(toy_data.subset(order), case.checkpoints, case.gradients, batch_size=3, device="cpu")
+    found = influence_of_set(
+        toy_data.subset(order), case.checkpoints, case.gradients, batch_size=3, device="cpu"
+    )
     torch.testing.assert_close(found, case.expected[order], rtol=1e-4, atol=1e-5)
 
 
 def test_class_gradients_are_asked_for_once_a_class(case, toy_data):
-    """As a function of the label: at the paper's scale each call reads a file. Absent classes are not asked for."""
+    """A function of the label: at the paper's scale each call reads a file. No absent class is asked for."""
     asked = []
 
     def gradients(label):
@@ -497,7 +539,7 @@ def test_influence_refuses_gradients_of_other_classes_or_checkpoints(case, toy_d
 
 
 def test_nearest_cosine_by_hand():
-    """At 0, 60, 90 and 180 degrees, of lengths 1 to 4: the nearest others are at 60, 30, 30 and 90 degrees."""
+    """At 0, 60, 90, 180 degrees, of lengths 1 to 4: the nearest others are at 60, 30, 30, 90 degrees."""
     angles, lengths = torch.tensor([0.0, 60.0, 90.0, 180.0]).deg2rad(), torch.tensor([1.0, 2.0, 3.0, 4.0])
     vectors = lengths[:, None] * torch.stack([angles.cos(), angles.sin()], dim=1)
     assert nearest_cosine(vectors).tolist() == pytest.approx([0.5, 0.75**0.5, 0.75**0.5, 0.0], abs=1e-6)
@@ -512,7 +554,9 @@ def test_per_class_accuracy_by_hand():
     assert found.dtype == torch.float64
     assert found.tolist() == pytest.approx([75, 0, math.nan, 100, math.nan], nan_ok=True)
     counts = labels.bincount(minlength=5)
-    assert (found.nan_to_num() * counts).sum() / counts.sum() == pytest.approx(100 * 4 / 7)  # weighted: the accuracy
+    assert (found.nan_to_num() * counts).sum() / counts.sum() == pytest.approx(
+        100 * 4 / 7
+    )  # weighted: the accuracy
 
 
 def test_per_class_accuracy_refuses_labels_of_other_classes():
@@ -535,7 +579,9 @@ def test_one_tsne_for_all_sets_keeps_neighbours_together():
     found = metrics.joint_tsne(points, perplexity=10)
     assert found.set.tolist() == ["real"] * 30 + ["same"] * 10 + ["other"] * 20
     centres = found.groupby("set")[["x", "y"]].mean()
-    assert (centres.loc["real"] - centres.loc["same"]).pow(2).sum() < 0.1 * (centres.loc["real"] - centres.loc["other"]).pow(2).sum()
+    assert (centres.loc["real"] - centres.loc["same"]).pow(2).sum() < 0.1 * (
+        centres.loc["real"] - centres.loc["other"]
+    ).pow(2).sum()
     assert found.equals(metrics.joint_tsne(points, perplexity=10))  # the same seed, the same map
     with pytest.raises(ValueError, match="20 points are too few for a perplexity of 10"):
         metrics.joint_tsne({"a": near[:20]}, perplexity=10)

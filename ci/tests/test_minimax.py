@@ -18,10 +18,21 @@ from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 from torch.distributions import Normal, kl_divergence
 
-from igd_lib import minimax
-from igd_lib.minimax import Memory, Minimax, add_scales, diffusion_loss, finetune, fold_scales, is_trained, minimax_losses, shards, share_embedders
-from igd_lib.notebook import STAND_IN_SETTINGS
-from igd_lib.sampler import IGDPipeline
+from igd_lib.baselines import minimax
+from igd_lib.baselines.minimax import (
+    Memory,
+    Minimax,
+    add_scales,
+    diffusion_loss,
+    finetune,
+    fold_scales,
+    is_trained,
+    minimax_losses,
+    shards,
+    share_embedders,
+)
+from igd_lib.experiment.scales import STAND_INS
+from igd_lib.pipeline import IGDPipeline
 
 SHORT = Minimax(epochs=2, batch_size=4, memory_size=3)
 
@@ -35,15 +46,20 @@ def schedule() -> DDPMScheduler:
 
 @torch.no_grad()
 def test_the_stand_in_is_tuned_on_latents_like_those_it_was_trained_on(standin_pipe, fashion_train):
-    """The noise error of its DiT before any tuning, every timestep alike; on the wrong latents it is above that of a guess of zero."""
-    few, own, errors = fashion_train.per_class(10, seed=0), STAND_IN_SETTINGS["fashion-mnist"].minimax, {}
+    """Its DiT's noise error before tuning: on the wrong latents it is above that of a guess of zero."""
+    few, own, errors = fashion_train.per_class(10, seed=0), STAND_INS["fashion-mnist"].minimax, {}
     for recipe in (own, replace(own, posterior="sample")):
         generator = torch.Generator().manual_seed(0)
         latents = recipe.latents(standin_pipe.vae, few.fetch(torch.arange(len(few))), generator)
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.arange(5, 1000, 10)  # one an image
         noisy = schedule().add_noise(latents, noise, timesteps)
-        errors[recipe.posterior] = (standin_pipe.transformer(noisy, timestep=timesteps, class_labels=few.labels).sample - noise).square().mean().item()
+        errors[recipe.posterior] = (
+            (standin_pipe.transformer(noisy, timestep=timesteps, class_labels=few.labels).sample - noise)
+            .square()
+            .mean()
+            .item()
+        )
     assert errors["mean"] < 0.2 and errors["sample"] > 0.8
     with pytest.raises(ValueError, match="'sample' or 'mean'"):
         Minimax(posterior="mode")
@@ -57,7 +73,9 @@ def naive(clean, labels, real, generated):
 
     def cosine(a, b):
         a, b = a.flatten().tolist(), b.flatten().tolist()
-        return sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+        return sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(
+            sum(x * x for x in a) * sum(y * y for y in b)
+        )
 
     present, far, near = sorted(set(labels)), 0.0, 0.0
     for label in present:
@@ -85,7 +103,7 @@ def test_the_two_losses_match_a_naive_reference():
 
 
 def test_the_losses_pull_where_they_should():
-    """Down the gradient of the first the worst real neighbour comes nearer, of the second the nearest prediction goes further."""
+    """Down the first's gradient the worst real neighbour comes nearer, by the second's the nearest goes."""
     generator = torch.Generator().manual_seed(1)
     real, generated = Memory(1, 8, 16), Memory(1, 8, 16)
     label = torch.zeros(8, dtype=torch.long)
@@ -119,21 +137,30 @@ def test_the_variance_is_trained_by_the_variational_bound(t):
     precision = (1 - betas[t]) / betas[t] + 1 / (1 - bar[t - 1])
 
     def posterior_mean(x_0):
-        return ((1 - betas[t]).sqrt() * noisy / betas[t] + bar[t - 1].sqrt() * x_0 / (1 - bar[t - 1])) / precision
+        return (
+            (1 - betas[t]).sqrt() * noisy / betas[t] + bar[t - 1].sqrt() * x_0 / (1 - bar[t - 1])
+        ) / precision
 
     deviation = ((v + 1) / 2 * betas[t].log() + (1 - v) / 2 * (1 / precision).log()).mul(0.5).exp()
     predicted = (noisy - (1 - bar[t]).sqrt() * eps) / bar[t].sqrt()
-    bound = kl_divergence(Normal(posterior_mean(clean), precision.rsqrt()), Normal(posterior_mean(predicted), deviation)) / math.log(2)
+    bound = kl_divergence(
+        Normal(posterior_mean(clean), precision.rsqrt()), Normal(posterior_mean(predicted), deviation)
+    ) / math.log(2)
     expected = ((eps - noise) ** 2).mean((1, 2, 3)) + bound.mean((1, 2, 3))
     timesteps = torch.full((2,), t)
     found = diffusion_loss(torch.cat([eps, v], 1), noise, clean, noisy, timesteps, schedule())
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)  # the scheduler's products are float32
-    assert torch.equal(diffusion_loss(eps, noise, clean, noisy, timesteps, schedule()), ((eps - noise) ** 2).flatten(1).mean(1))
+    assert torch.equal(
+        diffusion_loss(eps, noise, clean, noisy, timesteps, schedule()),
+        ((eps - noise) ** 2).flatten(1).mean(1),
+    )
 
 
 def test_the_bound_does_not_train_the_mean():
     clean, noise, noisy = (torch.randn(1, 4, 2, 2) for _ in range(3))
-    output = torch.cat([noise, torch.zeros(1, 4, 2, 2)], 1).requires_grad_()  # exact noise: its squared error has no gradient
+    output = torch.cat(
+        [noise, torch.zeros(1, 4, 2, 2)], 1
+    ).requires_grad_()  # exact noise: its squared error has no gradient
     diffusion_loss(output, noise, clean, noisy, torch.tensor([500]), schedule()).sum().backward()
     assert (output.grad[:, :4] == 0).all() and (output.grad[:, 4:] != 0).all()
 
@@ -152,13 +179,20 @@ def test_only_the_stated_kinds_are_trained(tiny):
     biases = {name for name, _ in transformer.named_parameters() if name.endswith(".bias")}
     classes = {f"transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table.weight" for i in range(2)}
     assert trained == scales | biases | classes
-    assert not any(name.endswith("linear.weight") or "proj.weight" in name or "timestep_embedder.linear_1.weight" in name for name in trained)
+    assert not any(
+        name.endswith("linear.weight") or "proj.weight" in name or "timestep_embedder.linear_1.weight" in name
+        for name in trained
+    )
 
 
 def test_scales_fold_into_the_weights(tiny):
     transformer = copy.deepcopy(tiny(num_classes=10).transformer)
     names = list(transformer.state_dict())
-    inputs = dict(hidden_states=torch.randn(2, 4, 8, 8), timestep=torch.tensor([3, 700]), class_labels=torch.tensor([1, 10]))
+    inputs = dict(
+        hidden_states=torch.randn(2, 4, 8, 8),
+        timestep=torch.tensor([3, 700]),
+        class_labels=torch.tensor([1, 10]),
+    )
     with torch.no_grad():
         plain = transformer(**inputs).sample
         add_scales(transformer)
@@ -191,19 +225,29 @@ def trained(folder):
 def test_a_fine_tuned_folder_loads_and_differs_where_it_may(tiny_pipe, toy_data, tmp_path):
     before = copy.deepcopy(tiny_pipe.transformer.state_dict())
     out = finetune(tiny_pipe, toy_data, tmp_path / "out", recipe=replace(SHORT, ema=0.5))
-    assert all(torch.equal(before[name], value) for name, value in tiny_pipe.transformer.state_dict().items())  # a copy was trained
+    assert all(
+        torch.equal(before[name], value) for name, value in tiny_pipe.transformer.state_dict().items()
+    )  # a copy was trained
     found = IGDPipeline.from_pretrained(out)
     assert not found.transformer.training and not (out / ".work").exists()
     after = found.transformer.state_dict()
     assert after.keys() == before.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    folded = {f"transformer_blocks.0.{part}.weight" for part in ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.2")}
+    folded = {
+        f"transformer_blocks.0.{part}.weight"
+        for part in ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.2")
+    }
     kinds = {name for name in before if name.endswith(".bias") or "class_embedder" in name}
     assert changed <= folded | kinds and folded <= changed and len(changed & kinds) > len(kinds) / 2
     # Nothing is done twice, and other settings are refused.
     stamp = (out / "model_index.json").stat().st_mtime_ns
-    assert finetune(tiny_pipe, toy_data, out, recipe=replace(SHORT, ema=0.5)) == out and (out / "model_index.json").stat().st_mtime_ns == stamp
-    with pytest.raises(ValueError, match=r"a fine-tuned model of other settings: ema = 0\.5, wanted 0\.9"):
+    assert (
+        finetune(tiny_pipe, toy_data, out, recipe=replace(SHORT, ema=0.5)) == out
+        and (out / "model_index.json").stat().st_mtime_ns == stamp
+    )
+    with pytest.raises(
+        ValueError, match=r"holds a fine-tuned model of other settings: recipe\.ema = 0\.5, wanted 0\.9"
+    ):
         finetune(tiny_pipe, toy_data, out, recipe=replace(SHORT, ema=0.9))
 
 
@@ -219,10 +263,19 @@ def test_shared_embedders_are_trained_as_one(tiny_pipe, toy_data, tmp_path):
 def test_only_the_classes_of_a_shard_are_seen(tiny_pipe, toy_data, tmp_path):
     name = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
     before = tiny_pipe.transformer.state_dict()[name]
-    out = finetune(tiny_pipe, toy_data, tmp_path / "out", recipe=replace(SHORT, ema=0.5, label_dropout=0.0), classes=[0, 2], label_ids=[4, 5, 6])
+    out = finetune(
+        tiny_pipe,
+        toy_data,
+        tmp_path / "out",
+        recipe=replace(SHORT, ema=0.5, label_dropout=0.0),
+        classes=[0, 2],
+        label_ids=[4, 5, 6],
+    )
     changed = (trained(out)[name] != before).any(1).nonzero().flatten().tolist()
     assert changed == [4, 6]
-    assert shards(10, 3) == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]] and [label for part in shards(1000, 7) for label in part] == list(range(1000))
+    assert shards(10, 3) == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]] and [
+        label for part in shards(1000, 7) for label in part
+    ] == list(range(1000))
     with pytest.raises(ValueError, match="1 ... 10, got 11"):
         shards(10, 11)
 
@@ -237,7 +290,9 @@ def test_the_average_begins_with_the_weights_as_they_were(tiny_pipe, toy_data, t
 def test_accumulated_batches_are_one_step(tiny_pipe, toy_data, tmp_path, monkeypatch, accumulate, steps):
     taken, step = [], torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *rest: taken.append(1) or step(self, *rest))
-    finetune(tiny_pipe, toy_data, tmp_path / "out", recipe=SHORT, accumulate=accumulate)  # two epochs of four batches
+    finetune(
+        tiny_pipe, toy_data, tmp_path / "out", recipe=SHORT, accumulate=accumulate
+    )  # two epochs of four batches
     assert len(taken) == steps
 
 
@@ -251,13 +306,17 @@ victim(sys.argv[1])
 def victim(folder) -> None:
     """Fine-tunes the tiny model slowly, its state saved after every step."""
     from ci.bench.shapes import tiny_models
-    from igd_lib import data
+    from igd_lib.data import images as data
 
     torch.manual_seed(0)
     minimax.SAVE_SECONDS = 0.0
     pipe = IGDPipeline(*tiny_models(10))
-    images = torch.randint(0, 256, (40, 3, 16, 16), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
-    found = data.from_tensors("toy", "train", [str(i) for i in range(10)], images, torch.arange(10).repeat_interleave(4))
+    images = torch.randint(
+        0, 256, (40, 3, 16, 16), generator=torch.Generator().manual_seed(2), dtype=torch.uint8
+    )
+    found = data.from_tensors(
+        "toy", "train", [str(i) for i in range(10)], images, torch.arange(10).repeat_interleave(4)
+    )
     finetune(pipe, found, folder, recipe=replace(SHORT, epochs=4))
 
 
@@ -272,10 +331,17 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path):
     process.wait()
     assert state.is_file(), process.stderr.read().decode()[-2000:]
     assert not (tmp_path / "cut" / "model_index.json").exists()
-    step = json.loads(state.read_bytes()[8:][: int.from_bytes(state.read_bytes()[:8], "little")])["__metadata__"]["igd"]
+    step = json.loads(state.read_bytes()[8:][: int.from_bytes(state.read_bytes()[:8], "little")])[
+        "__metadata__"
+    ]["igd"]
     assert 0 < json.loads(step)["step"] < 40
     for folder in ("cut", "whole"):
-        subprocess.run([sys.executable, "-c", WORKER, str(tmp_path / folder)], env=environment, check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-c", WORKER, str(tmp_path / folder)],
+            env=environment,
+            check=True,
+            capture_output=True,
+        )
     cut, whole = trained(tmp_path / "cut"), trained(tmp_path / "whole")
     assert all(torch.equal(cut[name], value) for name, value in whole.items())
 

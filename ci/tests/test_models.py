@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from igd_lib.models import ConvNet, network
+from igd_lib.models.networks import ConvNet, network
 
 
 def test_convnet6_has_the_released_size():
@@ -30,27 +30,46 @@ def test_resnets_have_the_size_worked_out_by_hand(name, blocks, stem):
     model = network(name, num_classes=10, image_size=224)
     assert sum(p.numel() for p in model.parameters()) == total + 512 * 10 + 10
     assert any(isinstance(module, torch.nn.MaxPool2d) for module in model.modules()) == (stem == "max")
-    strides = [module.stride for module in model.modules() if isinstance(module, torch.nn.Conv2d) and module.stride != (1, 1)]
+    strides = [
+        module.stride
+        for module in model.modules()
+        if isinstance(module, torch.nn.Conv2d) and module.stride != (1, 1)
+    ]
     assert (not strides) == (stem == "average")  # ResNetAP's strides are average pools
 
 
 def test_resnets_start_as_he_initialised():
     """Normal weights of variance 2 / fan-out; ConvNets keep PyTorch's own initialisation."""
     torch.manual_seed(0)
-    for weight in (p for p in network("resnetap10", num_classes=10, image_size=64).parameters() if p.ndim == 4 and p.numel() > 30_000):
-        assert weight.std().item() == pytest.approx((2 / (weight.shape[0] * weight[0, 0].numel())) ** 0.5, rel=0.03)
+    for weight in (
+        p
+        for p in network("resnetap10", num_classes=10, image_size=64).parameters()
+        if p.ndim == 4 and p.numel() > 30_000
+    ):
+        assert weight.std().item() == pytest.approx(
+            (2 / (weight.shape[0] * weight[0, 0].numel())) ** 0.5, rel=0.03
+        )
     weight = network("convnet3", num_classes=10, image_size=32).features[4].weight
     assert weight.abs().max().item() <= (1 / (128 * 9)) ** 0.5  # uniform in +- 1 / sqrt(fan-in)
 
 
-@pytest.mark.parametrize(("name", "count"), [("mobilenetv2_100", 2_236_682), ("efficientnet_b0", 4_020_358), ("timm/resnet18", 11_181_642)])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("mobilenetv2_100", 2_236_682), ("efficientnet_b0", 4_020_358), ("timm/resnet18", 11_181_642)],
+)
 def test_timms_networks_have_their_published_size(name, count):
     assert sum(p.numel() for p in network(name, num_classes=10, image_size=224).parameters()) == count
 
 
 def test_timms_resnet18_is_the_one_with_batch_normalisation():
-    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in network("timm/resnet18", num_classes=2, image_size=64).modules())
-    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in network("resnet18", num_classes=2, image_size=64).modules())
+    assert any(
+        isinstance(module, torch.nn.BatchNorm2d)
+        for module in network("timm/resnet18", num_classes=2, image_size=64).modules()
+    )
+    assert not any(
+        isinstance(module, torch.nn.BatchNorm2d)
+        for module in network("resnet18", num_classes=2, image_size=64).modules()
+    )
 
 
 def test_transformers_are_built_for_the_image_size():
@@ -59,7 +78,9 @@ def test_transformers_are_built_for_the_image_size():
         assert model(torch.rand(1, 3, 64, 64)).shape == (1, 2)
 
 
-@pytest.mark.parametrize(("name", "size"), [("convnet3", 32), ("resnetap10", 64), ("resnet18", 64), ("mobilenetv3_small_050", 64)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("convnet3", 32), ("resnetap10", 64), ("resnet18", 64), ("mobilenetv3_small_050", 64)]
+)
 def test_logits_depend_on_the_image(name, size):
     torch.manual_seed(0)
     model = network(name, num_classes=7, image_size=size).eval()
@@ -80,7 +101,9 @@ def test_the_protocols_networks_keep_no_batch_statistics(name, size):
 
 
 def test_first_convolution_takes_other_channels():
-    assert network("convnet3", num_classes=2, image_size=32, in_channels=1)(torch.rand(1, 1, 32, 32)).shape == (1, 2)
+    assert network("convnet3", num_classes=2, image_size=32, in_channels=1)(
+        torch.rand(1, 1, 32, 32)
+    ).shape == (1, 2)
 
 
 def test_convnet_is_instance_normalised():
@@ -91,7 +114,9 @@ def test_convnet_is_instance_normalised():
     x = torch.nn.functional.conv2d(images, model.features[0].weight, model.features[0].bias, padding=1)
     x = (x - x.mean((2, 3), keepdim=True)) / (x.var((2, 3), keepdim=True, unbiased=False) + 1e-5).sqrt()
     x = x.relu().reshape(2, 4, 4, 2, 4, 2).mean((3, 5))
-    torch.testing.assert_close(model(images), x.flatten(1) @ model.classifier.weight.T + model.classifier.bias)
+    torch.testing.assert_close(
+        model(images), x.flatten(1) @ model.classifier.weight.T + model.classifier.bias
+    )
 
 
 def test_unknown_network_raises():

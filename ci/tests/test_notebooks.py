@@ -9,6 +9,7 @@ import nbformat
 import pytest
 
 from ci.strip_notebooks import stripped
+from igd_lib.experiment import parameters
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -43,8 +44,29 @@ def test_kernel(notebook):
 
 
 def test_one_parameters_cell_first(notebook):
-    tagged = [index for index, cell in enumerate(code_cells(notebook[1])) if "parameters" in cell["metadata"].get("tags", [])]
-    assert tagged == [0]
+    tags = [cell["metadata"].get("tags", []) for cell in code_cells(notebook[1])]
+    assert [index for index, own in enumerate(tags) if "parameters" in own] == [0]
+
+
+def test_no_other_cell_could_be_taken_for_parameters(notebook):
+    """Cells of nothing but literal assignments are; so the first one alone is made of them."""
+    first, *others = ("".join(cell["source"]) for cell in code_cells(notebook[1]))
+    assert "scale" in parameters.literals(first)
+    for source in others:
+        assert not parameters.literals(source), source
+
+
+def test_every_parameter_is_read_with_its_type(notebook):
+    """What the second cell gives `parameters.read` is what the first declares, in its order."""
+    first, second, *_ = ("".join(cell["source"]) for cell in code_cells(notebook[1]))
+    declared = [(line.target.id, line.annotation.id) for line in ast.parse(first).body]
+    (call,) = (
+        node
+        for node in ast.walk(ast.parse(second))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "parameters.read"
+    )
+    assert ast.unparse(call.args[0]) == "globals()"
+    assert [(word.arg, word.value.id) for word in call.keywords] == declared
 
 
 def test_parameters_are_commented_literals(notebook):
@@ -67,6 +89,19 @@ def test_no_logic(notebook):
         kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.For, ast.While)
         assert not any(isinstance(node, kinds) for node in ast.walk(ast.parse(source))), source
         assert len(source.splitlines()) <= 12, source
+
+
+def test_objects_are_made_and_never_changed(notebook):
+    """No assignment to an attribute, and no `setup` that one would be made to."""
+    for cell in code_cells(notebook[1]):
+        source = "".join(cell["source"])
+        assert not re.search(r"\bsetup\b", source), source
+        nodes = list(ast.walk(ast.parse(source)))
+        stored = [
+            node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        ]
+        assert not stored, source
+        assert not any(isinstance(node, ast.Name) and node.id == "setattr" for node in nodes), source
 
 
 def test_named_in_readme(notebook):

@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import yaml
@@ -62,6 +63,22 @@ def test_running_versions_are_the_locked_ones():
 
     for name in ("torch", "torchvision", "diffusers", "timm", "papermill", "nbval"):
         assert version(name).split("+")[0] == LOCKED[name]
+
+
+def test_every_folder_of_the_package_is_installed():
+    """Only folders with an `__init__.py` are, and of other files only those that are named."""
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert tool["packages"]["find"]["include"] == ["igd_lib*"]
+    folders = {path.parent for path in (ROOT / "igd_lib").rglob("*.py")}
+    assert not [folder for folder in folders if not (folder / "__init__.py").is_file()]
+    for package, patterns in tool["package-data"].items():
+        folder = ROOT / package.replace(".", "/")
+        assert all(any(folder.glob(pattern)) for pattern in patterns), package
+
+
+def test_the_command_leads_to_the_program():
+    module, name = PROJECT["scripts"]["igd"].split(":")
+    assert callable(getattr(import_module(module), name))
 
 
 def test_version_is_in_the_changelog():

@@ -1,4 +1,4 @@
-"""The paper's reported figures: complete where the text has them, cell by cell as printed, and consistent with the paper's own claims."""
+"""The paper's reported figures: complete where the text has them, as printed, in line with its own claims."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,8 @@ from igd_lib.config import preset
 PAPER_REPORTED = Path(__file__).parents[2] / "paper_figures" / "data" / "paper_reported.csv"
 COLUMNS = ["table", "dataset", "method", "backbone", "surrogate", "network", "ipc", "metric", "value", "sd"]
 KEY = [name for name in COLUMNS if name not in ("value", "sd")]
-ROWS = {1: 132, 2: 14, 4: 54, 5: 16, 6: 1, 7: 19, 10: 16, 11: 15, 12: 36}  # the cells of Tables 3, 8, 9 and the rest of 6 are not known
+# The cells of Tables 3, 8, 9 and the rest of 6 are not known.
+ROWS = {1: 132, 2: 14, 4: 54, 5: 16, 6: 1, 7: 19, 10: 16, 11: 15, 12: 36}
 WITHOUT_SD = {6, 11, 12}
 BACKBONES = {"DiT": "dit", "DiT-IGD": "dit", "DiT + G_I": "dit", "DiT + G_D": "dit"}
 BACKBONES |= {name.replace("DiT", "Minimax"): "minimax" for name in BACKBONES}
@@ -77,7 +78,11 @@ CELLS = {
     (10, WOOF, "Minimax-IGD, DPM-Solver 20", "", R18, "50"): "64.5 ± 1.3",
 }
 # Table 11, complete: DiT, DiT-IGD, Minimax, Minimax-IGD, Random.
-TABLE_11 = {"fid": [81.1, 75.9, 80.1, 76.4, 54.1], "coverage": [65.4, 68.1, 66.5, 67.2, 72.1], "top1": [62.3, 70.6, 67.4, 72.1, 63.6]}
+TABLE_11 = {
+    "fid": [81.1, 75.9, 80.1, 76.4, 54.1],
+    "coverage": [65.4, 68.1, 66.5, 67.2, 72.1],
+    "top1": [62.3, 70.6, 67.4, 72.1, 63.6],
+}
 
 
 @pytest.fixture(scope="module")
@@ -125,23 +130,27 @@ def test_types_as_written(text):
 
 
 def test_types_as_read(reported):
-    assert reported.table.dtype == int and reported.ipc.dtype == float and reported.value.dtype == float and reported.sd.dtype == float
+    assert reported.table.dtype == int and reported.ipc.dtype == float
+    assert reported.value.dtype == float and reported.sd.dtype == float
 
 
 def test_names(text):
     """Data sets, networks and backbones by this project's names; timm's where it has none of its own."""
     tables = text.groupby(text.table.astype(int))
     assert tables.dataset.unique().map(set).to_dict() == {
-        1: {NETTE, WOOF}, 2: {ONE_K}, 4: {NETTE, WOOF}, 5: {NETTE}, 6: {NETTE}, 7: {FOOD}, 10: {NETTE, WOOF}, 11: {WOOF}, 12: {NETTE, WOOF, ONE_K},
+        1: {NETTE, WOOF}, 2: {ONE_K}, 4: {NETTE, WOOF}, 5: {NETTE}, 6: {NETTE}, 7: {FOOD}, 10: {NETTE, WOOF},
+        11: {WOOF}, 12: {NETTE, WOOF, ONE_K},
     }  # fmt: skip
     for network in {*text.network, *text.surrogate} - {""}:
-        assert re.fullmatch(r"convnet\d+|resnetap10", network) or network.removeprefix("timm/") in timm.list_models()
+        own = re.fullmatch(r"convnet\d+|resnetap10", network)
+        assert own or network.removeprefix("timm/") in timm.list_models()
     assert ((text.network == R18_BN) == (text.table == "2")).all()
     assert (text.surrogate != "").equals(text.table == "4")
     base = text.method.str.partition(", ")[0]
     assert set(base) == {*BACKBONES, *OTHERS}
     assert text.backbone.tolist() == [BACKBONES.get(name, "") for name in base]
-    assert tables.metric.unique().map(set).to_dict() == {number: {"top1"} for number in ROWS} | {11: {"fid", "coverage", "top1"}, 12: {"k", "gamma"}}
+    others = {11: {"fid", "coverage", "top1"}, 12: {"k", "gamma"}}
+    assert tables.metric.unique().map(set).to_dict() == {number: {"top1"} for number in ROWS} | others
     assert ((text.network == "") == (text.metric != "top1")).all()
 
 
@@ -149,18 +158,21 @@ def test_ranges(reported):
     percent = reported[reported.metric.isin(["top1", "coverage"])]
     assert percent.value.between(15, 96).all()  # above chance everywhere, below the whole data set's best
     assert reported.sd.dropna().between(0.1, 2.0).all()
-    assert reported[reported.metric == "k"].value.between(1, 50).all() and reported[reported.metric == "gamma"].value.between(10, 200).all()  # A.10
+    assert reported[reported.metric == "k"].value.between(1, 50).all()  # A.10, and the next one
+    assert reported[reported.metric == "gamma"].value.between(10, 200).all()
 
 
 def test_the_whole_data_set_is_best(reported):
-    for (_, dataset, network), rows in reported[reported.table.isin([1, 7])].groupby(["table", "dataset", "network"]):
+    with_it = reported[reported.table.isin([1, 7])]
+    for (_, dataset, network), rows in with_it.groupby(["table", "dataset", "network"]):
         full = rows.method == "Full"
         assert full.sum() == 1 and rows.value[full].item() > rows.value[~full].max(), (dataset, network)
 
 
 def test_accuracy_grows_with_images(reported):
-    """Every method's accuracy on one data set and network grows with IPC; two columns of the text in the wrong order would show."""
-    rows = reported[(reported.metric == "top1") & reported.ipc.notna()].fillna({"surrogate": "", "backbone": ""})
+    """Each method's, on one data set and network, grows with IPC; columns in the wrong order would show."""
+    rows = reported[(reported.metric == "top1") & reported.ipc.notna()]
+    rows = rows.fillna({"surrogate": "", "backbone": ""})
     for key, line in rows.groupby(["table", "dataset", "method", "surrogate", "network"]):
         assert line.sort_values("ipc").value.is_monotonic_increasing, key
 
@@ -171,7 +183,8 @@ def test_accuracy_grows_with_images(reported):
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join(map(str, cell)))
 def test_cell_as_printed(text, cell):
     table, *rest = cell
-    row = text[(text.table == str(table)) & (text[["dataset", "method", "surrogate", "network", "ipc"]] == rest).all(axis=1)]
+    columns = ["dataset", "method", "surrogate", "network", "ipc"]
+    row = text[(text.table == str(table)) & (text[columns] == rest).all(axis=1)]
     assert len(row) == 1 and row.metric.item() == "top1"
     assert " ± ".join(filter(None, (row.value.item(), row.sd.item()))) == CELLS[cell]
 
@@ -187,7 +200,8 @@ def test_table_11(reported, metric):
 @pytest.mark.parametrize("backbone", ["dit", "minimax"])
 @pytest.mark.parametrize("ipc", [10, 50, 100])
 def test_table_12_is_the_preset(reported, dataset, backbone, ipc):
-    rows = reported[(reported.table == 12) & (reported.dataset == dataset) & (reported.backbone == backbone) & (reported.ipc == ipc)]
+    columns = ["table", "dataset", "backbone", "ipc"]
+    rows = reported[(reported[columns] == [12, dataset, backbone, ipc]).all(axis=1)]
     guidance = preset(dataset, backbone, ipc)
     assert dict(zip(rows.metric, rows.value, strict=True)) == {"k": guidance.k, "gamma": guidance.gamma}
 
@@ -219,7 +233,7 @@ def test_claimed_mean_gains(reported, table, dataset, ipcs, method, reference, g
 
 
 def test_tables_that_repeat_table_1(reported):
-    """Table 4 with ConvNet-6, Table 5's vanilla and full rows, Table 6, Table 10's DDIM and Table 11's accuracy are Table 1's cells."""
+    """Table 4's ConvNet-6, 5's vanilla and full rows, 6, 10's DDIM and 11's accuracy are Table 1's cells."""
     own = by_cell(reported, 1, "DiT-IGD")
     conv = by_cell(reported[reported.surrogate == CONV], 4, "DiT-IGD")
     assert len(conv) == 18 and conv.to_dict() == own.to_dict()
@@ -229,6 +243,7 @@ def test_tables_that_repeat_table_1(reported):
             again = by_cell(reported[reported.metric == "top1"], table, name)
             assert len(again) == count and again.to_dict() == first[again.index].to_dict(), (table, name)
     assert lookup(reported, 11, metric="top1")["Random"] == by_cell(reported, 1, "Random")[WOOF, R18, 100]
-    # Table 6's caption states no IPC; 0.7 is the paper's own threshold, so its 82.0 is the one such cell of Table 1.
-    same = lookup(reported, 6).item() == lookup(reported[reported.method == "Minimax-IGD"].assign(method=reported.ipc), 1, dataset=NETTE, network=R18)
+    # Table 6's caption states no IPC; 0.7 is the paper's threshold, so its 82.0 is the one such cell there.
+    by_ipc = reported[reported.method == "Minimax-IGD"].assign(method=reported.ipc)
+    same = lookup(reported, 6).item() == lookup(by_ipc, 1, dataset=NETTE, network=R18)
     assert same[same].index.tolist() == [50]

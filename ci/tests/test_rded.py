@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from igd_lib.baselines.rded import grid, rded
-from igd_lib.data import from_tensors
-from igd_lib.evaluate import Teacher
+from igd_lib.data.images import from_tensors
+from igd_lib.teachers import Teacher
 
 HALF = (0.5, 0.5, 0.5)
 
 
 class Brightness(nn.Module):
-    """A teacher that is the surer of class 0 the brighter the image, and the reverse; black frames do not count."""
+    """A teacher that is the surer of class 0 the brighter the image; black frames do not count."""
 
     def forward(self, images):
         light = images.sum((1, 2, 3)) / 100
@@ -49,7 +49,10 @@ def test_the_best_crop_of_an_image_stands_for_it():
     images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
     images[0, :, :6, :6] = 255
     data = from_tensors("corner", "train", ("light", "dark"), images, torch.tensor([0, 1]))
-    few, many = (rded(data, teacher(), 1, factor=1, crops=crops).fetch(torch.tensor([0])).float().mean() for crops in (1, 200))
+    few, many = (
+        rded(data, teacher(), 1, factor=1, crops=crops).fetch(torch.tensor([0])).float().mean()
+        for crops in (1, 200)
+    )
     assert many > few and many > 200
 
 
@@ -57,12 +60,17 @@ def test_the_grid_goes_row_by_row():
     patches = torch.arange(8)[:, None, None, None].expand(8, 1, 2, 2)
     found = grid(patches, 2)
     assert found.shape == (2, 1, 4, 4)
-    assert found[0, 0, ::2, ::2].tolist() == [[0, 2], [4, 6]] and found[1, 0, ::2, ::2].tolist() == [[1, 3], [5, 7]]
+    assert found[0, 0, ::2, ::2].tolist() == [[0, 2], [4, 6]] and found[1, 0, ::2, ::2].tolist() == [
+        [1, 3],
+        [5, 7],
+    ]
 
 
 def test_a_seed_draws_its_own_candidates_and_leaves_the_generator_alone(fashion_train):
     few = fashion_train.first(40)
-    judge = Teacher(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)), "linear", "none", few.classes, HALF, HALF)
+    judge = Teacher(
+        nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)), "linear", "none", few.classes, HALF, HALF
+    )
     state = torch.get_rng_state()
     a, again, b = (rded(few, judge, 2, candidates=20, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
@@ -75,5 +83,7 @@ def test_what_cannot_be_had_is_refused(steps):
         rded(steps, teacher(("dark", "light")), 1)
     with pytest.raises(ValueError, match=r"factor divides the image's side \(8\), got 3"):
         rded(steps, teacher(), 1, factor=3)
-    with pytest.raises(ValueError, match="ipc 4 with factor 2 needs 16 images a class, the smallest class has 12"):
+    with pytest.raises(
+        ValueError, match="ipc 4 with factor 2 needs 16 images a class, the smallest class has 12"
+    ):
         rded(steps, teacher(), 4)

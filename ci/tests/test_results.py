@@ -1,4 +1,4 @@
-"""Tidy rows: stored once each, averaged and paired as by hand, never over different settings; the paper's figures beside ours."""
+"""Rows: stored once each, averaged and paired as by hand, never over different settings; the paper's too."""
 
 import json
 import math
@@ -12,24 +12,54 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from igd_lib import __version__, results
-from igd_lib.results import Row, append, compare, comparison, consolidate, frame, load, markdown, paired, read, settings_hash, summary
+from igd_lib.analysis import results
+from igd_lib.analysis.results import Row, append, compare, consolidate, frame, load, markdown, read, summary
+from igd_lib.analysis.statistics import comparison, paired
+from igd_lib.tools import version
+from igd_lib.tools.keys import settings_hash
+from igd_lib.tools.version import VERSION
 
-ROW = Row("01", "toy", "DiT", "dit", 10, "convnet3", "convnet3", "small-hard", 0, "top1", 50.0, "small", 1.0, "cpu", "c0ffee", "abc")
-OTHER = {  # another value of every column that must not be merged
-    "artefact": "02", "dataset": "other", "backbone": "minimax", "ipc": 50, "surrogate": "resnet18", "network": "resnet18",
-    "protocol": "igd-hard", "metric": "influence_loss", "scale": "paper", "settings_hash": "abd",
+ROW = Row(
+    artefact="01", dataset="toy", ipc=10,
+    method="DiT", kind="DiT", family="sampled", backbone="dit", guides="", cfg=4.0, cfg_choice="", k=0.0,
+    gamma=0.0, guided_range="", throughout=0, solver="ddpm", steps=20, selection="", kept=0,
+    surrogate="convnet3", shortcuts="", change="", varies="",
+    network="convnet3", protocol="small-hard", seed=0, metric="top1", value=50.0, scale="small", seconds=1.0,
+    device="cpu", git_revision="c0ffee", settings_hash="abc",
+)  # fmt: skip
+SHARED = {  # another value of every column that rows of two methods must share to be paired
+    "artefact": "02", "dataset": "other", "ipc": 50, "network": "resnet18", "protocol": "igd-hard",
+    "metric": "influence_loss", "scale": "paper", "settings_hash": "abd",
 }  # fmt: skip
+OWN = {  # and of those that make the method
+    "kind": "DiT-IGD", "family": "random", "backbone": "minimax", "guides": "influence", "cfg": 1.5,
+    "cfg_choice": "best", "k": 30.0, "gamma": 480.0, "guided_range": "30-45", "throughout": 1,
+    "solver": "ddim", "steps": 50, "selection": "regular", "kept": 3, "surrogate": "resnet18",
+    "shortcuts": "tiny decoder", "change": "vae=x", "varies": "k",
+}  # fmt: skip
+OTHER = SHARED | OWN  # neither are merged
 
 
 @pytest.fixture
 def rows():
     """DiT-IGD and DiT over three seeds, the second in another order."""
     values = {"DiT-IGD": {0: 71.0, 1: 74.0, 2: 77.0}, "DiT": {2: 70.0, 0: 70.0, 1: 70.0}}
-    return frame([replace(ROW, method=method, seed=seed, value=value) for method, found in values.items() for seed, value in found.items()])
+    return frame(
+        [
+            replace(ROW, method=method, seed=seed, value=value)
+            for method, found in values.items()
+            for seed, value in found.items()
+        ]
+    )
 
 
 # --- means and paired differences
+
+
+def test_every_setting_has_another_value_here():
+    """Columns that are added must be tried too: all but the label, the seed and what was measured."""
+    measured = {"seed", "value", "seconds", "device", "git_revision"}
+    assert {field.name for field in fields(Row)} - measured - {"method"} == set(OTHER)
 
 
 def test_summary_by_hand(rows):
@@ -48,7 +78,8 @@ def test_summary_by_more_columns(rows):
 @pytest.mark.parametrize("column", OTHER)
 def test_summary_does_not_merge_settings(rows, column):
     mixed = pd.concat([rows, frame([replace(ROW, seed=3, **{column: OTHER[column]})])], ignore_index=True)
-    with pytest.raises(ValueError, match=rf"^DiT has rows of more than one {column} .*{getattr(ROW, column)!r}, {OTHER[column]!r}"):
+    values = f"{getattr(ROW, column)!r}, {OTHER[column]!r}"
+    with pytest.raises(ValueError, match=rf"^DiT has rows of more than one {column} {values}: "):
         summary(mixed)
     assert summary(mixed, by=("method", column)).n.tolist() == [3, 3, 1]  # told apart they are welcome
 
@@ -87,7 +118,13 @@ def test_paired_differences_by_hand(rows):
     """+1, +4, +7: mean 4, sd 3, standard error 3 / sqrt(3); seeds are matched, not positions."""
     assert paired(rows, "DiT-IGD", "DiT").to_dict() == {0: 1.0, 1: 4.0, 2: 7.0}
     (entry,) = comparison(rows, [("DiT-IGD", "DiT")]).to_dict("records")
-    assert entry == {"difference": "DiT-IGD - DiT", "mean": 4.0, "sd": 3.0, "n": 3, "standard error": pytest.approx(3**0.5)}
+    assert entry == {
+        "difference": "DiT-IGD - DiT",
+        "mean": 4.0,
+        "sd": 3.0,
+        "n": 3,
+        "standard error": pytest.approx(3**0.5),
+    }
 
 
 def test_seeds_that_do_not_pair_raise(rows):
@@ -103,14 +140,14 @@ def test_seeds_that_do_not_pair_raise(rows):
 
 @pytest.mark.parametrize("column", OTHER)
 def test_pairs_share_their_settings(rows, column):
-    """One side with two settings never pairs; the sides may differ in backbone and surrogate alone."""
+    """One side with two settings never pairs; the sides may differ in what makes the method alone."""
     within = rows.copy()
     within.loc[0, column] = OTHER[column]
     with pytest.raises(ValueError, match=f"^DiT-IGD has rows of more than one {column}"):
         paired(within, "DiT-IGD", "DiT")
     across = rows.copy()
     across.loc[across.method == "DiT", column] = OTHER[column]
-    if column in ("backbone", "surrogate"):
+    if column in OWN:
         assert paired(across, "DiT-IGD", "DiT").to_dict() == {0: 1.0, 1: 4.0, 2: 7.0}
     else:
         with pytest.raises(ValueError, match=f"^DiT-IGD - DiT has rows of more than one {column}"):
@@ -127,7 +164,10 @@ def test_other_methods_do_not_disturb_a_pair(rows):
 
 def test_columns_of_a_row_are_fixed():
     assert ",".join(field.name for field in fields(Row)) == (
-        "artefact,dataset,method,backbone,ipc,surrogate,network,protocol,seed,metric,value,scale,seconds,device,git_revision,settings_hash"
+        "artefact,dataset,ipc,"
+        "method,kind,family,backbone,guides,cfg,cfg_choice,k,gamma,guided_range,throughout,solver,steps,"
+        "selection,kept,surrogate,shortcuts,change,varies,"
+        "network,protocol,seed,metric,value,scale,seconds,device,git_revision,settings_hash"
     )
 
 
@@ -152,7 +192,8 @@ def test_an_empty_frame_has_every_column_and_its_type():
 
 
 def test_read_is_what_was_appended(tmp_path):
-    written = [replace(ROW, seed=seed, value=seed / 3, network="", settings_hash="123e45") for seed in range(4)]
+    row = replace(ROW, network="", settings_hash="123e45")
+    written = [replace(row, seed=seed, value=seed / 3) for seed in range(4)]
     for row in written:
         append(tmp_path, row)
     (tmp_path / ".unfinished.tmp").write_text("{")
@@ -164,11 +205,12 @@ def test_read_is_what_was_appended(tmp_path):
 def test_read_names_a_file_that_is_no_row(tmp_path):
     good = append(tmp_path, ROW)
     content = asdict(ROW)
+    lacking = {name: value for name, value in content.items() if name != "git_revision"}
     for broken, message in (
         (good.read_text()[:50], "Unterminated|Expecting"),
         (b"\xff\xfe\xff", "codec|decode"),
         ("[1, 2]", "not list"),
-        (json.dumps({name: value for name, value in content.items() if name != "git_revision"}), "missing: git_revision; unknown: none"),
+        (json.dumps(lacking), "missing: git_revision; unknown: none"),
         (json.dumps(content | {"note": "x"}), "missing: none; unknown: note"),
         (json.dumps(content | {"ipc": "10"}), "ipc is int, got '10'"),
         (json.dumps(content | {"seed": True}), "seed is int, got True"),
@@ -198,14 +240,25 @@ def test_consolidated_rows_come_back_exactly(tmp_path):
     path = consolidate(frame(AWKWARD), tmp_path / "a.csv")
     found = load(path)
     key = ["method", "seed"]
-    pd.testing.assert_frame_equal(found.sort_values(key, ignore_index=True), frame(AWKWARD).sort_values(key, ignore_index=True), check_exact=True)
-    assert found.ipc.dtype == found.seed.dtype == "int64" and found.value.dtype == found.seconds.dtype == "float64"
-    assert {type(value) for name in ("network", "settings_hash", "git_revision") for value in found[name]} == {str}
+    pd.testing.assert_frame_equal(
+        found.sort_values(key, ignore_index=True),
+        frame(AWKWARD).sort_values(key, ignore_index=True),
+        check_exact=True,
+    )
+    assert found.ipc.dtype == found.seed.dtype == "int64"
+    assert found.value.dtype == found.seconds.dtype == "float64"
+    texts = found[["network", "settings_hash", "git_revision"]].to_numpy().ravel()
+    assert {type(value) for value in texts} == {str}
     assert consolidate(found, tmp_path / "b.csv").read_bytes() == path.read_bytes()
 
 
 def test_consolidated_bytes_do_not_depend_on_order_or_source(tmp_path):
-    rows = [replace(ROW, method=method, ipc=ipc, seed=seed, value=-seed / 7) for method in "BA" for ipc in (50, 10) for seed in (10, 2, 1)]
+    rows = [
+        replace(ROW, method=method, ipc=ipc, seed=seed, value=-seed / 7)
+        for method in "BA"
+        for ipc in (50, 10)
+        for seed in (10, 2, 1)
+    ]
     for row in rows:
         append(tmp_path / "rows", row)
     expected = consolidate(tmp_path / "rows", tmp_path / "a.csv").read_bytes()
@@ -214,15 +267,19 @@ def test_consolidated_bytes_do_not_depend_on_order_or_source(tmp_path):
     lines = expected.decode().split("\n")
     assert lines[-1] == "" and b"\r" not in expected and len(lines) == 14
     assert lines[0] == ",".join(field.name for field in fields(Row))
-    assert [tuple(line.split(",")[index] for index in (2, 4, 8)) for line in lines[1:-1]] == [  # numbers as numbers
-        (method, ipc, seed) for method in "AB" for ipc in ("10", "50") for seed in ("1", "2", "10")
+    table = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:-1]]
+    assert [(entry["ipc"], entry["method"], entry["seed"]) for entry in table] == [  # numbers as numbers
+        (ipc, method, seed) for ipc in ("10", "50") for method in "AB" for seed in ("1", "2", "10")
     ]
-    assert lines[1].split(",")[10] == repr(-1 / 7)
+    assert table[0]["value"] == repr(-1 / 7)
 
 
 def test_the_same_measurement_with_the_same_value_is_one(tmp_path):
     again = replace(ROW, seconds=0.5, device="cuda", git_revision="beef00")
-    first, second = (consolidate(frame(rows), tmp_path / f"{len(rows)}.csv") for rows in ([ROW, again], [again, ROW, again]))
+    first, second = (
+        consolidate(frame(rows), tmp_path / f"{len(rows)}.csv")
+        for rows in ([ROW, again], [again, ROW, again])
+    )
     assert first.read_bytes() == second.read_bytes() and load(first).seconds.tolist() == [0.5]
 
 
@@ -232,7 +289,10 @@ REFUSED = {
     "nan": ([replace(ROW, seed=1, value=math.nan)], "value that is not finite"),
     "infinite time": ([replace(ROW, seed=1, seconds=math.inf)], "seconds that is not finite"),
     "two values": ([replace(ROW, value=51.0)], r"values \[50\.0, 51\.0\].*'method': 'DiT'.*'seed': 0"),
-    "two settings": ([replace(ROW, seed=1, settings_hash="abd")], "'method': 'DiT'.*'metric': 'top1'.* abc, abd"),
+    "two settings": (
+        [replace(ROW, seed=1, settings_hash="abd")],
+        "'method': 'DiT'.*'metric': 'top1'.* abc, abd",
+    ),
 }
 
 
@@ -257,12 +317,14 @@ def test_different_settings_of_different_groups_are_no_mixture(tmp_path):
     for column in ("method", *OTHER):
         if column != "settings_hash":
             value = OTHER.get(column, "DiT-IGD")
-            assert len(load(consolidate(frame([ROW, replace(ROW, settings_hash="abd", **{column: value})]), tmp_path / "a.csv"))) == 2
+            rows = frame([ROW, replace(ROW, settings_hash="abd", **{column: value})])
+            assert len(load(consolidate(rows, tmp_path / "a.csv"))) == 2
 
 
 def test_consolidate_refuses_frames_that_pandas_guessed(tmp_path, rows):
     """pandas makes 1 of "01" and infinity of "123e45"."""
-    consolidate(frame([replace(ROW, settings_hash="123e45"), replace(ROW, network="", settings_hash="1e2")]), tmp_path / "a.csv")
+    written = [replace(ROW, settings_hash="123e45"), replace(ROW, network="", settings_hash="1e2")]
+    consolidate(frame(written), tmp_path / "a.csv")
     with pytest.raises(ValueError, match=r"artefact is str, got 1; .*results\.load"):
         consolidate(pd.read_csv(tmp_path / "a.csv"), tmp_path / "b.csv")
     with pytest.raises(ValueError, match="missing: device"):
@@ -279,11 +341,14 @@ def test_load_names_a_damaged_file(tmp_path):
     for broken, message in (
         ("", "missing: artefact, dataset"),
         (text.split("\n")[0] + "\n", "no rows"),
-        (text[:-20], "row 2 has 1. fields, the header 16"),
-        (text.replace("c0ffee,abc", "c0ffee,abc,more"), "row 1 has 17 fields"),
+        (text[:-20], "row 2 has 28 fields, the header 32"),
+        (text.replace("c0ffee,abc", "c0ffee,abc,more"), "row 1 has 33 fields"),
         (text.replace("50.0", "fifty"), "fifty"),
         (text.replace("git_revision", "revision"), "missing: git_revision; unknown: revision"),
-        (text.replace("\n", ",x\n").replace("settings_hash,x", "settings_hash,method"), "each is needed once"),
+        (
+            text.replace("\n", ",x\n").replace("settings_hash,x", "settings_hash,method"),
+            "each is needed once",
+        ),
         (text.replace(",10,", ",10.5,"), "10.5"),
         (text + '"', "unexpected end"),
     ):
@@ -301,37 +366,38 @@ def test_revision_of_a_checkout(tmp_path, monkeypatch):
         monkeypatch.delenv(name)  # in a git hook they would point at the real repository
 
     def git(*arguments):
-        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false", *arguments]
+        options = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        command = ["git", "-C", str(tmp_path), *options, *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     package = tmp_path / "igd_lib"
     package.mkdir()
-    (package / "results.py").write_text("1")
+    (package / "__init__.py").write_text("1")
     (tmp_path / "README.md").write_text("1")
-    version = f"igd_lib {__version__}"
-    assert results._revision(package) == version  # no checkout
+    expected = f"igd_lib {VERSION}"
+    assert version._revision(package) == expected  # no checkout
     git("init", "-q")
     git("add", "README.md")
     git("commit", "-q", "-m", "a")
-    assert results._revision(package) == version  # somebody else's checkout around an installed package
+    assert version._revision(package) == expected  # somebody else's checkout around an installed package
     git("add", ".")
     git("commit", "-q", "-m", "b")
-    clean = results._revision(package)
+    clean = version._revision(package)
     assert len(clean) == 12 and git("rev-parse", "HEAD").startswith(clean)
     (tmp_path / "README.md").write_text("2")
     (package / "notes.txt").write_text("not tracked")
-    assert results._revision(package) == clean  # neither is the package's code
-    (package / "results.py").write_text("2")
-    assert results._revision(package) == clean + "+"
-    git("add", "igd_lib/results.py")
-    assert results._revision(package) == clean + "+"  # staged is not committed
+    assert version._revision(package) == clean  # neither is the package's code
+    (package / "__init__.py").write_text("2")
+    assert version._revision(package) == clean + "+"
+    git("add", "igd_lib/__init__.py")
+    assert version._revision(package) == clean + "+"  # staged is not committed
     git("commit", "-q", "-m", "c")
-    assert results._revision(package) not in (clean, clean + "+")
+    assert version._revision(package) not in (clean, clean + "+")
 
 
 def test_revision_without_git(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert results._revision(tmp_path) == f"igd_lib {__version__}"
+    assert version._revision(tmp_path) == f"igd_lib {VERSION}"
 
 
 # --- the paper's figures beside ours
@@ -340,25 +406,33 @@ def test_revision_without_git(monkeypatch, tmp_path):
 def reported(*cells, **columns):
     """The paper's rows, cells (method, value, sd)."""
     rows = [{"method": method, "value": value, "sd": sd} for method, value, sd in cells]
-    shared = {"table": 1, "dataset": "toy", "backbone": np.nan, "surrogate": np.nan, "network": "convnet3", "ipc": 10, "metric": "top1"}
-    return pd.DataFrame(rows).assign(**shared | columns)
+    shared = dict(table=1, dataset="toy", backbone=np.nan, surrogate=np.nan, network="convnet3", ipc=10)
+    return pd.DataFrame(rows).assign(**shared | {"metric": "top1"} | columns)
 
 
 def measured(scale="paper", **methods):
-    return frame([replace(ROW, scale=scale, method=name, seed=seed, value=value) for name, values in methods.items() for seed, value in enumerate(values)])
+    return frame(
+        [
+            replace(ROW, scale=scale, method=name, seed=seed, value=value)
+            for name, values in methods.items()
+            for seed, value in enumerate(values)
+        ]
+    )
 
 
 def test_compare_by_hand():
-    """A: ours 50, 52, 54 has mean 52, sd 2; the paper's sd 1 gives pooled sqrt((1 + 4) / 2) = 1.581, two of them 3.162."""
+    """A: 50, 52, 54 has mean 52, sd 2; with the paper's sd 1 pooled sqrt(5 / 2) = 1.581, twice that 3.162."""
     ours = measured(A=[50.0, 52.0, 54.0], B=[50.0, 52.0, 54.0], D=[1.0])
     found = compare(ours, reported(("C", 9.0, 0.5), ("B", 48.8, 1.0), ("A", 48.9, 1.0))).set_index("method")
     assert found.index.tolist() == ["C", "B", "A", "D"]  # the paper's order, then what only we have
-    assert found.columns.tolist() == ["ipc", "network", "paper_mean", "paper_sd", "ours_mean", "ours_sd", "n", "difference", "within", "comparable"]
-    assert found.loc["A", ["paper_mean", "paper_sd", "ours_mean", "ours_sd", "n"]].tolist() == [48.9, 1.0, 52.0, 2.0, 3]
+    measures = ["paper_mean", "paper_sd", "ours_mean", "ours_sd", "n"]
+    assert found.columns.tolist() == ["ipc", "network", *measures, "difference", "within", "comparable"]
+    assert found.loc["A", measures].tolist() == [48.9, 1.0, 52.0, 2.0, 3]
     assert found.difference[["A", "B"]].tolist() == pytest.approx([3.1, 3.2])
     assert found.within.tolist() == [pd.NA, False, True, pd.NA]
     assert found.comparable.tolist() == [False, True, True, False]  # one side alone compares with nothing
-    assert found.loc["C", ["ours_mean", "ours_sd", "n", "difference"]].isna().all() and found.loc["C", "paper_mean"] == 9.0
+    assert found.loc["C", ["ours_mean", "ours_sd", "n", "difference"]].isna().all()
+    assert found.loc["C", "paper_mean"] == 9.0
     assert found.loc["D", ["paper_mean", "paper_sd", "difference"]].isna().all() and found.loc["D", "n"] == 1
 
 
@@ -387,9 +461,11 @@ def test_only_the_papers_scale_data_and_metric_compare():
     for scale in ("small", "smoke"):
         found = compare(measured(scale, A=[50.0, 52.0]), reported(("A", 50.0, 1.0)))
         assert found.comparable.tolist() == [False] and found.difference.tolist() == [1.0]
-    assert compare(ours, reported(("A", math.nan, math.nan))).comparable.tolist() == [False]  # a cell that is not known
+    unknown = reported(("A", math.nan, math.nan))  # a cell that is not known
+    assert compare(ours, unknown).comparable.tolist() == [False]
     for column, value in {"dataset": "imagenet", "metric": "top5", "network": "resnet18", "ipc": 50}.items():
-        assert compare(ours, reported(("A", 50.0, 1.0), **{column: value}), by=("method",)).comparable.tolist() == [False]
+        other = reported(("A", 50.0, 1.0), **{column: value})
+        assert compare(ours, other, by=("method",)).comparable.tolist() == [False]
     # What tables are told apart by never meets at all.
     assert len(compare(ours, reported(("A", 50.0, 1.0), dataset="imagenet"), by=("method", "dataset"))) == 2
 
@@ -397,13 +473,17 @@ def test_only_the_papers_scale_data_and_metric_compare():
 def test_compare_matches_empty_names_as_pandas_reads_them(tmp_path):
     reported(("A", 50.0, 1.0)).to_csv(tmp_path / "paper.csv", index=False)
     ours = measured(A=[50.0, 52.0]).assign(surrogate="")
-    assert compare(ours, pd.read_csv(tmp_path / "paper.csv"), by=("method", "surrogate")).difference.tolist() == [1.0]
+    found = compare(ours, pd.read_csv(tmp_path / "paper.csv"), by=("method", "surrogate"))
+    assert found.difference.tolist() == [1.0]
 
 
-@pytest.mark.parametrize("options", [{}, {"keep_default_na": False, "na_values": {"value": [""], "sd": [""]}}])
+@pytest.mark.parametrize(
+    "options", [{}, {"keep_default_na": False, "na_values": {"value": [""], "sd": [""]}}]
+)
 def test_compare_beside_rows_of_the_full_data_set(tmp_path, options):
     """The paper's row without ipc makes pandas read the whole column as floats or as text."""
-    pd.concat([reported(("A", 50.0, 1.0)), reported(("A", 95.0, math.nan), ipc="")]).to_csv(tmp_path / "paper.csv", index=False)
+    whole = pd.concat([reported(("A", 50.0, 1.0)), reported(("A", 95.0, math.nan), ipc="")])
+    whole.to_csv(tmp_path / "paper.csv", index=False)
     paper = pd.read_csv(tmp_path / "paper.csv", **options)
     found = compare(measured(A=[50.0, 52.0]), paper)
     assert found.ipc.tolist() == [10, pd.NA] and found.comparable.tolist() == [True, False]
@@ -414,15 +494,17 @@ def test_compare_beside_rows_of_the_full_data_set(tmp_path, options):
 
 def test_compare_without_a_row_of_ours():
     found = compare(frame([]), reported(("A", 50.0, 1.0)))
-    assert found.paper_mean.tolist() == [50.0] and found.within.isna().all() and found.comparable.tolist() == [False]
+    assert found.paper_mean.tolist() == [50.0] and found.within.isna().all()
+    assert found.comparable.tolist() == [False]
 
 
 def test_compare_refuses_ambiguous_cells_and_missing_columns():
     ours, paper = measured(A=[50.0, 52.0]), reported(("A", 50.0, 1.0))
     with pytest.raises(ValueError, match="'method': 'A'.* more than once"):
         compare(ours, pd.concat([paper, paper.assign(table=2)]))
+    other = frame([replace(ROW, method="A", seed=9, scale="paper", dataset="other")])
     with pytest.raises(ValueError, match="A, 10, convnet3 has rows of more than one dataset"):
-        compare(pd.concat([ours, frame([replace(ROW, method="A", seed=9, scale="paper", dataset="other")])]), paper)
+        compare(pd.concat([ours, other]), paper)
     with pytest.raises(ValueError, match="the paper's rows lack columns: sd"):
         compare(ours, paper.drop(columns="sd"))
     with pytest.raises(ValueError, match="our rows lack columns: table"):

@@ -18,10 +18,12 @@ from diffusers import (
 
 import reference
 from igd_lib.config import PAPER, RELEASED, Fidelity, Guidance
-from igd_lib.distill import image_generator
+from igd_lib.distillation import image_generator
 from igd_lib.guidance import influence_loss
-from igd_lib.models import network
-from igd_lib.sampler import IGDPipeline, make_scheduler, sample_igd
+from igd_lib.models.networks import network
+from igd_lib.pipeline import IGDPipeline
+from igd_lib.sampler import sample_igd
+from igd_lib.schedulers import make_scheduler
 from igd_lib.surrogate import class_gradients, train_surrogate
 
 GUIDANCE = Guidance(k=5.0, gamma=7.5, guided_range=(3, 6))  # gamma 120 for 256 latent values instead of 4096
@@ -34,16 +36,23 @@ def generators(count=3):
 
 
 def noise(count=3, dtype=torch.float32):
-    return torch.stack([torch.randn(4, 8, 8, dtype=dtype, generator=torch.Generator().manual_seed(index)) for index in range(count)])
+    return torch.stack(
+        [
+            torch.randn(4, 8, 8, dtype=dtype, generator=torch.Generator().manual_seed(index))
+            for index in range(count)
+        ]
+    )
 
 
 def scheduler_of(models, fidelity):
-    return make_scheduler(fidelity, models.ddim.config, learned_variance=models.transformer.config.out_channels == 8)
+    return make_scheduler(
+        fidelity, models.ddim.config, learned_variance=models.transformer.config.out_channels == 8
+    )
 
 
 @pytest.fixture(scope="module")
 def guided(toy):
-    """Factory: the keywords of a guided run of three images; the second has no earlier images, the others three."""
+    """Factory: keywords of a guided run of three images; the second has no memory, the others three."""
 
     def make(dtype=torch.float32):
         case = toy(dtype)
@@ -52,7 +61,14 @@ def guided(toy):
         others = torch.randn(2, 2, 4, 8, 8, dtype=dtype, generator=torch.Generator().manual_seed(9))
         # The oldest memory of a sample is its own noise: by far the nearest, unless the FIFO drops it.
         memory = [torch.cat([z[:1], others[0]]), z[:0], torch.cat([z[2:], others[1]])]
-        return dict(targets=TARGETS, guidance=GUIDANCE, checkpoints=case.checkpoints, gradients=own, memory=memory, num_steps=10)
+        return dict(
+            targets=TARGETS,
+            guidance=GUIDANCE,
+            checkpoints=case.checkpoints,
+            gradients=own,
+            memory=memory,
+            num_steps=10,
+        )
 
     return make
 
@@ -60,7 +76,11 @@ def guided(toy):
 def rows(options, chosen):
     """The keywords of some of the three images."""
     chosen = list(chosen)
-    return options | dict(targets=TARGETS[chosen], gradients=options["gradients"][:, chosen], memory=[options["memory"][i] for i in chosen])
+    return options | dict(
+        targets=TARGETS[chosen],
+        gradients=options["gradients"][:, chosen],
+        memory=[options["memory"][i] for i in chosen],
+    )
 
 
 # --- without guidance
@@ -80,9 +100,17 @@ def test_unguided_equals_diffusers_pipeline(tiny, out_channels):
     np.testing.assert_allclose(found, expected, atol=1e-4)
     # The function itself, on the same noise and scheduler.
     latents = sample_igd(
-        models.transformer, models.vae, models.ddim, ours.latent_noise(generators()), LABELS, num_steps=6, fidelity=fidelity
+        models.transformer,
+        models.vae,
+        models.ddim,
+        ours.latent_noise(generators()),
+        LABELS,
+        num_steps=6,
+        fidelity=fidelity,
     )
-    np.testing.assert_allclose((ours.decode(latents) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy(), expected, atol=1e-4)
+    np.testing.assert_allclose(
+        (ours.decode(latents) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy(), expected, atol=1e-4
+    )
 
 
 def test_unguided_equals_diffusers_pipeline_on_the_stand_in(standin_pipe):
@@ -102,9 +130,27 @@ def test_unguided_equals_diffusers_pipeline_on_the_stand_in(standin_pipe):
 def test_zero_guidance_is_exactly_unguided(tiny, guided, fidelity):
     models = tiny()
     scheduler = scheduler_of(models, fidelity)
-    plain = sample_igd(models.transformer, models.vae, scheduler, noise(), LABELS, num_steps=10, fidelity=fidelity, generator=generators())
+    plain = sample_igd(
+        models.transformer,
+        models.vae,
+        scheduler,
+        noise(),
+        LABELS,
+        num_steps=10,
+        fidelity=fidelity,
+        generator=generators(),
+    )
     options = guided() | dict(guidance=Guidance(0.0, 0.0, (3, 6)))
-    zero = sample_igd(models.transformer, models.vae, scheduler, noise(), LABELS, fidelity=fidelity, generator=generators(), **options)
+    zero = sample_igd(
+        models.transformer,
+        models.vae,
+        scheduler,
+        noise(),
+        LABELS,
+        fidelity=fidelity,
+        generator=generators(),
+        **options,
+    )
     assert torch.equal(plain, zero)
 
 
@@ -115,7 +161,16 @@ def test_cfg_channels_leave_the_rest_conditional(tiny):
 
     def one_step(cfg_scale, cfg_channels):
         fidelity = Fidelity(solver="ddim", cfg_channels=cfg_channels)
-        return sample_igd(models.transformer, models.vae, scheduler, z, LABELS, num_steps=1, cfg_scale=cfg_scale, fidelity=fidelity)
+        return sample_igd(
+            models.transformer,
+            models.vae,
+            scheduler,
+            z,
+            LABELS,
+            num_steps=1,
+            cfg_scale=cfg_scale,
+            fidelity=fidelity,
+        )
 
     released, everything, conditional = one_step(4.0, 3), one_step(4.0, None), one_step(1.0, None)
     torch.testing.assert_close(released[:, :3], everything[:, :3], rtol=0, atol=0)
@@ -125,7 +180,14 @@ def test_cfg_channels_leave_the_rest_conditional(tiny):
 
 def test_the_label_and_the_null_class_matter(tiny):
     models = tiny()
-    found = sample_igd(models.transformer, models.vae, models.ddim, noise(1).expand(2, -1, -1, -1), torch.tensor([1, 2]), num_steps=4)
+    found = sample_igd(
+        models.transformer,
+        models.vae,
+        models.ddim,
+        noise(1).expand(2, -1, -1, -1),
+        torch.tensor([1, 2]),
+        num_steps=4,
+    )
     assert not torch.allclose(found[0], found[1], rtol=1e-2)
 
 
@@ -134,9 +196,22 @@ def test_the_null_class_is_the_transformers_own(tiny, guided, num_classes):
     """Unguided sampling of a transformer of any number of classes, against the reference."""
     models, options = tiny(num_classes=num_classes, dtype=torch.float64), guided(torch.float64)
     z = noise(dtype=torch.float64)
-    found = sample_igd(models.transformer, models.vae, models.ddim, z, torch.tensor([7, 3, 7]), num_steps=5, fidelity=PAPER)
+    found = sample_igd(
+        models.transformer, models.vae, models.ddim, z, torch.tensor([7, 3, 7]), num_steps=5, fidelity=PAPER
+    )
     expected = reference.trajectory(
-        models, models.ddim, z[1], 3, 0, options["checkpoints"], None, z[:0], Guidance(0.0, 0.0, (99, 99)), PAPER, cfg=4.0, steps=5
+        models,
+        models.ddim,
+        z[1],
+        3,
+        0,
+        options["checkpoints"],
+        None,
+        z[:0],
+        Guidance(0.0, 0.0, (99, 99)),
+        PAPER,
+        cfg=4.0,
+        steps=5,
     )
     torch.testing.assert_close(found[1], expected, rtol=1e-4, atol=1e-5)
 
@@ -146,7 +221,15 @@ def test_ddpm_noise_comes_from_each_sample_own_generator(tiny):
 
     def run(order):
         own = [generators()[index] for index in order]
-        return sample_igd(models.transformer, models.vae, models.ddpm, noise()[order], LABELS[order], num_steps=5, generator=own)
+        return sample_igd(
+            models.transformer,
+            models.vae,
+            models.ddpm,
+            noise()[order],
+            LABELS[order],
+            num_steps=5,
+            generator=own,
+        )
 
     torch.testing.assert_close(run([2, 0, 1]), run([0, 1, 2])[[2, 0, 1]], rtol=1e-3, atol=1e-4)
 
@@ -160,7 +243,11 @@ CASES = {
     "both halves, short memory": (replace(RELEASED, both_halves=True, memory_size=2), 4, "full"),
     "decoder Jacobian": (DDIM_PAPER, 4, "decoder"),
     "conditional eps, all channels": (replace(RELEASED, eps="conditional", cfg_channels=None), 4, "full"),
-    "a backward pass a checkpoint, both halves": (replace(RELEASED, backward="per_checkpoint", both_halves=True), 4, "full"),
+    "a backward pass a checkpoint, both halves": (
+        replace(RELEASED, backward="per_checkpoint", both_halves=True),
+        4,
+        "full",
+    ),
     "clamped images": (replace(RELEASED, clamp_images=True), 4, "full"),
     "DDIM on the released code's timesteps": (replace(RELEASED, solver="ddim"), 4, "full"),
     "the range counted from 1": (replace(RELEASED, range_counts_from=1), 4, "full"),
@@ -175,14 +262,43 @@ def test_guided_trajectory_equals_the_reference(tiny, guided, name):
     scheduler = scheduler_of(models, fidelity)
     z = noise(dtype=torch.float64)
     found = sample_igd(
-        models.transformer, models.vae, scheduler, z, LABELS, fidelity=fidelity, jacobian=jacobian, generator=generators(), **options
+        models.transformer,
+        models.vae,
+        scheduler,
+        z,
+        LABELS,
+        fidelity=fidelity,
+        jacobian=jacobian,
+        generator=generators(),
+        **options,
     )
-    plain = sample_igd(models.transformer, models.vae, scheduler, z, LABELS, fidelity=fidelity, generator=generators(), num_steps=10)
+    plain = sample_igd(
+        models.transformer,
+        models.vae,
+        scheduler,
+        z,
+        LABELS,
+        fidelity=fidelity,
+        generator=generators(),
+        num_steps=10,
+    )
     for b in range(3):
         expected = reference.trajectory(
-            models, scheduler, z[b], int(LABELS[b]), int(TARGETS[b]), options["checkpoints"], options["gradients"][:, b],
-            options["memory"][b], GUIDANCE, fidelity, cfg=4.0, steps=10, jacobian=jacobian, generator=generators()[b],
-        )  # fmt: skip
+            models,
+            scheduler,
+            z[b],
+            int(LABELS[b]),
+            int(TARGETS[b]),
+            options["checkpoints"],
+            options["gradients"][:, b],
+            options["memory"][b],
+            GUIDANCE,
+            fidelity,
+            cfg=4.0,
+            steps=10,
+            jacobian=jacobian,
+            generator=generators()[b],
+        )
         torch.testing.assert_close(found[b], expected, rtol=1e-4, atol=1e-5)
         # The guidance is far larger than that tolerance.
         effect = (found[b] - plain[b]).abs().max()
@@ -191,20 +307,45 @@ def test_guided_trajectory_equals_the_reference(tiny, guided, name):
 
 @pytest.mark.parametrize("name", ["released", "paper"])
 def test_guided_trajectory_of_50_steps_equals_the_reference(tiny, guided, name):
-    """The two settings to the letter, at 50 steps and the paper's range; k is what makes PAPER's factor of 1 usable."""
-    fidelity = {"released": replace(RELEASED, both_halves=True, backward="per_checkpoint"), "paper": PAPER}[name]
+    """The two settings to the letter, at the paper's steps and range; k makes PAPER's factor of 1 usable."""
+    fidelity = {"released": replace(RELEASED, both_halves=True, backward="per_checkpoint"), "paper": PAPER}[
+        name
+    ]
     guidance = Guidance(5.0 if name == "released" else 0.0075, 7.5, (30, 45))
-    models, options = tiny(out_channels=8, dtype=torch.float64), guided(torch.float64) | dict(guidance=guidance, num_steps=50)
+    models, options = (
+        tiny(out_channels=8, dtype=torch.float64),
+        guided(torch.float64) | dict(guidance=guidance, num_steps=50),
+    )
     scheduler, z = scheduler_of(models, fidelity), noise(dtype=torch.float64)
     found, plain = (
-        sample_igd(models.transformer, models.vae, scheduler, z, LABELS, fidelity=fidelity, generator=generators(), **(options | change))
+        sample_igd(
+            models.transformer,
+            models.vae,
+            scheduler,
+            z,
+            LABELS,
+            fidelity=fidelity,
+            generator=generators(),
+            **(options | change),
+        )
         for change in ({}, {"guidance": None})
     )
     for b in (0, 1):
         expected = reference.trajectory(
-            models, scheduler, z[b], int(LABELS[b]), int(TARGETS[b]), options["checkpoints"], options["gradients"][:, b],
-            options["memory"][b], guidance, fidelity, cfg=4.0, steps=50, generator=generators()[b],
-        )  # fmt: skip
+            models,
+            scheduler,
+            z[b],
+            int(LABELS[b]),
+            int(TARGETS[b]),
+            options["checkpoints"],
+            options["gradients"][:, b],
+            options["memory"][b],
+            guidance,
+            fidelity,
+            cfg=4.0,
+            steps=50,
+            generator=generators()[b],
+        )
         torch.testing.assert_close(found[b], expected, rtol=1e-4, atol=1e-5)
         assert (found[b] - plain[b]).abs().max() > 0.02
 
@@ -216,15 +357,30 @@ def test_each_fidelity_field_changes_the_result(tiny, guided):
     def run(**changes):
         fidelity = replace(RELEASED, **changes)
         return sample_igd(
-            models.transformer, models.vae, scheduler_of(models, fidelity), noise(dtype=torch.float64), LABELS,
-            fidelity=fidelity, generator=generators(), **options,
-        )  # fmt: skip
+            models.transformer,
+            models.vae,
+            scheduler_of(models, fidelity),
+            noise(dtype=torch.float64),
+            LABELS,
+            fidelity=fidelity,
+            generator=generators(),
+            **options,
+        )
 
     base = run()
     for change in (
-        {"solver": "ddim"}, {"timestep_spacing": "leading"}, {"cfg_channels": None}, {"rho_factor": 0.01}, {"eps": "conditional"},
-        {"both_halves": True}, {"memory_size": 2}, {"clamp_images": True}, {"range_counts_from": 1}, {"solver": "dpmsolver++"}, {"solver": "unipc"},
-    ):  # fmt: skip
+        {"solver": "ddim"},
+        {"timestep_spacing": "leading"},
+        {"cfg_channels": None},
+        {"rho_factor": 0.01},
+        {"eps": "conditional"},
+        {"both_halves": True},
+        {"memory_size": 2},
+        {"clamp_images": True},
+        {"range_counts_from": 1},
+        {"solver": "dpmsolver++"},
+        {"solver": "unipc"},
+    ):
         assert (run(**change) - base).abs().max() > 1e-3, change
 
 
@@ -232,14 +388,26 @@ def test_memory_keeps_the_last_entries(tiny, guided):
     models, options = tiny(), guided()
     fidelity = replace(RELEASED, memory_size=2)
     runs = [
-        sample_igd(models.transformer, models.vae, scheduler_of(models, RELEASED), noise(), LABELS, fidelity=f, generator=generators(), **o)
-        for f, o in ((fidelity, options), (RELEASED, options | dict(memory=[m[-2:] for m in options["memory"]])))
+        sample_igd(
+            models.transformer,
+            models.vae,
+            scheduler_of(models, RELEASED),
+            noise(),
+            LABELS,
+            fidelity=f,
+            generator=generators(),
+            **o,
+        )
+        for f, o in (
+            (fidelity, options),
+            (RELEASED, options | dict(memory=[m[-2:] for m in options["memory"]])),
+        )
     ]
     assert torch.equal(*runs)
 
 
 def test_recomputing_activations_gives_the_same_latents(tiny, guided):
-    """diffusers' gradient checkpointing: every guided step's blocks run once more in the backward pass, the result is the same."""
+    """diffusers' gradient checkpointing: a guided step's blocks run once more, the result is the same."""
     models = tiny()
     found, calls = [], []
     models.transformer.transformer_blocks[0].attn1.register_forward_hook(lambda *_: calls.append(1))
@@ -249,7 +417,11 @@ def test_recomputing_activations_gives_the_same_latents(tiny, guided):
             models.vae.enable_gradient_checkpointing()
         calls.clear()
         scheduler = scheduler_of(models, RELEASED)
-        found.append(sample_igd(models.transformer, models.vae, scheduler, noise(), LABELS, generator=generators(), **guided()))
+        found.append(
+            sample_igd(
+                models.transformer, models.vae, scheduler, noise(), LABELS, generator=generators(), **guided()
+            )
+        )
         assert len(calls) == expected
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
@@ -257,7 +429,16 @@ def test_recomputing_activations_gives_the_same_latents(tiny, guided):
 def test_decoder_jacobian_differs_from_full(tiny, guided):
     models, options = tiny(), guided()
     found = [
-        sample_igd(models.transformer, models.vae, models.ddpm, noise(), LABELS, jacobian=j, generator=generators(), **options)
+        sample_igd(
+            models.transformer,
+            models.vae,
+            models.ddpm,
+            noise(),
+            LABELS,
+            jacobian=j,
+            generator=generators(),
+            **options,
+        )
         for j in ("full", "decoder")
     ]
     assert (found[0] - found[1]).abs().max() > 1e-3
@@ -269,7 +450,7 @@ def test_decoder_jacobian_differs_from_full(tiny, guided):
 
 
 def shifts(tiny, guided, **options):
-    """Sample with the tiny models; (index, influence shift) of every step that G_I moved, and the loss where it was computed."""
+    """Sample with the tiny models: latents, influence shift and loss by index, where there was one."""
     models, seen, losses = tiny(dtype=torch.float64), [], {}
 
     def callback(index, timestep, info):
@@ -279,14 +460,20 @@ def shifts(tiny, guided, **options):
             losses[index] = info["influence_loss"]
 
     found = sample_igd(
-        models.transformer, models.vae, scheduler_of(models, RELEASED), noise(dtype=torch.float64), LABELS, generator=generators(),
-        callback=callback, **(guided(torch.float64) | options),
-    )  # fmt: skip
+        models.transformer,
+        models.vae,
+        scheduler_of(models, RELEASED),
+        noise(dtype=torch.float64),
+        LABELS,
+        generator=generators(),
+        callback=callback,
+        **(guided(torch.float64) | options),
+    )
     return found, dict(seen), losses
 
 
 def test_a_gradient_is_used_again_between_every_mth_step(tiny, guided):
-    """Computed in the first and every third guided step; in between its direction stays and its length is rho_t's own."""
+    """Computed in every third guided step; in between its direction stays and its length is rho_t's own."""
     options = dict(guidance=Guidance(5.0, 0.0, (2, 8)), memory=None)
     whole, every_step, _ = shifts(tiny, guided, **options)
     found, reused, losses = shifts(tiny, guided, every=3, **options)
@@ -298,14 +485,16 @@ def test_a_gradient_is_used_again_between_every_mth_step(tiny, guided):
 
     for index, source in ((7, 8), (6, 8), (4, 5), (3, 5)):
         torch.testing.assert_close(cosines(reused[index], reused[source]), torch.ones(3, dtype=torch.float64))
-        # rho_t's length: k * factor * sqrt(1 - alpha_bar) * ||eps||, close to that of the run with fresh gradients.
-        assert (reused[index].norm() / every_step[index].norm() - 1).abs() < 0.05 and not torch.allclose(reused[index], reused[source], rtol=1e-3)
+        # rho_t's length: k * factor * sqrt(1 - alpha_bar) * ||eps||, close to that with fresh gradients.
+        assert (reused[index].norm() / every_step[index].norm() - 1).abs() < 0.05 and not torch.allclose(
+            reused[index], reused[source], rtol=1e-3
+        )
     assert cosines(reused[7], every_step[7]).max() < 0.99999
     assert (found - whole).abs().max() > 1e-4
 
 
 def test_checkpoints_enter_in_turn(tiny, guided):
-    """One of three a step: the first step's loss is the first checkpoint's, the second's the second's; all three are the default."""
+    """One of three a step: the first step's loss is the first checkpoint's, and so on; all is the default."""
     options = dict(guidance=Guidance(5.0, 0.0, (2, 8)), memory=None)
     toy = guided(torch.float64)
     _, _, all_of_them = shifts(tiny, guided, **options)
@@ -323,13 +512,20 @@ def test_checkpoints_enter_in_turn(tiny, guided):
 
 
 def test_another_decoder_guides_in_the_vaes_place(tiny, guided):
-    """The vae itself changes nothing; another one changes the gradient, never the final decoding, and is left as it was."""
+    """The vae itself changes nothing; another decoder changes the gradient, and is left as it was."""
     same, _, _ = shifts(tiny, guided, guidance_decoder=tiny(dtype=torch.float64).vae)
     plain, _, _ = shifts(tiny, guided)
     torch.testing.assert_close(same, plain, rtol=0, atol=0)
-    other = AutoencoderTiny(decoder_block_out_channels=(8, 8), encoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).double()
+    other = AutoencoderTiny(
+        decoder_block_out_channels=(8, 8),
+        encoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ).double()
     found, _, _ = shifts(tiny, guided, guidance_decoder=other)
-    assert (found - plain).abs().max() > 1e-4 and all(parameter.requires_grad and parameter.grad is None for parameter in other.parameters())
+    assert (found - plain).abs().max() > 1e-4 and all(
+        parameter.requires_grad and parameter.grad is None for parameter in other.parameters()
+    )
 
 
 @pytest.mark.parametrize("shortcut", [{"every": 2}, {"checkpoints_per_step": 1}, {"jacobian": "decoder"}])
@@ -338,9 +534,14 @@ def test_shortcuts_do_not_depend_on_the_batch(tiny, guided, shortcut):
     models, options = tiny(dtype=torch.float64), guided(torch.float64)
     for b in range(3):
         alone = sample_igd(
-            models.transformer, models.vae, scheduler_of(models, RELEASED), noise(dtype=torch.float64)[[b]], LABELS[[b]],
-            generator=[generators()[b]], **(rows(options, [b]) | shortcut),
-        )  # fmt: skip
+            models.transformer,
+            models.vae,
+            scheduler_of(models, RELEASED),
+            noise(dtype=torch.float64)[[b]],
+            LABELS[[b]],
+            generator=[generators()[b]],
+            **(rows(options, [b]) | shortcut),
+        )
         torch.testing.assert_close(alone[0], whole[b], rtol=1e-6, atol=1e-8)
 
 
@@ -354,12 +555,27 @@ def test_impossible_shortcuts_raise(tiny, guided, shortcut):
 def test_guided_result_does_not_depend_on_the_batch(tiny, guided, fidelity):
     models, options = tiny(), guided()
     scheduler = scheduler_of(models, fidelity)
-    together = sample_igd(models.transformer, models.vae, scheduler, noise(), LABELS, fidelity=fidelity, generator=generators(), **options)
+    together = sample_igd(
+        models.transformer,
+        models.vae,
+        scheduler,
+        noise(),
+        LABELS,
+        fidelity=fidelity,
+        generator=generators(),
+        **options,
+    )
     for b in range(3):
         alone = sample_igd(
-            models.transformer, models.vae, scheduler, noise()[b : b + 1], LABELS[b : b + 1], fidelity=fidelity,
-            generator=generators()[b : b + 1], **rows(options, [b]),
-        )  # fmt: skip
+            models.transformer,
+            models.vae,
+            scheduler,
+            noise()[b : b + 1],
+            LABELS[b : b + 1],
+            fidelity=fidelity,
+            generator=generators()[b : b + 1],
+            **rows(options, [b]),
+        )
         assert (alone[0] - together[b]).norm() < 1e-3 * together[b].norm()
 
 
@@ -379,12 +595,21 @@ def test_batches_of_1_3_and_10_on_the_stand_in(standin_pipe, early_surrogate):
             own, seen = [image_generator(0, int(label), 0) for label in part], {}
             latents.append(
                 sample_igd(
-                    standin_pipe.transformer, standin_pipe.vae, scheduler, standin_pipe.latent_noise(own), part, targets=part,
-                    guidance=Guidance(5.0, 7.5, guided_range), checkpoints=checkpoints, gradients=gradients[:, part],
-                    memory=[memory[label] for label in part], num_steps=steps, generator=own,
+                    standin_pipe.transformer,
+                    standin_pipe.vae,
+                    scheduler,
+                    standin_pipe.latent_noise(own),
+                    part,
+                    targets=part,
+                    guidance=Guidance(5.0, 7.5, guided_range),
+                    checkpoints=checkpoints,
+                    gradients=gradients[:, part],
+                    memory=[memory[label] for label in part],
+                    num_steps=steps,
+                    generator=own,
                     callback=lambda index, t, info, seen=seen: seen.update({index: info}),
                 )
-            )  # fmt: skip
+            )
             shifts.append(seen[guided_range[1]]["influence_shift"])
         return torch.cat(latents).flatten(1), torch.cat(shifts).flatten(1)
 
@@ -393,7 +618,11 @@ def test_batches_of_1_3_and_10_on_the_stand_in(standin_pipe, early_surrogate):
 
     whole = (standin_pipe.scheduler_for(RELEASED), 25, (15, 22))
     # A schedule that starts where guidance does, so that its gradient is taken at the very same z_t.
-    start = (make_scheduler(RELEASED, {**standin_pipe.scheduler.config, "num_train_timesteps": 300}), 2, (1, 1))
+    start = (
+        make_scheduler(RELEASED, {**standin_pipe.scheduler.config, "num_train_timesteps": 300}),
+        2,
+        (1, 1),
+    )
     alone, first = run(1, *whole)[0], run(1, *start)[1]
     for size in (3, 10):
         assert difference(run(size, *whole)[0], alone).max() < 1e-3
@@ -408,7 +637,13 @@ def test_guidance_acts_only_inside_the_guided_range(tiny, guided):
         seen = {}
         run = options | dict(guidance=guidance)
         sample_igd(
-            models.transformer, models.vae, models.ddim, noise(), LABELS, callback=lambda i, t, info: seen.update({i: info["latents"]}), **run
+            models.transformer,
+            models.vae,
+            models.ddim,
+            noise(),
+            LABELS,
+            callback=lambda i, t, info: seen.update({i: info["latents"]}),
+            **run,
         )
         return seen
 
@@ -423,7 +658,15 @@ def test_guidance_acts_only_inside_the_guided_range(tiny, guided):
 def test_callback_reports_the_losses_of_guided_steps(tiny, guided):
     models, options = tiny(), guided()
     seen = {}
-    sample_igd(models.transformer, models.vae, models.ddpm, noise(), LABELS, callback=lambda i, t, info: seen.update({i: (t, info)}), **options)
+    sample_igd(
+        models.transformer,
+        models.vae,
+        models.ddpm,
+        noise(),
+        LABELS,
+        callback=lambda i, t, info: seen.update({i: (t, info)}),
+        **options,
+    )
     assert [seen[i][0] for i in range(9, -1, -1)] == models.ddpm.timesteps.tolist()
     for index, (_, info) in seen.items():
         assert ("influence_loss" in info) == ("deviation_loss" in info) == (3 <= index <= 6)
@@ -442,12 +685,14 @@ def early_surrogate(fashion_train):
         model = network("convnet3", num_classes=10, image_size=32)
     few = fashion_train.per_class(40, seed=0)
     checkpoints = train_surrogate(model, few, epochs=1, saves_in_first_epoch=3).keep([0, 2])
-    return checkpoints, torch.stack([class_gradients(checkpoints, few.of_class(label), label) for label in range(10)], dim=1)
+    return checkpoints, torch.stack(
+        [class_gradients(checkpoints, few.of_class(label), label) for label in range(10)], dim=1
+    )
 
 
 @pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpmsolver++", "unipc"])
 def test_more_guidance_lowers_the_influence_loss(standin_pipe, early_surrogate, solver):
-    """Finished images of the same noise come nearer to their class's gradient; the flipped sign would raise the loss."""
+    """Images of one noise come nearer to their class's gradient; the flipped sign would raise the loss."""
     checkpoints, gradients = early_surrogate
     labels = torch.arange(10)
     fidelity = replace(RELEASED, rho_factor=1.0, solver=solver)
@@ -456,10 +701,20 @@ def test_more_guidance_lowers_the_influence_loss(standin_pipe, early_surrogate, 
     def loss(k):
         own = [image_generator(0, label, 0) for label in range(10)]
         latents = sample_igd(
-            standin_pipe.transformer, standin_pipe.vae, scheduler, standin_pipe.latent_noise(own), labels, targets=labels,
-            guidance=Guidance(k, 0.0, (4, 11)), checkpoints=checkpoints, gradients=gradients, num_steps=16, cfg_scale=1.5,
-            fidelity=fidelity, generator=own,
-        )  # fmt: skip
+            standin_pipe.transformer,
+            standin_pipe.vae,
+            scheduler,
+            standin_pipe.latent_noise(own),
+            labels,
+            targets=labels,
+            guidance=Guidance(k, 0.0, (4, 11)),
+            checkpoints=checkpoints,
+            gradients=gradients,
+            num_steps=16,
+            cfg_scale=1.5,
+            fidelity=fidelity,
+            generator=own,
+        )
         images = standin_pipe.decode(latents).clamp(-1, 1)
         with torch.no_grad():
             return influence_loss(images, labels, checkpoints, gradients).mean().item()
@@ -481,10 +736,20 @@ def test_parameters_are_left_as_they_were(tiny, guided):
     assert [p.requires_grad for p in models.transformer.parameters()] == before and last.requires_grad
     modules = (models.transformer, models.vae, options["checkpoints"].model)
     assert all(p.grad is None for module in modules for p in module.parameters())
-    # Also when the run fails.
-    with pytest.raises(FloatingPointError, match="lower k or gamma"):
-        sample_igd(models.transformer, models.vae, models.ddpm, noise() * float("nan"), LABELS, **options)
+    # Also when the run fails, in a guided step.
+    options["gradients"] = options["gradients"] * float("nan")
+    with pytest.raises(FloatingPointError, match="after guided step 6; lower k or gamma"):
+        sample_igd(models.transformer, models.vae, models.ddpm, noise(), LABELS, **options)
     assert [p.requires_grad for p in models.transformer.parameters()] == before
+
+
+@pytest.mark.parametrize("guidance", [GUIDANCE, None], ids=["before the guided range", "unguided"])
+def test_latents_that_are_not_finite_stop_an_unguided_step(tiny, guided, guidance):
+    """The first step, which nothing guides: its weights or its precision are at fault, not the guidance."""
+    models, options = tiny(), guided() | dict(guidance=guidance)
+    with pytest.raises(FloatingPointError, match=r"not finite after step 9: check the transformer's weights"):
+        sample_igd(models.transformer, models.vae, models.ddpm, noise() * float("nan"), LABELS, **options)
+    assert all(p.requires_grad for p in models.transformer.parameters())
 
 
 def test_training_mode_raises(tiny):
@@ -496,7 +761,10 @@ def test_training_mode_raises(tiny):
 BAD = {
     "range outside": (dict(guidance=Guidance(5.0, 7.5, (30, 45))), r"\(30, 45\).*10 steps"),
     "range partly outside": (dict(guidance=Guidance(5.0, 7.5, (8, 10))), r"\(8, 10\).*10 steps 0 ... 9"),
-    "range from 0 where steps count from 1": (dict(guidance=Guidance(5.0, 7.5, (0, 4)), fidelity=PAPER), r"\(0, 4\).*10 steps 1 ... 10"),
+    "range from 0 where steps count from 1": (
+        dict(guidance=Guidance(5.0, 7.5, (0, 4)), fidelity=PAPER),
+        r"\(0, 4\).*10 steps 1 ... 10",
+    ),
     "no checkpoints": (dict(checkpoints=None), "needs checkpoints"),
     "no gradients": (dict(gradients=None), "needs checkpoints"),
     "no targets": (dict(targets=None), "needs checkpoints"),
@@ -525,7 +793,10 @@ def test_other_number_of_labels_raises(tiny):
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (EulerDiscreteScheduler(), "EulerDiscreteScheduler rescales"),  # Eq. 9 assumes a variance-preserving process
+        (
+            EulerDiscreteScheduler(),
+            "EulerDiscreteScheduler rescales",
+        ),  # Eq. 9 assumes a variance-preserving process
         (FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler"),
         (PNDMScheduler(), "PNDMScheduler evaluates the model"),
         (DPMSolverMultistepScheduler(variance_type="learned_range"), "set variance_type=None"),
@@ -543,7 +814,12 @@ def test_schedulers_that_do_not_fit_raise(tiny, scheduler, message):
 
 @pytest.mark.parametrize(
     ("solver", "spacing", "first", "last"),
-    [("ddpm", "linspace", 999, 0), ("ddim", "leading", 980, 0), ("ddim", "trailing", 999, 19), ("ddim", "linspace", 999, 0)],
+    [
+        ("ddpm", "linspace", 999, 0),
+        ("ddim", "leading", 980, 0),
+        ("ddim", "trailing", 999, 19),
+        ("ddim", "linspace", 999, 0),
+    ],
 )
 def test_scheduler_steps_to_its_own_next_timestep(tiny, solver, spacing, first, last):
     """With the true noise as prediction, DDIM lands on the forward process, and so does DDPM's mean."""
@@ -572,7 +848,9 @@ def test_scheduler_steps_to_its_own_next_timestep(tiny, solver, spacing, first, 
 @pytest.mark.parametrize("solver", ["dpmsolver++", "unipc"])
 def test_multistep_solvers_unguided_equal_diffusers_pipeline(tiny, solver, out_channels):
     models = tiny(out_channels=out_channels)
-    base = DDPMScheduler(variance_type="learned_range", **{k: models.ddim.config[k] for k in ("beta_schedule", "beta_end")}).config
+    base = DDPMScheduler(
+        variance_type="learned_range", **{k: models.ddim.config[k] for k in ("beta_schedule", "beta_end")}
+    ).config
     fidelity = Fidelity(solver=solver, cfg_channels=None)
     options = dict(guidance_scale=4.0, num_inference_steps=8, output_type="np")
     theirs = DiTPipeline(models.transformer, models.vae, make_scheduler(fidelity, base))
@@ -588,12 +866,14 @@ def test_multistep_solvers_unguided_equal_diffusers_pipeline(tiny, solver, out_c
         theirs.set_progress_bar_config(disable=True)
     expected = theirs([7, 985, 7], generator=generators(), **options).images
     found = IGDPipeline(models.transformer, models.vae, DDPMScheduler.from_config(base))
-    np.testing.assert_allclose(found([7, 985, 7], generator=generators(), fidelity=fidelity, **options).images, expected, atol=1e-4)
+    np.testing.assert_allclose(
+        found([7, 985, 7], generator=generators(), fidelity=fidelity, **options).images, expected, atol=1e-4
+    )
     assert expected.std() > 0.01
 
 
 def test_dpm_solver_reaches_the_guided_latents_of_its_own_formula(tiny, guided):
-    """DPM-Solver++ 2M (Lu et al., 2022, Algorithm 2) by hand, the shift of each guided step taken from the callback."""
+    """DPM-Solver++ 2M (Lu et al., 2022, Algorithm 2) by hand, each guided step's shift from the callback."""
     models, options = tiny(dtype=torch.float64), guided(torch.float64)
     fidelity = Fidelity(solver="dpmsolver++", cfg_channels=None)
     scheduler, z = scheduler_of(models, fidelity), noise(dtype=torch.float64)
@@ -603,7 +883,9 @@ def test_dpm_solver_reaches_the_guided_latents_of_its_own_formula(tiny, guided):
     def callback(index, timestep, info):
         shifts[index], seen[index] = info.get("influence_shift", 0.0), (timestep, info["latents"])
 
-    sample_igd(models.transformer, models.vae, scheduler, z, LABELS, fidelity=fidelity, callback=callback, **options)
+    sample_igd(
+        models.transformer, models.vae, scheduler, z, LABELS, fidelity=fidelity, callback=callback, **options
+    )
     alphas, before = scheduler.alphas_cumprod.double(), None
     lam = lambda t: 0.5 * torch.log(alphas[t] / (1 - alphas[t]))  # noqa: E731
     null = torch.full_like(LABELS, models.transformer.config.num_embeds_ada_norm)
@@ -620,9 +902,15 @@ def test_dpm_solver_reaches_the_guided_latents_of_its_own_formula(tiny, guided):
             r = (lam(t) - lam(before[0])) / h
             data = (1 + 1 / (2 * r)) * clean - 1 / (2 * r) * before[1]
         before = (t, clean)
-        z = ((1 - alphas[following]) / (1 - alphas[t])).sqrt() * z - alphas[following].sqrt() * torch.expm1(-h) * data - shifts[index]
+        z = (
+            ((1 - alphas[following]) / (1 - alphas[t])).sqrt() * z
+            - alphas[following].sqrt() * torch.expm1(-h) * data
+            - shifts[index]
+        )
         torch.testing.assert_close(z, seen[index][1], rtol=1e-5, atol=1e-6)
-    assert sorted(i for i, shift in shifts.items() if torch.is_tensor(shift) and shift.abs().max() > 1e-3) == [3, 4, 5, 6]
+    assert sorted(
+        i for i, shift in shifts.items() if torch.is_tensor(shift) and shift.abs().max() > 1e-3
+    ) == [3, 4, 5, 6]
 
 
 def test_unipc_does_not_undo_guidance(tiny, guided):
@@ -635,9 +923,15 @@ def test_unipc_does_not_undo_guidance(tiny, guided):
     def run(**changes):
         seen = {}
         sample_igd(
-            models.transformer, models.vae, scheduler, noise(), LABELS, fidelity=fidelity,
-            callback=lambda i, t, info: seen.update({i: info["latents"]}), **(options | changes),
-        )  # fmt: skip
+            models.transformer,
+            models.vae,
+            scheduler,
+            noise(),
+            LABELS,
+            fidelity=fidelity,
+            callback=lambda i, t, info: seen.update({i: info["latents"]}),
+            **(options | changes),
+        )
         return seen
 
     moved, plain = run(), run(guidance=None)
@@ -650,7 +944,10 @@ def test_make_scheduler_never_clips_latents():
     for fidelity in (RELEASED, PAPER):
         scheduler = make_scheduler(fidelity, DDPMScheduler(clip_sample=True, thresholding=True).config)
         assert not scheduler.config.clip_sample and not scheduler.config.thresholding
-    assert make_scheduler(RELEASED, DDPMScheduler().config, learned_variance=True).config.variance_type == "learned_range"
+    assert (
+        make_scheduler(RELEASED, DDPMScheduler().config, learned_variance=True).config.variance_type
+        == "learned_range"
+    )
     assert make_scheduler(RELEASED, DDPMScheduler().config).config.variance_type == "fixed_small"
 
 
@@ -667,14 +964,25 @@ def test_pipeline_round_trip_gives_the_same_images(tiny_pipe, tmp_path):
 
 
 def test_pipeline_output_types_agree(tiny_pipe):
-    found = {kind: tiny_pipe([0, 3], generator=generators(2), num_inference_steps=3, output_type=kind).images for kind in ("pil", "np", "pt", "latent")}
-    assert found["pt"].shape == (2, 3, 16, 16) and found["np"].shape == (2, 16, 16, 3) and found["latent"].shape == (2, 4, 8, 8)
+    found = {
+        kind: tiny_pipe([0, 3], generator=generators(2), num_inference_steps=3, output_type=kind).images
+        for kind in ("pil", "np", "pt", "latent")
+    }
+    assert (
+        found["pt"].shape == (2, 3, 16, 16)
+        and found["np"].shape == (2, 16, 16, 3)
+        and found["latent"].shape == (2, 4, 8, 8)
+    )
     assert found["np"].min() >= 0 and found["np"].max() <= 1
     np.testing.assert_array_equal(found["pt"].permute(0, 2, 3, 1).numpy(), found["np"])
-    np.testing.assert_array_equal(np.stack([np.asarray(image) for image in found["pil"]]), (found["np"] * 255).round().astype(np.uint8))
+    np.testing.assert_array_equal(
+        np.stack([np.asarray(image) for image in found["pil"]]), (found["np"] * 255).round().astype(np.uint8)
+    )
     decoded = (tiny_pipe.decode(found["latent"]) / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(decoded, found["pt"], rtol=0, atol=1e-6)
-    (images,) = tiny_pipe([0, 3], generator=generators(2), num_inference_steps=3, output_type="pt", return_dict=False)
+    (images,) = tiny_pipe(
+        [0, 3], generator=generators(2), num_inference_steps=3, output_type="pt", return_dict=False
+    )
     assert torch.equal(images, found["pt"])
 
 
@@ -693,22 +1001,38 @@ def test_pipeline_takes_guidance_and_calls_back_each_step(tiny_pipe, guided):
     assert seen == [(True, i, t, 3 <= 9 - i <= 6) for i, t in enumerate(timesteps.timesteps.tolist())]
     own = generators()
     expected = sample_igd(
-        tiny_pipe.transformer, tiny_pipe.vae, tiny_pipe.scheduler_for(RELEASED), tiny_pipe.latent_noise(own), torch.tensor([7, 3, 7]),
-        num_steps=steps, generator=own, **options,
-    )  # fmt: skip
+        tiny_pipe.transformer,
+        tiny_pipe.vae,
+        tiny_pipe.scheduler_for(RELEASED),
+        tiny_pipe.latent_noise(own),
+        torch.tensor([7, 3, 7]),
+        num_steps=steps,
+        generator=own,
+        **options,
+    )
     assert torch.equal(found, expected)
 
 
 def test_pipeline_callback_can_replace_the_latents(tiny_pipe):
     zero = tiny_pipe(
-        [0, 3], generator=generators(2), num_inference_steps=3, output_type="latent",
-        callback_on_step_end=lambda pipe, step, timestep, info: {"latents": info["latents"] * 0} if step == 2 else {},
-    ).images  # fmt: skip
+        [0, 3],
+        generator=generators(2),
+        num_inference_steps=3,
+        output_type="latent",
+        callback_on_step_end=lambda pipe, step, timestep, info: (
+            {"latents": info["latents"] * 0} if step == 2 else {}
+        ),
+    ).images
     assert zero.abs().max() == 0
 
 
 def test_pipeline_takes_one_generator(tiny_pipe):
-    runs = [tiny_pipe([0, 3], generator=torch.Generator().manual_seed(s), num_inference_steps=3, output_type="latent").images for s in (1, 1, 2)]
+    runs = [
+        tiny_pipe(
+            [0, 3], generator=torch.Generator().manual_seed(s), num_inference_steps=3, output_type="latent"
+        ).images
+        for s in (1, 1, 2)
+    ]
     assert torch.equal(runs[0], runs[1]) and not torch.allclose(runs[0], runs[2])
 
 

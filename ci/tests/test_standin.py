@@ -9,13 +9,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from igd_lib import standin
-from igd_lib.data import to_float
-from igd_lib.sampler import IGDPipeline
-from igd_lib.standin import StandIn, build, new_transformer
+from igd_lib.data.images import to_float
+from igd_lib.models import standin
+from igd_lib.models.standin import StandIn, build, new_transformer
+from igd_lib.pipeline import IGDPipeline
 
-SHORT = StandIn("fashion-mnist", vae_channels=(8, 8), vae_steps=2, vae_batch=8, layers=2, heads=2, head_dim=8, dit_steps=2, dit_batch=8,
-                decoder_channels=(4, 4), decoder_steps=2)  # fmt: skip
+SHORT = StandIn(
+    "fashion-mnist",
+    vae_channels=(8, 8),
+    vae_steps=2,
+    vae_batch=8,
+    layers=2,
+    heads=2,
+    head_dim=8,
+    dit_steps=2,
+    dit_batch=8,
+    decoder_channels=(4, 4),
+    decoder_steps=2,
+)
 
 # --- the shipped one
 
@@ -82,20 +93,28 @@ def test_the_transformer_knows_the_classes(standin_pipe, real, latents):
 def test_the_shipped_stand_in_is_ready_to_use(standin_pipe):
     assert standin_pipe.transformer.config.num_embeds_ada_norm == 10
     assert standin_pipe.transformer.config.sample_size == 8 and standin_pipe.vae.config.sample_size == 32
-    assert standin_pipe.transformer.dtype == standin_pipe.vae.dtype == torch.float32  # stored in half precision
+    assert (
+        standin_pipe.transformer.dtype == standin_pipe.vae.dtype == torch.float32
+    )  # stored in half precision
     assert not standin_pipe.transformer.training and not standin_pipe.vae.training
-    images = standin_pipe([9], num_inference_steps=5, output_type="np", generator=torch.Generator().manual_seed(0)).images
+    images = standin_pipe(
+        [9], num_inference_steps=5, output_type="np", generator=torch.Generator().manual_seed(0)
+    ).images
     assert images.shape == (1, 32, 32, 3)
 
 
 def test_the_assets_stay_below_20_mb():
-    files = [Path(folder, name) for folder, _, names in os.walk(standin.ASSETS, followlinks=True) for name in names]
+    files = [
+        Path(folder, name) for folder, _, names in os.walk(standin.ASSETS, followlinks=True) for name in names
+    ]
     assert 0 < sum(path.stat().st_size for path in files) < 20e6
-    assert not [path.name for path in files if path.suffix in (".bin", ".pt", ".pkl", ".ckpt")]  # nothing is unpickled
+    assert not [
+        path.name for path in files if path.suffix in (".bin", ".pt", ".pkl", ".ckpt")
+    ]  # nothing is unpickled
 
 
 def test_unknown_stand_ins_are_named():
-    with pytest.raises(FileNotFoundError, match=r"no stand-in 'cifar-9'.*igd_lib\.standin"):
+    with pytest.raises(FileNotFoundError, match=r"no stand-in 'cifar-9'.*igd standin"):
         standin.path("cifar-9")
     with pytest.raises(KeyError):
         build("cifar-9", "nowhere")
@@ -110,7 +129,10 @@ def few_images(monkeypatch, fashion_train):
 
 
 def weights(folder):
-    return {part: load_file(folder / part / "diffusion_pytorch_model.safetensors") for part in ("vae", "transformer")}
+    return {
+        part: load_file(folder / part / "diffusion_pytorch_model.safetensors")
+        for part in ("vae", "transformer")
+    }
 
 
 def test_a_built_stand_in_loads_as_a_pipeline(few_images, tmp_path):
@@ -119,7 +141,11 @@ def test_a_built_stand_in_loads_as_a_pipeline(few_images, tmp_path):
     pipe.set_progress_bar_config(disable=True)
     images = pipe([0, 9], num_inference_steps=2, output_type="np").images
     assert images.shape == (2, 32, 32, 3) and np.isfinite(images).all()
-    assert all(tensor.dtype == torch.float16 for part in weights(tmp_path / "toy").values() for tensor in part.values())
+    assert all(
+        tensor.dtype == torch.float16
+        for part in weights(tmp_path / "toy").values()
+        for tensor in part.values()
+    )
     made = json.loads((tmp_path / "toy" / "training.json").read_text())
     assert made["recipe"]["dit_steps"] == 2 and made["images"] == 30 and made["last_loss"] > 0
     assert pipe.get_label_ids(["Ankle boot"]) == [9]
@@ -157,7 +183,12 @@ def test_a_guidance_decoder_is_added_to_a_stand_in(few_images, monkeypatch, tmp_
         standin.tiny_decoder("toy")
     assert standin.add_decoder("toy", tmp_path / "toy", recipe=SHORT) == tmp_path / "toy" / "guidance_decoder"
     found = standin.tiny_decoder("toy")
-    assert found.decode(torch.zeros(1, 4, 16, 16)).sample.shape == (1, 3, 32, 32)  # two channel widths: one doubling
+    assert found.decode(torch.zeros(1, 4, 16, 16)).sample.shape == (
+        1,
+        3,
+        32,
+        32,
+    )  # two channel widths: one doubling
     assert not (tmp_path / "toy" / ".work").exists()
 
 
@@ -171,7 +202,9 @@ def test_a_new_transformer_predicts_nothing():
     """Zero-initialised output and conditioning: a stable start."""
     model = new_transformer(SHORT, 10, 8).eval()
     with torch.no_grad():
-        output = model(torch.randn(1, 4, 8, 8), timestep=torch.tensor([5]), class_labels=torch.tensor([3])).sample
+        output = model(
+            torch.randn(1, 4, 8, 8), timestep=torch.tensor([5]), class_labels=torch.tensor([3])
+        ).sample
     assert (output == 0).all()
 
 

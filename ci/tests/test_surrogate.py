@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import reference
-from igd_lib.data import to_float
-from igd_lib.models import ConvNet
+from igd_lib.data.images import to_float
+from igd_lib.models.networks import ConvNet
 from igd_lib.surrogate import (
     Checkpoints,
     ClassGradients,
@@ -92,15 +92,21 @@ def test_class_gradients_equal_autograd_of_the_mean_loss(toy, toy_data):
         images = toy_data.of_class(label)
         found = class_gradients(single, images, label)
         exact = images.double() / 127.5 - 1
-        expected = torch.stack([reference.class_gradient(double.model, state, exact, label) for state in double.states])
+        expected = torch.stack(
+            [reference.class_gradient(double.model, state, exact, label) for state in double.states]
+        )
         assert found.shape == expected.shape == (3, sum(p.numel() for p in single.model.parameters()))
-        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
+        torch.testing.assert_close(
+            found.double(), expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item()
+        )
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5])
 def test_class_gradients_do_not_depend_on_the_batch_size(toy, toy_data, batch_size):
     images = toy_data.of_class(1)  # 6 images, so 4 and 5 leave an unequal rest
-    found, whole = (class_gradients(toy().checkpoints, images, 1, batch_size=size) for size in (batch_size, 6))
+    found, whole = (
+        class_gradients(toy().checkpoints, images, 1, batch_size=size) for size in (batch_size, 6)
+    )
     torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-6)
 
 
@@ -136,7 +142,9 @@ def test_trajectory_starts_at_the_initialisation(toy_data):
     assert all(torch.equal(initial[name], value) for name, value in checkpoints.states[0].items())
     last = model.state_dict()
     assert all(torch.equal(last[name], value) for name, value in checkpoints.states[-1].items())
-    assert not torch.equal(checkpoints.states[0]["classifier.weight"], checkpoints.states[1]["classifier.weight"])
+    assert not torch.equal(
+        checkpoints.states[0]["classifier.weight"], checkpoints.states[1]["classifier.weight"]
+    )
     assert not model.training
 
 
@@ -144,7 +152,9 @@ def test_first_step_is_sgd_by_hand(toy_data):
     """One batch of everything: w - lr (grad + weight decay w)."""
     model = fresh_model()
     expected = copy.deepcopy(model).double()
-    loss = torch.nn.functional.cross_entropy(expected(to_float(toy_data.fetch(torch.arange(18))).double()), toy_data.labels)
+    loss = torch.nn.functional.cross_entropy(
+        expected(to_float(toy_data.fetch(torch.arange(18))).double()), toy_data.labels
+    )
     loss.backward()
     checkpoints = train_surrogate(model, toy_data, epochs=1, lr=0.1, weight_decay=0.5, batch_size=18)
     for name, parameter in expected.named_parameters():
@@ -153,7 +163,10 @@ def test_first_step_is_sgd_by_hand(toy_data):
 
 
 def test_training_is_deterministic_in_the_seed(toy_data):
-    runs = [train_surrogate(fresh_model(), toy_data, epochs=2, batch_size=4, seed=seed).states[-1] for seed in (0, 0, 1)]
+    runs = [
+        train_surrogate(fresh_model(), toy_data, epochs=2, batch_size=4, seed=seed).states[-1]
+        for seed in (0, 0, 1)
+    ]
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
     assert not torch.equal(runs[0]["classifier.weight"], runs[2]["classifier.weight"])
 
@@ -197,8 +210,12 @@ def test_an_interrupted_training_resumes_to_the_same_trajectory(toy_data, tmp_pa
     for other in (resumed, again):
         assert other.epochs == whole.epochs
         for state, expected in zip(other.states, whole.states, strict=True):
-            assert all(torch.equal(state[name], expected[name]) for name in expected) and list(state) == list(expected)
-    assert sorted(path.name for path in tmp_path.glob("0*.safetensors")) == [f"{i:05d}.safetensors" for i in range(5)]
+            assert all(torch.equal(state[name], expected[name]) for name in expected) and list(state) == list(
+                expected
+            )
+    assert sorted(path.name for path in tmp_path.glob("0*.safetensors")) == [
+        f"{i:05d}.safetensors" for i in range(5)
+    ]
     shorter = train_surrogate(fresh_model(), toy_data, folder=tmp_path, **(options | dict(epochs=2)))
     assert shorter.epochs == whole.epochs[:4]
     longer = train_surrogate(fresh_model(), toy_data, folder=tmp_path, **(options | dict(epochs=4)))
@@ -208,9 +225,11 @@ def test_an_interrupted_training_resumes_to_the_same_trajectory(toy_data, tmp_pa
 
 
 def test_one_pass_over_the_data_serves_every_threshold_and_both_readings(toy, toy_data):
-    """The matrices give Algorithm 2's walk; every class's gradients are made once, and two classes' are alive at a time."""
+    """The matrices give Algorithm 2's walk; gradients are made once, two classes' are alive at a time."""
     checkpoints = toy().checkpoints
-    by_epoch = torch.stack([class_gradients(checkpoints, toy_data.of_class(label, 4), label) for label in range(3)], dim=1)
+    by_epoch = torch.stack(
+        [class_gradients(checkpoints, toy_data.of_class(label, 4), label) for label in range(3)], dim=1
+    )
     asked, alive, most = [], [], []
 
     def gradients(label):
@@ -224,10 +243,14 @@ def test_one_pass_over_the_data_serves_every_threshold_and_both_readings(toy, to
     assert asked == [0, 1, 2] and max(most) <= 2
     for kind, matrix in matrices.items():
         naive = [[similarity(a.double(), b.double(), kind) for a in by_epoch] for b in by_epoch]
-        torch.testing.assert_close(matrix.double(), torch.tensor(naive, dtype=torch.float64), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            matrix.double(), torch.tensor(naive, dtype=torch.float64), rtol=0, atol=1e-6
+        )
         for threshold in (-2.0, *(value + 1e-4 for value in matrix.flatten().tolist()), 2.0):
             along = similarities_along(matrix, threshold)
-            assert kept(along, threshold) == select_checkpoints(by_epoch, threshold=threshold, similarity=kind)
+            assert kept(along, threshold) == select_checkpoints(
+                by_epoch, threshold=threshold, similarity=kind
+            )
     with pytest.raises(FloatingPointError, match="checkpoint 1"):
         similarities_along(torch.full((2, 2), torch.nan))
 
@@ -239,11 +262,17 @@ def test_only_the_epochs_asked_for_are_kept(toy_data, tmp_path):
     for wanted in ([0, 2], [1, 3], [whole.epochs[1]]):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         found = train_surrogate(fresh_model(), toy_data, keep_epochs=wanted, folder=folder, **options)
-        again = train_surrogate(fresh_model(), toy_data, keep_epochs=wanted, folder=folder, **options)  # read from disk
+        again = train_surrogate(
+            fresh_model(), toy_data, keep_epochs=wanted, folder=folder, **options
+        )  # read from disk
         expected = whole.keep([whole.epochs.index(epoch) for epoch in wanted])
         for other in (found, again):
             assert other.epochs == expected.epochs == [float(epoch) for epoch in wanted]
-            assert all(torch.equal(a[name], b[name]) for a, b in zip(other.states, expected.states, strict=True) for name in a)
+            assert all(
+                torch.equal(a[name], b[name])
+                for a, b in zip(other.states, expected.states, strict=True)
+                for name in a
+            )
         assert len(list(folder.glob("0*.safetensors"))) == len(wanted)
     with pytest.raises(ValueError, match=r"keep_epochs are among .*got \[4\]"):
         train_surrogate(fresh_model(), toy_data, keep_epochs=[4], **options)
@@ -255,15 +284,24 @@ def test_class_gradients_are_kept_on_disk_with_their_origin(toy, toy_data, tmp_p
     checkpoints = toy().checkpoints
     cached = ClassGradients(checkpoints, toy_data, tmp_path, images=4)
     first = cached(1)
-    torch.testing.assert_close(first, class_gradients(checkpoints, toy_data.of_class(1, 4), 1), rtol=0, atol=0)
-    assert [path.name for path in tmp_path.iterdir()] == ["00001.safetensors"]  # the classes that were asked for
+    torch.testing.assert_close(
+        first, class_gradients(checkpoints, toy_data.of_class(1, 4), 1), rtol=0, atol=0
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [
+        "00001.safetensors"
+    ]  # the classes that were asked for
     monkeypatch.setattr("igd_lib.surrogate.class_gradients", None)
     assert torch.equal(ClassGradients(checkpoints, toy_data, tmp_path, images=4)(1), first)
     with pytest.raises(ValueError, match="images = 4, wanted 5"):
         ClassGradients(checkpoints, toy_data, tmp_path, images=5)(1)
     with pytest.raises(ValueError, match="epochs = "):
         ClassGradients(checkpoints.keep([0, 1]), toy_data, tmp_path, images=4)(1)
-    moved = Checkpoints(checkpoints.model, [{n: v + 1 for n, v in s.items()} for s in checkpoints.states], checkpoints.epochs, checkpoints.learning_rates)
+    moved = Checkpoints(
+        checkpoints.model,
+        [{n: v + 1 for n, v in s.items()} for s in checkpoints.states],
+        checkpoints.epochs,
+        checkpoints.learning_rates,
+    )
     with pytest.raises(ValueError, match="weights = "):
         ClassGradients(moved, toy_data, tmp_path, images=4)(1)
 

@@ -3,16 +3,27 @@
 import pandas as pd
 import pytest
 
-from igd_lib import tables
-from igd_lib.notebook import prepare
-from igd_lib.results import frame
+from igd_lib.analysis import tables
+from igd_lib.analysis.results import frame
+from igd_lib.experiment.experiment import prepare
+from igd_lib.experiment.measures import About
+from igd_lib.experiment.methods import Method
 
 
 @pytest.fixture
 def rows(small_loads):
-    found = prepare("02", "imagenet", "smoke")
-    values = {"DiT-IGD": [60.0, 61.0, 62.0, 61.0], "DiT": [50.0, 52.0, 52.0, 50.0]}
-    return frame([found.row(name, 10, seed, "top1", value) for name, list_ in values.items() for seed, value in enumerate(list_)])
+    experiment = prepare("02", "imagenet", "smoke")
+    values = {
+        Method(guidance=experiment.scale.guidance): [60.0, 61.0, 62.0, 61.0],
+        Method(): [50.0, 52.0, 52.0, 50.0],
+    }
+    return frame(
+        [
+            About(experiment, method, seed, experiment.train, 10).row("top1", value)
+            for method, own in values.items()
+            for seed, value in enumerate(own)
+        ]
+    )
 
 
 def test_verdict_is_a_paired_t_test(rows):
@@ -24,7 +35,8 @@ def test_verdict_is_a_paired_t_test(rows):
     two = tables.differences(rows[rows.seed < 2], [("DiT-IGD", "DiT")])
     assert tables.verdict(two).endswith("gain")
     wider = rows.assign(value=rows.value.where((rows.seed != 1) | (rows.method != "DiT"), 55.0))
-    assert tables.verdict(tables.differences(wider[wider.seed < 2], [("DiT-IGD", "DiT")])).endswith("no clear difference")
+    two = tables.differences(wider[wider.seed < 2], [("DiT-IGD", "DiT")])
+    assert tables.verdict(two).endswith("no clear difference")
     one = tables.differences(rows[rows.seed == 0], [("DiT-IGD", "DiT")])
     assert tables.verdict(one).endswith("no clear difference")
 
@@ -33,7 +45,8 @@ def test_verdicts_one_network_after_the_other(rows):
     other = rows.assign(network="resnet18", value=rows.value.where(rows.method != "DiT-IGD", 40.0))
     found = tables.verdicts(pd.concat([rows.assign(network="convnet3"), other]), [("DiT-IGD", "DiT")])
     first, second = found.split("\n\n")
-    assert first.startswith("network convnet3\n") and first.endswith("gain") and second.startswith("network resnet18\n") and second.endswith("loss")
+    assert first.startswith("network convnet3\n") and first.endswith("gain")
+    assert second.startswith("network resnet18\n") and second.endswith("loss")
 
 
 def test_crossing_methods_with_networks(rows):
@@ -57,13 +70,17 @@ def test_metrics_side_by_side_and_their_rank_correlation(rows):
     order = rows.value.rank(method="first")
     distance = rows.assign(metric="FD over x", value=-order.where(~order.isin([1, 2]), 3 - order))
     table = tables.metric_table(rows, distance)
-    assert list(table.columns) == ["method", "top-1 (%)", "FD over x", "n"] and table["top-1 (%)"][0] == "61.0 ± 0.8"
+    assert list(table.columns) == ["method", "top-1 (%)", "FD over x", "n"]
+    assert table["top-1 (%)"][0] == "61.0 ± 0.8"
     accuracy = rows.assign(value=order)
     (entry,) = tables.rank_correlations(accuracy, distance).to_dict("records")
-    assert entry == {"metric": "FD over x", "rank correlation with top-1": -round(1 - 12 / 504, 2), "p": 0.0, "n": 8}
+    rho = -round(1 - 12 / 504, 2)
+    assert entry == {"metric": "FD over x", "rank correlation with top-1": rho, "p": 0.0, "n": 8}
     low = accuracy[accuracy.method == accuracy.method[0]].assign(method="broken", value=-100.0)
-    worst = distance[distance.method == distance.method[0]].assign(method="broken", value=100.0)  # would make nearly any metric correlate
-    (other,) = tables.rank_correlations(pd.concat([accuracy, low]), pd.concat([distance, worst])).to_dict("records")
+    # Would make nearly any metric correlate.
+    worst = distance[distance.method == distance.method[0]].assign(method="broken", value=100.0)
+    found = tables.rank_correlations(pd.concat([accuracy, low]), pd.concat([distance, worst]))
+    (other,) = found.to_dict("records")
     assert other == entry | {"without": "broken"}
 
 
@@ -74,7 +91,7 @@ def test_the_papers_rows_by_cell():
 
 
 def test_ours_beside_the_paper(rows):
-    """On the stand-in nothing is called a difference to the paper; methods not run here keep the paper's figure."""
+    """On the stand-in nothing is called a difference to the paper; methods not run here keep its figure."""
     found = tables.beside_paper(rows, tables.reported(2, ipc=10)).set_index("method")
     ours = "ours (fashion-mnist, smoke)"  # never shown as ImageNet numbers
     assert found.loc["DiT-IGD"].to_dict() == {"paper": "45.5 ± 0.5", ours: "61.0 ± 0.8", "n": "4"}
@@ -85,6 +102,8 @@ def test_a_comparable_cell_has_its_difference(rows):
     ours = rows.assign(dataset="imagenet", scale="paper", network="timm/resnet18", value=rows.value - 16)
     found = tables.beside_paper(ours, tables.reported(2, ipc=10)).set_index("method")
     assert found.loc["DiT-IGD"].to_dict() == {
-        "paper": "45.5 ± 0.5", "ours (imagenet, paper)": "45.0 ± 0.8", "n": "4", "difference": "-0.5", "within two sds": "yes",
+        "paper": "45.5 ± 0.5", "ours (imagenet, paper)": "45.0 ± 0.8", "n": "4", "difference": "-0.5",
+        "within two sds": "yes",
     }  # fmt: skip
-    assert found.loc["DiT"].difference == "-4.6" and found.loc["DiT"]["within two sds"] == "no" and found.loc["RDED"].difference == ""
+    assert found.loc["DiT"].difference == "-4.6" and found.loc["DiT"]["within two sds"] == "no"
+    assert found.loc["RDED"].difference == ""

@@ -11,18 +11,23 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from igd_lib import weights
-from igd_lib.sampler import IGDPipeline
+from igd_lib.models import dit as weights
+from igd_lib.pipeline import IGDPipeline
 
 WIDTH, DEPTH, HEADS, CLASSES, SIDE = 32, 3, 2, 7, 8
 
 
 class Original(nn.Module):
-    """DiT (Peebles and Xie, 2023) with its authors' parameter names; `scales` adds Minimax's to the first blocks."""
+    """DiT (Peebles and Xie, 2023) with its authors' parameter names; `scales` adds Minimax's to the
+    first blocks.
+    """
 
     def __init__(self, scales: int = 0):
         super().__init__()
-        named = {"x_embedder.proj": nn.Conv2d(4, WIDTH, 2, 2), "y_embedder.embedding_table": nn.Embedding(CLASSES + 1, WIDTH)}
+        named = {
+            "x_embedder.proj": nn.Conv2d(4, WIDTH, 2, 2),
+            "y_embedder.embedding_table": nn.Embedding(CLASSES + 1, WIDTH),
+        }
         named |= {"t_embedder.mlp.0": nn.Linear(256, WIDTH), "t_embedder.mlp.2": nn.Linear(WIDTH, WIDTH)}
         for i in range(DEPTH):
             named |= {
@@ -32,16 +37,34 @@ class Original(nn.Module):
                 f"blocks.{i}.mlp.fc2": nn.Linear(4 * WIDTH, WIDTH),
                 f"blocks.{i}.adaLN_modulation.1": nn.Linear(WIDTH, 6 * WIDTH),
             }
-        named |= {"final_layer.adaLN_modulation.1": nn.Linear(WIDTH, 2 * WIDTH), "final_layer.linear": nn.Linear(WIDTH, 4 * 8)}
-        self.tensors = {f"{name}.{part}": tensor.detach() for name, module in named.items() for part, tensor in module.named_parameters()}
+        named |= {
+            "final_layer.adaLN_modulation.1": nn.Linear(WIDTH, 2 * WIDTH),
+            "final_layer.linear": nn.Linear(WIDTH, 4 * 8),
+        }
+        self.tensors = {
+            f"{name}.{part}": tensor.detach()
+            for name, module in named.items()
+            for part, tensor in module.named_parameters()
+        }
         self.scales = scales
         for i in range(scales):
-            for name, size in (("attn.gamma1", 3 * WIDTH), ("attn.gamma2", WIDTH), ("gamma1", WIDTH), ("gamma2", WIDTH)):
+            for name, size in (
+                ("attn.gamma1", 3 * WIDTH),
+                ("attn.gamma2", WIDTH),
+                ("gamma1", WIDTH),
+                ("gamma2", WIDTH),
+            ):
                 self.tensors[f"blocks.{i}.{name}"] = 1 + 0.3 * torch.randn(size)
         # The fixed table: half of the channels for the column, half for the row, sines before cosines.
         quarter = WIDTH // 4
         frequencies = 1 / 10000 ** (np.arange(quarter) / quarter)
-        table = [[np.concatenate([f(p * frequencies) for p in (x, y) for f in (np.sin, np.cos)]) for x in range(SIDE // 2)] for y in range(SIDE // 2)]
+        table = [
+            [
+                np.concatenate([f(p * frequencies) for p in (x, y) for f in (np.sin, np.cos)])
+                for x in range(SIDE // 2)
+            ]
+            for y in range(SIDE // 2)
+        ]
         self.tensors["pos_embed"] = torch.tensor(np.array(table), dtype=torch.float32).reshape(1, -1, WIDTH)
 
     def linear(self, name: str, x):
@@ -49,22 +72,43 @@ class Original(nn.Module):
 
     def forward(self, x, t, y):
         w = self.tensors
-        tokens = F.conv2d(x, w["x_embedder.proj.weight"], w["x_embedder.proj.bias"], stride=2).flatten(2).transpose(1, 2) + w["pos_embed"]
+        tokens = (
+            F.conv2d(x, w["x_embedder.proj.weight"], w["x_embedder.proj.bias"], stride=2)
+            .flatten(2)
+            .transpose(1, 2)
+            + w["pos_embed"]
+        )
         angles = t[:, None].float() * torch.exp(-math.log(10000) * torch.arange(128) / 128)
-        c = self.linear("t_embedder.mlp.2", F.silu(self.linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], 1))))
+        c = self.linear(
+            "t_embedder.mlp.2",
+            F.silu(self.linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], 1))),
+        )
         c = F.silu(c + w["y_embedder.embedding_table.weight"][y])
         for i in range(DEPTH):
-            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.linear(f"blocks.{i}.adaLN_modulation.1", c)[:, None].chunk(6, 2)
-            g = [w.get(f"blocks.{i}.{n}", torch.ones(())) for n in ("attn.gamma1", "attn.gamma2", "gamma1", "gamma2")]
+            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.linear(
+                f"blocks.{i}.adaLN_modulation.1", c
+            )[:, None].chunk(6, 2)
+            g = [
+                w.get(f"blocks.{i}.{n}", torch.ones(()))
+                for n in ("attn.gamma1", "attn.gamma2", "gamma1", "gamma2")
+            ]
             h = F.layer_norm(tokens, (WIDTH,), eps=1e-6) * (1 + scale_a) + shift_a
-            q, k, v = (g[0] * self.linear(f"blocks.{i}.attn.qkv", h)).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+            q, k, v = (
+                (g[0] * self.linear(f"blocks.{i}.attn.qkv", h))
+                .unflatten(2, (3, HEADS, -1))
+                .permute(2, 0, 3, 1, 4)
+            )
             mixed = ((q @ k.transpose(2, 3)) / math.sqrt(WIDTH / HEADS)).softmax(3) @ v
-            tokens = tokens + g[2] * gate_a * (g[1] * self.linear(f"blocks.{i}.attn.proj", mixed.transpose(1, 2).flatten(2)))
+            tokens = tokens + g[2] * gate_a * (
+                g[1] * self.linear(f"blocks.{i}.attn.proj", mixed.transpose(1, 2).flatten(2))
+            )
             h = F.layer_norm(tokens, (WIDTH,), eps=1e-6) * (1 + scale_m) + shift_m
             h = F.gelu(self.linear(f"blocks.{i}.mlp.fc1", h), approximate="tanh")
             tokens = tokens + g[3] * gate_m * self.linear(f"blocks.{i}.mlp.fc2", h)
         shift, scale = self.linear("final_layer.adaLN_modulation.1", c)[:, None].chunk(2, 2)
-        out = self.linear("final_layer.linear", F.layer_norm(tokens, (WIDTH,), eps=1e-6) * (1 + scale) + shift)
+        out = self.linear(
+            "final_layer.linear", F.layer_norm(tokens, (WIDTH,), eps=1e-6) * (1 + scale) + shift
+        )
         n = SIDE // 2
         return out.reshape(-1, n, n, 2, 2, 8).permute(0, 5, 1, 3, 2, 4).reshape(-1, 8, SIDE, SIDE)
 
@@ -79,7 +123,11 @@ def original(request) -> Original:
 @pytest.fixture
 def inputs():
     generator = torch.Generator().manual_seed(4)
-    return torch.randn(5, 4, SIDE, SIDE, generator=generator), torch.tensor([0, 20, 333, 640, 999]), torch.tensor([0, 3, 6, CLASSES, 1])
+    return (
+        torch.randn(5, 4, SIDE, SIDE, generator=generator),
+        torch.tensor([0, 20, 333, 640, 999]),
+        torch.tensor([0, 3, 6, CLASSES, 1]),
+    )
 
 
 def forward(model, x, t, y):
@@ -113,7 +161,9 @@ def test_a_forgotten_scale_would_show(inputs):
 
 
 def test_a_saved_model_keeps_the_original_frequencies(original, inputs, tiny, tmp_path):
-    IGDPipeline(weights.from_original(original.tensors, num_attention_heads=HEADS), tiny().vae, tiny().ddpm).save_pretrained(tmp_path)
+    IGDPipeline(
+        weights.from_original(original.tensors, num_attention_heads=HEADS), tiny().vae, tiny().ddpm
+    ).save_pretrained(tmp_path)
     loaded = IGDPipeline.from_pretrained(tmp_path).transformer
     torch.testing.assert_close(forward(loaded, *inputs), original(*inputs), rtol=1e-4, atol=1e-5)
 
@@ -121,7 +171,15 @@ def test_a_saved_model_keeps_the_original_frequencies(original, inputs, tiny, tm
 def test_files_plain_and_training_checkpoints(original, inputs, tmp_path):
     torch.save(original.tensors, tmp_path / "plain.pt")
     shifted = {name: tensor + 1 for name, tensor in original.tensors.items()}
-    torch.save({"model": shifted, "ema": original.tensors, "opt": {"state": {}}, "args": argparse.Namespace(lr=1e-3)}, tmp_path / "training.pt")
+    torch.save(
+        {
+            "model": shifted,
+            "ema": original.tensors,
+            "opt": {"state": {}},
+            "args": argparse.Namespace(lr=1e-3),
+        },
+        tmp_path / "training.pt",
+    )
     for name in ("plain.pt", "training.pt"):
         state = weights.read(tmp_path / name)
         assert state.keys() == original.tensors.keys()
@@ -145,4 +203,7 @@ def test_bad_files(tmp_path, original):
     with pytest.raises(ValueError, match=r"missing \['blocks.1.mlp.fc1.bias'\], unknown \['extra.weight'\]"):
         weights.convert(state)
     with pytest.raises(ValueError, match="sine-cosine"):
-        weights.from_original({**original.tensors, "pos_embed": original.tensors["pos_embed"].flip(1)}, num_attention_heads=HEADS)
+        weights.from_original(
+            {**original.tensors, "pos_embed": original.tensors["pos_embed"].flip(1)},
+            num_attention_heads=HEADS,
+        )

@@ -1,1 +1,1 @@
-"""Methods of other papers that the tables compare with and that need no diffusion model."""
+"""The methods that the paper compares with, a file each."""

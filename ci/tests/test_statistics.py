@@ -1,0 +1,257 @@
+"""Which differences are claimed is decided on fields: whatever a method is called, every statistic stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+
+import pandas as pd
+import pytest
+from pandas.testing import assert_frame_equal
+
+from igd_lib.analysis import results, statistics, tables
+from igd_lib.config import Fidelity, Guidance
+from igd_lib.experiment.methods import Method, Selection
+from igd_lib.tools.machine import PROJECT
+
+Pairs = list[tuple[str, str]]
+Claims = Callable[[pd.DataFrame], Pairs]
+
+DATA = PROJECT / "paper_figures" / "data"
+FILES = [path.name for path in sorted(DATA.glob("*.csv")) if "settings_hash" in path.open().readline()]
+PLAIN = dict(family="sampled", backbone="dit", guides="", cfg_choice="")
+CLAIMS: dict[str, Claims] = {
+    "table": statistics.table_claims,
+    "ablation": statistics.ablation_claims,
+    "early stage": statistics.early_stage_claims,
+    "selection": statistics.selection_claims,
+    "solver": statistics.solver_claims,
+    "influence": statistics.influence_claims,
+    "random": statistics.against_random,
+    "against": partial(statistics.against, reference=PLAIN),
+    "against, some": partial(statistics.against, reference=PLAIN, guides="deviation"),
+    "varied": partial(statistics.varied, guides=""),
+    "varied, guided": partial(statistics.varied, guides="deviation"),
+}
+
+
+# --- the rows in the repository
+
+
+@cache
+def committed(name: str) -> pd.DataFrame:
+    return results.load(DATA / name)
+
+
+def renamed(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Rows whose methods are called m17, m24, ..., which sorts them otherwise, and the names by label."""
+    labels = dict.fromkeys(rows.method)
+    names = {label: f"m{(7 * number + 17) % 101}" for number, label in enumerate(labels)}
+    assert len(set(names.values())) == len(labels)
+    return rows.assign(method=rows.method.map(names)), names
+
+
+def test_there_are_rows_for_every_claim():
+    assert len(FILES) >= 25
+    for name, claims in CLAIMS.items():
+        assert any(claims(committed(file).drop_duplicates("method")) for file in FILES), name
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_labels_are_what_the_fields_give(file):
+    rows = committed(file)
+    pd.testing.assert_series_equal(results.labels(rows), rows.method, check_names=False)
+    assert results.labels(renamed(rows)[0]).equals(results.labels(rows))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_no_difference_depends_on_what_methods_are_called(file):
+    """The same pairs, and the same differences of accuracy and influence loss."""
+    rows = committed(file)
+    other, names = renamed(rows)
+    first = ~rows.method.duplicated()  # one row a method, for speed
+    pairs = {what: claims(rows[first]) for what, claims in CLAIMS.items()}
+    for what, claims in CLAIMS.items():
+        assert claims(other[first]) == [(names[one], names[two]) for one, two in pairs[what]], what
+    every = {pair for own in pairs.values() for pair in own}
+    compared = rows[rows.metric.isin(["top1", "influence_loss"])]
+    for key, group in compared.groupby(["metric", "network"]):
+        there = set(group.method)
+        for one, two in every:
+            if {one, two} <= there:
+                expected = statistics.paired(group, one, two)
+                found = statistics.paired(other.loc[group.index], names[one], names[two])
+                assert found.to_dict() == expected.to_dict(), (one, two, key)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_no_look_or_table_depends_on_what_methods_are_called(file):
+    rows = committed(file)
+    other, names = renamed(rows)
+    assert results.looks(other) == {names[label]: look for label, look in results.looks(rows).items()}
+
+    accuracy = tables.top1(rows)
+    if accuracy.empty:
+        return
+    first = rows.network.isin([accuracy.network.iloc[0], ""])
+    paper = tables.reported(1, dataset="imagewoof", ipc=10, network="resnetap10")
+    beside, beside_other = (tables.beside_paper(some[first], paper) for some in (rows, other))
+    assert_frame_equal(beside_other, beside)
+    assert set(results.labels(accuracy)) <= set(beside.method)
+
+    below, below_other = (tables.far_below(tables.top1(some[first])) for some in (rows, other))
+    assert set(below_other) == {names[label] for label in below}
+    apart = first & ~rows.metric.str.startswith("top")
+    ranks, ranks_other = (
+        tables.rank_correlations(some[first], some[apart]).drop(columns="without", errors="ignore")
+        for some in (rows, other)
+    )
+    assert_frame_equal(ranks_other, ranks)
+
+
+# --- pairs by hand, of methods that are called otherwise than their labels
+
+
+INFLUENCE, DEVIATION, BOTH = Guidance(k=30.0, gamma=0.0), Guidance(k=0.0, gamma=480.0), Guidance(30.0, 480.0)
+GUIDED = {"": None, " I": INFLUENCE, " D": DEVIATION, " ID": BOTH}
+TABLE = {
+    "real": Method("random"),
+    "patches": Method("rded"),
+    "best": Method(cfg_scale=1.5, cfg_choice="best"),
+}
+TABLE |= {f"a{name}": Method(guidance=guidance) for name, guidance in GUIDED.items()}
+TABLE |= {f"b{name}": Method(backbone="minimax", guidance=guidance) for name, guidance in GUIDED.items()}
+EARLY = {f"early {k}": Method(guidance=Guidance(k, 0.0), varies=("k",)) for k in (0, 10)}
+EARLY |= {
+    f"always {k}": Method(guidance=Guidance(k, 0.0, (0, 49)), throughout=True, varies=("k",)) for k in (10, 0)
+}
+KEPT = {
+    "chosen 3": Selection("threshold", (0, 1, 4), 0.7),
+    "even 3": Selection("regular", (0, 2, 4)),
+    "even 4": Selection("regular", (0, 1, 2, 4)),
+    "chosen 2": Selection("threshold", (0, 4), 0.5),
+}
+SELECTED, SELECTED_B = (
+    {
+        name: Method(backbone=backbone, guidance=BOTH, selection=selection, varies=("selection",))
+        for name, selection in KEPT.items()
+    }
+    for backbone in ("dit", "minimax")
+)
+SOLVED = {
+    f"{name} {speed}{guide}": Method(
+        backbone=backbone,
+        guidance=guidance,
+        fidelity=Fidelity(solver=solver),
+        num_steps=steps,
+        varies=("solver",),
+    )
+    for guide, guidance in (("", None), (" ID", BOTH))
+    for speed, solver, steps in (("quick", "dpmsolver++", 20), ("slow", "ddim", 50))
+    for name, backbone in (("a", "dit"), ("b", "minimax"))
+}
+SURROGATES = {
+    name: Method(guidance=BOTH, surrogate=name, varies=("surrogate",)) for name in ("convnet2", "resnet18")
+}
+
+
+def some(methods: dict[str, Method], *names: str) -> dict[str, Method]:
+    return {name: methods[name] for name in names}
+
+
+CASES: list[tuple[str, dict[str, Method], Pairs]] = [
+    (
+        "table",
+        TABLE,
+        [
+            ("a ID", "a"), ("best", "a"), ("a ID", "a D"), ("a ID", "best"), ("a ID", "patches"),
+            ("b", "a"), ("b ID", "b"), ("b ID", "a ID"),
+        ],
+    ),
+    ("table", some(TABLE, "b ID", "b", "b D"), [("b ID", "b")]),
+    ("table", some(TABLE, "a ID", "a D", "a I", "b"), [("a ID", "a D")]),
+    ("table", some(TABLE, "real", "patches", "a I", "a"), []),
+    ("table", SOLVED | EARLY | SURROGATES, []),  # what varies is no plain method of a table
+    (
+        "ablation",
+        TABLE,
+        [
+            ("best", "a"), ("a I", "a"), ("a D", "a"), ("a ID", "a"), ("a ID", "a D"),
+            ("b I", "b"), ("b D", "b"), ("b ID", "b"), ("b ID", "b D"),
+        ],
+    ),
+    ("ablation", some(TABLE, "b", "b D", "b ID"), [("b D", "b"), ("b ID", "b"), ("b ID", "b D")]),
+    ("ablation", some(TABLE, "best", "a I", "a D", "b ID"), []),
+    (
+        "early stage",
+        some(TABLE, "a") | EARLY,
+        [
+            ("early 0", "a"), ("early 10", "a"), ("always 10", "a"), ("always 0", "a"),
+            ("always 0", "early 0"), ("always 10", "early 10"),
+        ],
+    ),
+    ("early stage", some(EARLY, "always 10", "early 10", "early 0"), [("always 10", "early 10")]),
+    (
+        "early stage",
+        some(TABLE, "a") | some(EARLY, "always 10", "early 0"),
+        [("always 10", "a"), ("early 0", "a")],
+    ),
+    *(
+        (
+            "selection",
+            some(TABLE, plain) | selected,
+            [*((name, plain) for name in KEPT), ("chosen 3", "even 3")],
+        )
+        for plain, selected in (("a", SELECTED), ("b", SELECTED_B))
+    ),
+    ("selection", SELECTED, [("chosen 3", "even 3")]),
+    ("selection", some(TABLE, "real", "a ID") | some(SELECTED, "chosen 2", "even 4"), []),
+    (
+        "solver",
+        SOLVED,
+        [
+            (f"{name} {one}", f"{name} {two}")
+            for name in "ab"
+            for one, two in (
+                ("slow ID", "slow"), ("quick ID", "quick"), ("quick", "slow"), ("quick ID", "slow ID"),
+            )
+        ],
+    ),
+    (
+        "solver",
+        some(SOLVED, "b slow", "b quick ID", "a slow", "b slow ID"),
+        [("b slow ID", "b slow"), ("b quick ID", "b slow ID")],
+    ),
+    ("solver", TABLE, []),
+    ("influence", TABLE, [("a ID", "a"), ("a ID", "a D")]),
+    ("influence", some(TABLE, "b", "b ID", "a", "a ID"), [("a ID", "a")]),
+    ("random", TABLE, [("a ID", "real")]),
+    ("random", some(TABLE, "real", "b ID"), []),
+    ("against", some(TABLE, "real", "b", "a", "a ID"), [("real", "a"), ("b", "a"), ("a ID", "a")]),
+    ("against", some(TABLE, "real", "b", "best", "a ID"), []),
+    ("against, some", TABLE, [("a D", "a"), ("b D", "a")]),
+    ("varied", some(TABLE, "real", "a", "a D") | EARLY, [(name, "a") for name in EARLY]),
+    ("varied", some(TABLE, "b") | SELECTED_B, [(name, "b") for name in SELECTED_B]),
+    ("varied", TABLE, []),
+    ("varied", some(TABLE, "real", "a D") | EARLY, []),
+    ("varied, guided", some(TABLE, "a", "a D") | SURROGATES, [("convnet2", "a D"), ("resnet18", "a D")]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "methods", "pairs"), CASES)
+def test_pairs_by_hand(what, methods, pairs):
+    """Those of which both methods are there, in whichever order the rows are."""
+    rows = pd.DataFrame([method.columns() | {"method": name} for name, method in methods.items()])
+    assert CLAIMS[what](rows) == pairs
+    assert sorted(CLAIMS[what](rows[::-1])) == sorted(pairs)
+
+
+def test_every_claim_has_pairs_by_hand():
+    assert {what for what, _, pairs in CASES if pairs} == set(CLAIMS)
+
+
+def test_the_first_method_with_the_fields_wanted():
+    rows = pd.DataFrame([TABLE[name].columns() | {"method": name} for name in ("b D", "a D", "a", "b D")])
+    assert statistics.find(rows, guides="deviation") == "b D"
+    assert statistics.find(rows, guides="deviation", backbone="dit") == "a D"
+    assert statistics.find(rows, family="random") is None

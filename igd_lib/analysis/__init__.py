@@ -1,0 +1,1 @@
+"""Measures, result rows, statistics, tables and figures."""

@@ -1,0 +1,177 @@
+"""Statistics of result rows: paired differences between methods, and which of them a table claims."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from igd_lib.analysis import results
+from igd_lib.analysis.results import check_alike, check_finite
+
+Pairs = list[tuple[str, str]]  # of methods' labels: the first minus the second
+
+
+def paired(rows: pd.DataFrame, method: str, reference: str) -> pd.Series:
+    """Differences `method` - `reference` of the same seed, indexed by seed.
+
+    Raises ValueError when a seed is there for one of the two only, or twice; when a value is not finite;
+    and when the two differ in a setting that does not belong to the method.
+    """
+    name = f"{method} - {reference}"
+    both = rows[rows.method.isin([method, reference])]
+    for one in (method, reference):
+        check_alike(both[both.method == one], one, ())
+    check_alike(both, name, results.METHOD)
+    check_finite(both, "value", name)
+    ours, theirs = (both[both.method == one].set_index("seed")["value"] for one in (method, reference))
+    if sorted(ours.index) != sorted(theirs.index) or ours.index.has_duplicates:
+        raise ValueError(
+            f"{method!r} has seeds {sorted(ours.index)}, {reference!r} has {sorted(theirs.index)}; pairs "
+            "need the same"
+        )
+    return (ours - theirs.reindex(ours.index)).rename(name)
+
+
+def comparison(rows: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """A row a pair: mean and sd of the paired difference, n, and its standard error."""
+    found = {f"{a} - {b}": paired(rows, a, b) for a, b in pairs}
+    return pd.DataFrame(
+        [
+            {
+                "difference": name,
+                "mean": d.mean(),
+                "sd": d.std(),
+                "n": len(d),
+                "standard error": d.std() / len(d) ** 0.5,
+            }
+            for name, d in found.items()
+        ]
+    )
+
+
+# --- which differences a table's claims are about, as far as its rows have the methods: decided on fields
+
+
+def find(rows: pd.DataFrame, **wanted: object) -> str | None:
+    """The label of the first method whose fields are as wanted, None where there is none."""
+    table = results.methods(rows)
+    for field, value in wanted.items():
+        table = table[table[field] == value]
+    return None if table.empty else str(table.index[0])
+
+
+def _plain(rows: pd.DataFrame, backbone: str, guides: str, cfg_choice: str = "") -> str | None:
+    """A sampled method by its guides, where nothing of it is varied."""
+    fields = dict(family="sampled", backbone=backbone, guides=guides, cfg_choice=cfg_choice, varies="")
+    return find(rows, **fields)
+
+
+def _known(pairs: Sequence[tuple[str | None, str | None]]) -> Pairs:
+    """The pairs of which both are there."""
+    return [(one, other) for one, other in pairs if one is not None and other is not None]
+
+
+BOTH = "influence+deviation"
+PLAIN_DIT: dict[str, object] = {"family": "sampled", "backbone": "dit", "guides": "", "cfg_choice": ""}
+
+
+def table_claims(rows: pd.DataFrame) -> Pairs:
+    """Of a table of methods: the paper's claims, the controls, and what influence guidance adds."""
+    dit, tuned = (
+        {guides: _plain(rows, backbone, guides) for guides in ("", "deviation", BOTH)}
+        for backbone in ("dit", "minimax")
+    )
+    best, rded = _plain(rows, "dit", "", "best"), find(rows, family="rded")
+    return _known(
+        [
+            (dit[BOTH], dit[""]),
+            (best, dit[""]),
+            (dit[BOTH], dit["deviation"]),
+            (dit[BOTH], best),
+            (dit[BOTH], rded),
+            (tuned[""], dit[""]),
+            (tuned[BOTH], tuned[""]),
+            (tuned[BOTH], dit[BOTH]),
+        ]
+    )
+
+
+def ablation_claims(rows: pd.DataFrame) -> Pairs:
+    """Of Table 5: each guidance alone, both, what influence guidance adds to the other, and the control."""
+    pairs = [(_plain(rows, "dit", "", "best"), _plain(rows, "dit", ""))]
+    for backbone in ("dit", "minimax"):
+        own = {guides: _plain(rows, backbone, guides) for guides in ("", "influence", "deviation", BOTH)}
+        pairs += [(own[guides], own[""]) for guides in ("influence", "deviation", BOTH)] + [
+            (own[BOTH], own["deviation"])
+        ]
+    return _known(pairs)
+
+
+def early_stage_claims(rows: pd.DataFrame) -> Pairs:
+    """Of Figure 2: every row against DiT, then guidance throughout against the guided range at the same k."""
+    table, plain = results.methods(rows), _plain(rows, "dit", "")
+    guided = table[table.guides != ""]
+    pairs = [(label, plain) for label in guided.index]
+    for early in guided[guided.throughout == 0].itertuples():
+        pairs.append((find(rows, guides=early.guides, throughout=1, k=early.k), early.method))
+    return _known(pairs)
+
+
+def selection_claims(rows: pd.DataFrame) -> Pairs:
+    """Of Table 6: every choice against no guidance, and Algorithm 2's against as many checkpoints at regular
+    intervals.
+    """
+    table = results.methods(rows)
+    chosen, plain = table[table.selection != ""], find(rows, family="sampled", guides="")
+    pairs = [(label, plain) for label in chosen.index]
+    regular = chosen[chosen.selection == "regular"]
+    for ours in chosen[chosen.selection != "regular"].itertuples():
+        pairs += [(ours.method, label) for label in regular[regular.kept == ours.kept].index]
+    return _known(pairs)
+
+
+def solver_claims(rows: pd.DataFrame) -> Pairs:
+    """Of Table 10: guidance with either solver, then the quick solver against the slow one; on each
+    backbone.
+    """
+    pairs = []
+    for backbone in ("dit", "minimax"):
+        plain, guided, quick, guided_quick = (
+            find(rows, family="sampled", backbone=backbone, solver=solver, guides=guides)
+            for solver in ("ddim", "dpmsolver++")
+            for guides in ("", BOTH)
+        )
+        pairs += [(guided, plain), (guided_quick, quick), (quick, plain), (guided_quick, guided)]
+    return _known(pairs)
+
+
+def against(rows: pd.DataFrame, reference: dict[str, object], **only: object) -> Pairs:
+    """Every other method, or those whose fields are as in `only`, against the one whose fields are as in
+    `reference`.
+    """
+    first = find(rows, **reference)
+    table = results.methods(rows)
+    for field, value in only.items():
+        table = table[table[field] == value]
+    return _known([(label, first) for label in table.index if label != first])
+
+
+def varied(rows: pd.DataFrame, **reference: object) -> Pairs:
+    """Every method that varies something against the first other one whose fields are as in `reference`."""
+    table = results.methods(rows)
+    first = find(rows, family="sampled", varies="", **reference)
+    return _known([(label, first) for label in table[table.varies != ""].index])
+
+
+def influence_claims(rows: pd.DataFrame) -> Pairs:
+    """What both guidances do to the influence loss: against neither, and what influence guidance adds to the
+    other.
+    """
+    both = _plain(rows, "dit", BOTH)
+    return _known([(both, _plain(rows, "dit", "")), (both, _plain(rows, "dit", "deviation"))])
+
+
+def against_random(rows: pd.DataFrame) -> Pairs:
+    """Both guidances against as many real images drawn at random."""
+    return _known([(_plain(rows, "dit", BOTH), find(rows, family="random"))])

@@ -1,0 +1,228 @@
+"""How result rows are shown: means with sd and n, paired differences in words, the paper's figures beside
+ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+from scipy import stats
+
+from igd_lib.analysis import results, statistics
+from igd_lib.tools.machine import PROJECT
+
+PAPER_REPORTED = PROJECT / "paper_figures" / "data" / "paper_reported.csv"
+
+
+def top1(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the accuracy that the protocol reports."""
+    return rows[rows.metric == "top1"]
+
+
+def accuracy_table(
+    rows: pd.DataFrame, influence: pd.DataFrame | None = None, by: Sequence[str] = ("method",)
+) -> pd.DataFrame:
+    """Top-1 mean, sd and n of each group, and the methods' mean influence loss where given, rounded for
+    showing.
+    """
+    table = results.summary(top1(rows), by).round({"mean": 1, "sd": 1}).rename(columns={"mean": "top-1 (%)"})
+    if influence is not None:
+        table["influence loss"] = table.method.map(
+            results.summary(influence).set_index("method")["mean"]
+        ).round(4)
+    return table
+
+
+def wide_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """A line a method: top-1 mean, sd and n, and the mean of every other metric but the protocol's other
+    accuracies.
+    """
+    table = accuracy_table(rows).set_index("method")
+    others = results.summary(rows[~rows.metric.str.startswith("top")], ("method", "metric"))
+    return table.join(others.pivot(index="method", columns="metric", values="mean").round(4)).reset_index()
+
+
+def cross_table(rows: pd.DataFrame, columns: str = "network") -> pd.DataFrame:
+    """A line a method, a column a network (or another column): "mean ± sd" of top-1 over n seeds, n in the
+    last column.
+    """
+    table = results.summary(top1(rows), ("method", columns))
+    table["shown"] = [_plus_minus(mean, sd) for mean, sd in zip(table["mean"], table.sd, strict=True)]
+    wide = table.pivot_table(index="method", columns=columns, values="shown", aggfunc="first", sort=False)
+    return (
+        wide.assign(n=table.groupby("method", sort=False)["n"].min()).reset_index().rename_axis(columns=None)
+    )
+
+
+def metric_table(*frames: pd.DataFrame) -> pd.DataFrame:
+    """A line a method, a column a metric: "mean ± sd" over n seeds; of the accuracies top-1 alone."""
+    rows = pd.concat(
+        [
+            frame[(frame.metric == "top1") | ~frame.metric.str.startswith("top")].assign(network="")
+            for frame in frames
+        ]
+    )
+    table = results.summary(rows, ("method", "metric"))
+    decimals = table.groupby("metric")["mean"].transform(lambda means: 1 if means.abs().median() >= 10 else 3)
+    table["shown"] = [
+        f"{mean:.{places}f} ± {sd:.{places}f}"
+        for mean, sd, places in zip(table["mean"], table.sd, decimals, strict=True)
+    ]
+    wide = table.pivot_table(index="method", columns="metric", values="shown", aggfunc="first", sort=False)
+    wide = wide[
+        sorted(wide.columns, key=lambda metric: metric != "top1")
+    ]  # accuracy first, the others as they come
+    return (
+        wide.assign(n=table.groupby("method", sort=False)["n"].min())
+        .rename(columns={"top1": "top-1 (%)"})
+        .reset_index()
+        .rename_axis(columns=None)
+    )
+
+
+def far_below(rows: pd.DataFrame) -> list[str]:
+    """The methods whose values lie so far below the others' that an axis with both would hide what the others
+    differ in.
+
+    Below the widest gap between the values, where that is more than twice the range of those above it.
+    """
+    ordered = rows.value.sort_values()
+    gaps = ordered.diff().fillna(0.0)
+    least = ordered.iloc[int(gaps.to_numpy().argmax())]
+    highest = rows.groupby("method", sort=False)["value"].max()
+    above = highest[highest >= least]
+    return (
+        list(highest[highest < least].index)
+        if len(above) > 1 and gaps.max() > 2 * (ordered.max() - least)
+        else []
+    )
+
+
+def rank_correlations(rows: pd.DataFrame, distances: pd.DataFrame) -> pd.DataFrame:
+    """Spearman's rank correlation of each metric with top-1 over all sets (method and seed), with its p-value
+    and n.
+
+    Without the methods far below the others, which would make any metric that sees them correlate; a column
+    names them.
+    """
+    keys, found = ["method", "seed"], top1(rows)
+    below = far_below(found)
+    accuracy = found[~found.method.isin(below)].set_index(keys)["value"]
+    entries = []
+    for metric, own in distances.groupby("metric", sort=False):
+        test = stats.spearmanr(own.set_index(keys)["value"].reindex(accuracy.index), accuracy)
+        entry = {
+            "metric": metric,
+            "rank correlation with top-1": round(test.statistic, 2),
+            "p": round(test.pvalue, 3),
+            "n": len(accuracy),
+        }
+        entries.append(entry | ({"without": ", ".join(below)} if below else {}))
+    return pd.DataFrame(entries)
+
+
+def correlations_by(rows: pd.DataFrame, distances: pd.DataFrame, by: str = "network") -> pd.DataFrame:
+    """`rank_correlations` for every value of a column in turn."""
+    found = top1(rows)
+    parts = [
+        rank_correlations(found[found[by] == value], distances).assign(**{by: value})
+        for value in dict.fromkeys(found[by])
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def mean_difference(rows: pd.DataFrame, method: str, reference: str) -> float:
+    """The mean paired difference between two methods."""
+    return statistics.paired(rows, method, reference).mean()
+
+
+def differences(rows: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """Paired differences between methods, rounded for showing."""
+    return statistics.comparison(rows, pairs).round(4)
+
+
+def verdict(table: pd.DataFrame) -> str:
+    """Each difference in words: a gain or a loss where a paired t-test at 5 % says so, else no clear
+    difference.
+    """
+    lines = []
+    for entry in table.itertuples():
+        error = entry.sd / entry.n**0.5
+        clear = entry.n > 1 and abs(entry.mean) > stats.t.ppf(0.975, entry.n - 1) * error
+        word = ("gain" if entry.mean > 0 else "loss") if clear else "no clear difference"
+        lines.append(
+            f"{entry.difference}: {entry.mean:+.1f} points, sd {entry.sd:.1f} over n = {entry.n} pairs: "
+            f"{word}"
+        )
+    return "\n".join(lines)
+
+
+def verdicts(rows: pd.DataFrame, pairs: Sequence[tuple[str, str]], by: str = "network") -> str:
+    """`verdict` on top-1 for every value of a column in turn."""
+    found = top1(rows)
+    parts = [
+        f"{by} {value}\n" + verdict(differences(found[found[by] == value], pairs))
+        for value in dict.fromkeys(found[by])
+    ]
+    return "\n\n".join(parts)
+
+
+def reported(table: int, **cells: object) -> pd.DataFrame:
+    """The paper's rows of one table, those whose columns have the values given, e.g. `dataset="imagewoof",
+    ipc=10`.
+    """
+    rows = pd.read_csv(PAPER_REPORTED, keep_default_na=False, na_values={"value": [""], "sd": [""]})
+    rows = rows[rows.table == table]
+    for column, value in cells.items():
+        rows = rows[rows[column].astype(str) == str(value)]
+    if "ipc" in cells:  # a column of text because the rows of the full data set have none
+        rows = rows.assign(ipc=rows.ipc.astype(int))
+    return rows
+
+
+def beside_paper(rows: pd.DataFrame, paper: pd.DataFrame, *, by: Sequence[str] = ("method",)) -> pd.DataFrame:
+    """The paper's figures and ours in one table, a row a cell of either, for showing.
+
+    Methods that this project has not run here have the paper's figure only. The difference is shown where the
+    two are comparable: at the paper's scale, on the same data and network.
+    """
+    by = list(by)
+    ours = top1(rows)
+    if "method" in by:  # the paper's names are those that the fields give, whatever a row is called
+        ours = ours.assign(method=results.labels(ours))
+    label = f"ours ({ours.dataset.iloc[0]}, {ours.scale.iloc[0]})"
+    found = results.compare(ours, paper[paper.metric == "top1"], by=by)
+    shown = found[by].copy()
+    shown["paper"] = [
+        _plus_minus(mean, sd) for mean, sd in zip(found.paper_mean, found.paper_sd, strict=True)
+    ]
+    shown[label] = [_plus_minus(mean, sd) for mean, sd in zip(found.ours_mean, found.ours_sd, strict=True)]
+    shown["n"] = ["" if pd.isna(n) else str(n) for n in found.n]
+    if found.comparable.any():
+        shown["difference"] = [
+            f"{value:+.1f}" if ok else ""
+            for value, ok in zip(found.difference, found.comparable, strict=True)
+        ]
+        words = found.within.map({True: "yes", False: "no"}).fillna("").where(found.comparable, "")
+        shown["within two sds"] = words.astype(str)
+    return shown
+
+
+def paper_table(paper: pd.DataFrame) -> pd.DataFrame:
+    """The paper's accuracies alone: a row a method, a column a data set, IPC and network, in its order."""
+    found = paper[paper.metric == "top1"]
+    cells = found.dataset + ", IPC " + found.ipc + ", " + found.network
+    shown = [_plus_minus(mean, sd) for mean, sd in zip(found.value, found.sd, strict=True)]
+    wide = (
+        found.assign(cell=cells, shown=shown).pivot(index="method", columns="cell", values="shown").fillna("")
+    )
+    return (
+        wide.reindex(index=dict.fromkeys(found.method), columns=dict.fromkeys(cells))
+        .rename_axis(columns=None)
+        .reset_index()
+    )
+
+
+def _plus_minus(mean: float, sd: float) -> str:
+    return "" if pd.isna(mean) else f"{mean:.1f}" if pd.isna(sd) else f"{mean:.1f} ± {sd:.1f}"

@@ -1,0 +1,475 @@
+"""Minimax fine-tuning of a DiT (Gu et al., CVPR 2024): few parameters, two memories, and a folder that
+`IGDPipeline` loads.
+
+`accelerate launch -m igd_lib minimax DATASET OUT` trains on one GPU, several or a CPU; an interrupted run
+goes on where it was. DiT-XL/2's weights, and what is fine-tuned from them, are under CC-BY-NC 4.0 (no
+commercial use).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from igd_lib.data.images import ImageData, to_float
+from igd_lib.guidance import predicted_clean
+from igd_lib.pipeline import IGDPipeline
+from igd_lib.tools import files, keys
+from igd_lib.tools.progress import progress
+
+SAVE_SECONDS = 60.0  # at most one training state is written in so much time
+
+
+@dataclass(frozen=True)
+class Minimax:
+    """How a DiT is fine-tuned; the defaults are the released training script's."""
+
+    epochs: int = 8
+    batch_size: int = 8  # of one process
+    lr: float = 1e-3  # AdamW without weight decay, constant
+    ema: float = 0.9999  # the averaged weights are what is kept
+    real_weight: float = 0.002  # of 1 - the lowest cosine to the class's real latents
+    generated_weight: float = 0.008  # of the highest cosine to the class's earlier predictions
+    memory_size: int = 64  # latents a class, first in, first out, of either kind
+    label_dropout: float = 0.1
+    flip: bool = True
+    posterior: Literal["sample", "mean"] = (
+        "sample"  # what stands for an image's latents; the mean for a DiT that was trained on means
+    )
+    images: int | None = None  # a class, the first in file order; None: all
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.posterior not in ("sample", "mean"):
+            raise ValueError(f"posterior is 'sample' or 'mean', got {self.posterior!r}")
+
+    def latents(self, vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Scaled latents, float32 (B, C, h, w), of uint8 images (B, 3, H, W)."""
+        found = vae.encode(to_float(images).to(vae.device, vae.dtype)).latent_dist
+        return (
+            found.sample(generator) if self.posterior == "sample" else found.mean
+        ).float() * vae.config.scaling_factor
+
+
+# --- the losses
+
+
+class Memory(nn.Module):
+    """The last `size` vectors of each class, first in, first out. Buffers, so that it is saved with the
+    training.
+    """
+
+    entries: Tensor  # (classes, size, dimension)
+    count: Tensor  # (classes,): ever pushed
+
+    def __init__(self, classes: int, size: int, dimension: int):
+        super().__init__()
+        self.register_buffer("entries", torch.zeros(classes, size, dimension))
+        self.register_buffer("count", torch.zeros(classes, dtype=torch.long))  # ever pushed
+
+    def of(self, label: int) -> Tensor:
+        """(m, D), in no particular order; m = 0 at first."""
+        return self.entries[label, : min(int(self.count[label]), self.entries.shape[1])]
+
+    @torch.no_grad()
+    def push(self, vectors: Tensor, labels: Tensor) -> None:
+        """Add (B, D) in order."""
+        for vector, label in zip(vectors, labels.tolist(), strict=True):
+            self.entries[label, int(self.count[label]) % self.entries.shape[1]] = vector
+            self.count[label] += 1
+
+
+def minimax_losses(clean: Tensor, labels: Tensor, real: Memory, generated: Memory) -> tuple[Tensor, Tensor]:
+    """Representativeness and diversity losses, scalars (Minimax's Eqs. 3 and 5, as its code has them).
+
+    clean: predicted clean latents (B, ...); labels (B,). For every class of the batch the lowest cosine of
+    its predictions to the real memory, subtracted from 1, and the highest to the generated memory; each is
+    averaged over the batch's classes, to which a class with empty memories adds nothing.
+    """
+    vectors = F.normalize(clean.flatten(1).float(), dim=1)
+    representativeness, diversity = vectors.new_zeros(()), vectors.new_zeros(())
+    present = labels.unique().tolist()
+    for label in present:
+        if len(generated.of(label)) and len(real.of(label)):
+            own = vectors[labels == label]
+            representativeness = representativeness + 1 - (own @ F.normalize(real.of(label), dim=1).T).min()
+            diversity = diversity + (own @ F.normalize(generated.of(label), dim=1).T).max()
+    return representativeness / len(present), diversity / len(present)
+
+
+def diffusion_loss(
+    output: Tensor, noise: Tensor, clean: Tensor, noisy: Tensor, timesteps: Tensor, scheduler: DDPMScheduler
+) -> Tensor:
+    """DiT's training loss, (B,): squared error of the noise, and for a model that learns its variance the
+    variational bound.
+
+    output: (B, C, h, w), or (B, 2C, h, w) with the variance's interpolation coefficient in [-1, 1] behind;
+    noise, clean and noisy: (B, C, h, w). The bound is the divergence (bits a value) of the true posterior of
+    z_{t-1} from the model's, whose mean it does not train; at t = 0, where DiT's code takes a likelihood of
+    8-bit pixels, too.
+    """
+    channels = noise.shape[1]
+    eps, rest = output[:, :channels], output[:, channels:]
+    loss = (eps - noise).square().flatten(1).mean(1)
+    if rest.shape[1] == 0:
+        return loss
+    product = scheduler.alphas_cumprod.to(noise)
+    before = torch.cat([product.new_ones(1), product[:-1]])
+    beta = 1 - product / before
+    variance = beta * (1 - before) / (1 - product)
+    variance = torch.cat([variance[1:2], variance[1:]])  # at t = 0 it is 0; DiT's code takes t = 1's
+    a, a_before, b, low = (
+        values[timesteps].reshape(-1, 1, 1, 1) for values in (product, before, beta, variance.log())
+    )
+    high = b.log()
+    model_log_variance = (rest + 1) / 2 * high + (1 - rest) / 2 * low
+
+    def mean(x_0: Tensor) -> Tensor:
+        return (a_before.sqrt() * b * x_0 + (1 - b).sqrt() * (1 - a_before) * noisy) / (1 - a)
+
+    predicted = predicted_clean(noisy, eps.detach(), a)
+    difference = (mean(clean) - mean(predicted)).square()
+    divergence = 0.5 * (
+        model_log_variance
+        - low
+        - 1
+        + (low - model_log_variance).exp()
+        + difference * (-model_log_variance).exp()
+    )
+    return loss + divergence.flatten(1).mean(1) / torch.log(torch.tensor(2.0))
+
+
+# --- which parameters are trained
+
+
+class Scaled(nn.Module):
+    """A linear layer whose output is multiplied by learned vectors, 1 at first (DiffFit)."""
+
+    def __init__(self, linear: nn.Linear, scales: int):
+        super().__init__()
+        self.linear = linear
+        self.gammas = nn.ParameterList(
+            [nn.Parameter(linear.weight.new_ones(linear.out_features)) for _ in range(scales)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        for gamma in self.gammas:
+            x = x * gamma
+        return x
+
+    @torch.no_grad()
+    def folded(self) -> nn.Linear:
+        """The linear layer with the scales in its weights."""
+        for gamma in self.gammas:
+            self.linear.weight.mul_(gamma[:, None])
+            if self.linear.bias is not None:
+                self.linear.bias.mul_(gamma)
+        return self.linear
+
+
+def add_scales(transformer: DiTTransformer2DModel) -> None:
+    """Learned scales in the first half of the blocks: on q, k and v, on the attention's projection and its
+    branch, on the MLP's branch.
+    """
+    for block in transformer.transformer_blocks[: len(transformer.transformer_blocks) // 2]:
+        for name in ("to_q", "to_k", "to_v"):
+            setattr(block.attn1, name, Scaled(getattr(block.attn1, name), 1))
+        block.attn1.to_out[0] = Scaled(block.attn1.to_out[0], 2)
+        block.ff.net[2] = Scaled(block.ff.net[2], 1)
+
+
+def fold_scales(transformer: DiTTransformer2DModel) -> None:
+    """Undo `add_scales`, the scales multiplied into the weights: the same function."""
+    for module in list(transformer.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Scaled):
+                setattr(module, name, child.folded())
+
+
+def share_embedders(transformer: DiTTransformer2DModel) -> bool:
+    """Let all blocks use the first's timestep and class embedders where theirs are equal, as they are in the
+    original DiT.
+
+    diffusers keeps a copy in every block, and copies would be trained apart. Returns whether they were equal.
+    """
+    first, *others = [block.norm1.emb for block in transformer.transformer_blocks]
+    reference = first.state_dict()
+    if any(
+        not torch.equal(value, reference[name])
+        for other in others
+        for name, value in other.state_dict().items()
+    ):
+        return False
+    for other in others:
+        other.timestep_embedder, other.class_embedder = first.timestep_embedder, first.class_embedder
+    return True
+
+
+def is_trained(name: str, parameter: nn.Parameter) -> bool:
+    """DiffFit's choice: biases, norms, learned scales and the class embedding."""
+    affine_norm = parameter.ndim == 1 and ".norm" in name
+    return name.endswith("bias") or ".gammas." in name or ".class_embedder." in name or affine_norm
+
+
+# --- training
+
+
+def settings(
+    pipe: IGDPipeline,
+    data: ImageData,
+    recipe: Minimax,
+    classes: Sequence[int],
+    label_ids: Sequence[int],
+    accumulate: int = 1,
+    mixed_precision: str = "no",
+) -> dict[str, Any]:
+    """What names a fine-tuned model on disk."""
+    return {
+        "label_ids": list(label_ids),
+        "mixed_precision": mixed_precision,
+        "recipe": asdict(recipe),
+        "data": data.name,
+        "split": data.split,
+        "classes": [data.classes[label] for label in classes],
+        "accumulate": accumulate,
+        "model": files.digest(pipe.transformer.state_dict()),
+    }
+
+
+def finetune(
+    pipe: IGDPipeline,
+    data: ImageData,
+    out: str | Path,
+    *,
+    recipe: Minimax | None = None,
+    classes: Sequence[int] | None = None,  # the labels to train on, e.g. one of `shards`; None: all
+    label_ids: Sequence[int] | None = None,  # the transformer's id of every class; None: 0 ... C-1
+    mixed_precision: str = "no",  # "no", "bf16" or "fp16"
+    accumulate: int = 1,  # batches a step
+) -> Path:
+    """Fine-tune `pipe`'s transformer on `data`; write a pipeline folder, the scales folded into its weights.
+
+    Returns the folder. `pipe` itself stays as it is. Work in progress lies in `out/.work`; a folder of other
+    settings is refused. Raises FloatingPointError on a non-finite loss.
+    """
+    recipe, out = recipe or Minimax(), Path(out)
+    selected = list(range(len(data.classes))) if classes is None else list(classes)
+    ids = list(label_ids) if label_ids is not None else list(range(len(data.classes)))
+    about = settings(pipe, data, recipe, selected, ids, accumulate, mixed_precision)
+    keys.claim(out / "minimax.json", "minimax", about, "a fine-tuned model")
+    if (out / "model_index.json").is_file():
+        return out
+    accelerator = Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=accumulate)
+    training = _Training(pipe, recipe, accelerator, torch.tensor(ids))
+    step, state = training.load(out), out / _STATE
+    saved, said = time.monotonic(), deque[Tensor](maxlen=500)
+    for number, images, labels, generator in progress(
+        _Batches(data, selected, recipe, step, accelerator), "minimax, step"
+    ):
+        said.append(training.step(number, images, labels, generator))
+        main = accelerator.sync_gradients and accelerator.is_main_process
+        if main and time.monotonic() - saved >= SAVE_SECONDS:
+            training.save(state, number + 1)
+            saved = time.monotonic()
+    if accelerator.is_main_process:
+        if said:
+            means = torch.stack(list(said)).mean(0).tolist()
+            parts = ("diffusion {:.4f}", "representativeness {:.4f}", "diversity {:.4f}")
+            print(f"minimax: mean of the last {len(said)} steps: {', '.join(parts).format(*means)}")
+        _write(training.model.finished(), pipe, out)
+    accelerator.wait_for_everyone()
+    return out
+
+
+_STATE = Path(".work") / "training.safetensors"  # below the folder that is written
+
+
+def _write(transformer: DiTTransformer2DModel, pipe: IGDPipeline, out: Path) -> None:
+    """The pipeline folder with another transformer; work in progress is removed."""
+    IGDPipeline(transformer, pipe.vae, pipe.scheduler).save_pretrained(out)
+    names = {str(label): name for name, label in pipe.labels.items()}  # diffusers does not save them
+    index = json.loads((out / "model_index.json").read_text()) | {"id2label": names}
+    files.write(out / "model_index.json", json.dumps(index, indent=2) + "\n")
+    shutil.rmtree(out / ".work", ignore_errors=True)
+
+
+class _Training:
+    """A transformer in fine-tuning on one process: its memories, optimiser and losses."""
+
+    def __init__(self, pipe: IGDPipeline, recipe: Minimax, accelerator: Accelerator, ids: Tensor):
+        self.recipe, self.accelerator, self.ids = recipe, accelerator, ids
+        device = accelerator.device
+        self.vae = pipe.vae.to(device)
+        transformer = copy.deepcopy(pipe.transformer).to(device).float()
+        self.model = _Trained(transformer, recipe)
+        optimizer = torch.optim.AdamW(self.model.chosen.parameters(), lr=recipe.lr, weight_decay=0.0)
+        dimension = transformer.config.in_channels * transformer.config.sample_size**2
+        self.real, self.generated = (
+            Memory(len(ids), recipe.memory_size, dimension).to(device) for _ in range(2)
+        )
+        self.optimizer: Any = optimizer
+        self.wrapped: Any = transformer
+        self.null = transformer.config.num_embeds_ada_norm
+        self.scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False)
+
+    @property
+    def _kept(self) -> dict[str, Any]:
+        model = self.model
+        return {
+            "chosen": model.chosen,
+            "average": model.average,
+            "real": self.real,
+            "generated": self.generated,
+        }
+
+    def load(self, out: Path) -> int:
+        """Go on where a run into `out` was interrupted; how many steps are done."""
+        done = files.load_training(out / _STATE, self.optimizer, **self._kept)["step"]
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.wrapped, self.optimizer)
+        return done
+
+    def save(self, path: Path, step: int) -> None:
+        files.save_training(path, step, self.optimizer.optimizer, **self._kept)
+
+    def step(self, number: int, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """One batch; its diffusion, representativeness and diversity losses, (3,)."""
+        latents = self.recipe.latents(self.vae, images, generator)
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        timesteps = torch.randint(1000, (len(labels),), generator=generator)
+        dropped = torch.rand(len(labels), generator=generator) < self.recipe.label_dropout
+        given = self.ids[labels].masked_fill(dropped, self.null).to(latents.device)
+        timesteps, labels = timesteps.to(latents.device), labels.to(latents.device)
+        alpha_bar = self.scheduler.alphas_cumprod.to(latents.device)[timesteps].reshape(-1, 1, 1, 1)
+        noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
+        with self.accelerator.accumulate(self.wrapped):
+            with self.accelerator.autocast():
+                output = self.wrapped(noisy, timestep=timesteps, class_labels=given).sample
+            output = output.float()
+            clean = predicted_clean(noisy, output[:, : noise.shape[1]], alpha_bar)
+            diffusion = diffusion_loss(output, noise, latents, noisy, timesteps, self.scheduler).mean()
+            losses = torch.stack([diffusion, *minimax_losses(clean, labels, self.real, self.generated)])
+            self._update(number, losses)
+        everyones = [
+            self.accelerator.gather(value)
+            for value in (labels, latents.flatten(1), clean.detach().flatten(1))
+        ]
+        self.real.push(everyones[1], everyones[0])
+        self.generated.push(everyones[2], everyones[0])
+        return losses.detach()
+
+    def _update(self, number: int, losses: Tensor) -> None:
+        """A step of the optimiser on the weighted losses, and of the running average."""
+        recipe = self.recipe
+        loss = losses[0] + recipe.real_weight * losses[1] + recipe.generated_weight * losses[2]
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"minimax: the loss is {loss.item()} at step {number}; lower lr ({recipe.lr})"
+            )
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.accelerator.sync_gradients:
+            self.model.average.update_parameters(self.model.chosen)
+
+
+class _Trained:
+    """A transformer with scales, its chosen parameters under one roof, and their running average."""
+
+    def __init__(self, transformer: DiTTransformer2DModel, recipe: Minimax):
+        self.transformer = transformer.train()
+        self.shared = share_embedders(transformer)
+        for (
+            module
+        ) in transformer.modules():  # labels are dropped once a sample by the training loop, not once a block
+            if hasattr(module, "dropout_prob"):
+                module.dropout_prob = 0.0
+        add_scales(transformer)
+        for name, parameter in transformer.named_parameters():
+            parameter.requires_grad_(is_trained(name, parameter))
+        self.chosen = nn.ParameterDict(
+            {name.replace(".", ":"): p for name, p in transformer.named_parameters() if p.requires_grad}
+        )
+        self.average = AveragedModel(self.chosen, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
+        self.average.update_parameters(
+            self.chosen
+        )  # the first update copies: it begins with the weights as they were
+
+    @torch.no_grad()
+    def finished(self) -> DiTTransformer2DModel:
+        """The transformer with the averaged parameters, without scales, every block with embedders of its own
+        again.
+        """
+        for own, averaged in zip(self.chosen.parameters(), self.average.module.parameters(), strict=True):
+            own.copy_(averaged)
+        fold_scales(self.transformer)
+        if self.shared:
+            for block in self.transformer.transformer_blocks[1:]:
+                block.norm1.emb = copy.deepcopy(block.norm1.emb)
+        for module in self.transformer.modules():
+            if hasattr(module, "dropout_prob"):
+                module.dropout_prob = self.transformer.config.get("class_dropout_prob", 0.1)
+        return self.transformer.requires_grad_(False).eval()
+
+
+class _Batches:
+    """(step, uint8 images, labels, generator) of every step from `start` on; a process's own share of each
+    epoch's order.
+    """
+
+    def __init__(
+        self, data: ImageData, classes: Sequence[int], recipe: Minimax, start: int, accelerator: Accelerator
+    ):
+        self.data, self.recipe, self.start = data, recipe, start
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.indices = torch.cat([data.class_indices(label)[: recipe.images] for label in classes])
+        self.per_epoch = len(self.indices) // (recipe.batch_size * self.world)
+        if self.per_epoch == 0:
+            raise ValueError(
+                f"{len(self.indices)} images are fewer than a batch ({recipe.batch_size} x {self.world} "
+                "processes)"
+            )
+
+    def __len__(self) -> int:
+        return self.per_epoch * self.recipe.epochs - self.start
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor, torch.Generator]]:
+        size, seed = self.recipe.batch_size, self.recipe.seed
+        for epoch in range(self.start // self.per_epoch, self.recipe.epochs):
+            order = self.indices[
+                torch.randperm(
+                    len(self.indices), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+                )
+            ]
+            for step in range(max(self.start, epoch * self.per_epoch), (epoch + 1) * self.per_epoch):
+                own = order[(step % self.per_epoch * self.world + self.rank) * size :][:size]
+                generator = torch.Generator().manual_seed(((seed + 1) * 1_000_003 + step) * 1_009 + self.rank)
+                images = self.data.fetch(own)
+                if self.recipe.flip:
+                    flipped = torch.rand(size, generator=generator) < 0.5
+                    images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+                yield step, images, self.data.labels[own], generator
+
+
+def shards(classes: int, count: int) -> list[list[int]]:
+    """`classes` labels in `count` consecutive shards of nearly equal size: ImageNet-1K is fine-tuned a shard
+    at a time.
+    """
+    if not 1 <= count <= classes:
+        raise ValueError(f"count is 1 ... {classes}, got {count}")
+    edges = [classes * i // count for i in range(count + 1)]
+    return [list(range(a, b)) for a, b in zip(edges, edges[1:], strict=False)]

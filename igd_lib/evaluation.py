@@ -1,0 +1,389 @@
+"""Train a network from scratch on a distilled set, test it on real data, under a named protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from igd_lib.data.augment import augment, cutmix, normalise, resize
+from igd_lib.data.images import ImageData
+from igd_lib.models.networks import network as make_network
+from igd_lib.protocols import Protocol
+from igd_lib.sets.store import DistilledSet, in_memory
+from igd_lib.teachers import Teacher, accuracy, check_class_order, check_teacher
+from igd_lib.tools import cluster, files, keys
+from igd_lib.tools.machine import has_bfloat16
+
+CHECKPOINT_SECONDS = 60.0  # at most one training state is written in so much time
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracies in percent, the best and the last of those measured; `reported` is the top-1 that the
+    protocol's tables show.
+    """
+
+    last: float  # top-1
+    best: float  # top-1, the highest during training: chosen on test data, as the papers do
+    last_top5: float
+    best_top5: float  # of the epoch of the best top-1
+    best_epoch: int
+    epochs: int
+    seconds: float
+    precision: str  # "bfloat16" where the forward pass was autocast, else "float32"
+    protocol: str
+    network: str
+    seed: int
+    reported: float
+
+
+def evaluate(
+    distilled: DistilledSet | ImageData,
+    dataset: ImageData,
+    *,
+    network: str,
+    protocol: Protocol,
+    seed: int,
+    teacher: Teacher | None = None,  # for soft labels
+    device: str | None = None,
+    mixed_precision: bool
+    | None = None,  # bfloat16 autocast; None: where the processor multiplies bfloat16 natively
+    folder: str | Path | None = None,  # where the training state and the score are kept
+) -> Score:
+    """Train `network` on `distilled` under `protocol`, test on `dataset`; both best and last accuracy.
+
+    With a `folder`, an interrupted run goes on after its last state and a finished one is read; a folder of
+    other settings is refused. The teacher is checked first (`check_teacher`). Raises ValueError when the two
+    class orders differ (naming the first difference) or a teacher is missing, and FloatingPointError on a
+    non-finite loss.
+    """
+    cell = Cell.of(distilled, dataset, network, protocol, seed, teacher, device, mixed_precision)
+    if teacher is not None:
+        teacher = replace(teacher, model=teacher.model.to(cell.device).eval())
+        check_teacher(teacher, dataset, protocol)
+        cell = replace(cell, teacher=teacher)
+    if folder is None:
+        return _run(cell, None)
+    folder = Path(folder)
+    if (score := _finished(folder, cell.settings)) is None:
+        score = _run(cell, folder / "training.safetensors")
+        files.write(folder / "score.json", json.dumps(asdict(score), sort_keys=True) + "\n")
+        (folder / "training.safetensors").unlink(missing_ok=True)
+    return score
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One evaluation: what is trained on what, how, and what it is tested on."""
+
+    train: ImageData
+    test: ImageData
+    network: str
+    protocol: Protocol
+    seed: int
+    teacher: Teacher | None
+    device: str
+    precision: str
+
+    @classmethod
+    def of(
+        cls,
+        distilled: DistilledSet | ImageData,
+        dataset: ImageData,
+        network: str,
+        protocol: Protocol,
+        seed: int,
+        teacher: Teacher | None = None,
+        device: str | None = None,
+        mixed_precision: bool | None = None,
+    ) -> Cell:
+        """The cell of `evaluate`'s arguments. Raises ValueError for other class orders, or a teacher too many
+        or too few.
+        """
+        train = in_memory(distilled)
+        check_class_order(train.classes, dataset.classes)
+        if (protocol.labels == "soft") != (teacher is not None):
+            needs = "it needs" if teacher is None else "it takes no"
+            raise ValueError(f"protocol {protocol.name!r} has {protocol.labels} labels: {needs} teacher")
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        mixed = has_bfloat16(device) if mixed_precision is None else mixed_precision
+        return cls(
+            train, dataset, network, protocol, seed, teacher, device, "bfloat16" if mixed else "float32"
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What names the evaluation on disk; its precision too, since a cache may be shared by machines that
+        differ in it.
+        """
+        train, test = self.train, self.test
+        return {
+            "network": self.network,
+            "protocol": asdict(self.protocol),
+            "seed": self.seed,
+            "precision": self.precision,
+            "device": torch.device(self.device).type,
+            "train": [train.name, train.split, len(train), fingerprint(train)],
+            "test": [test.name, test.split, len(test)],
+            "classes": list(train.classes),
+            "teacher": self.teacher and [self.teacher.architecture, self.teacher.weights],
+        }
+
+
+def evaluate_all(
+    distilled: DistilledSet | ImageData,
+    dataset: ImageData,
+    *,
+    networks: Sequence[str],
+    seeds: Sequence[int],
+    folder: str | Path | None = None,  # gets a folder a cell, named by its key
+    ray: bool | str = False,  # cells as tasks of a Ray cluster, as in `distill`
+    workers: int | None = None,
+    **options: Any,  # `evaluate`'s
+) -> list[Score]:
+    """`evaluate` for every network and training seed of a set, its images read once."""
+    cells = [(name, seed) for name in networks for seed in seeds]
+    shared = _Shared(in_memory(distilled), dataset, folder, options)
+    if not ray:
+        return [shared.run(cell) for cell in cells]
+    with cluster.cluster(ray) as connected:
+        return cluster.run_all(
+            connected, _Shared.run, shared, cells, workers=workers, label="evaluate, cells"
+        )
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What the cells of a table have in common."""
+
+    train: ImageData
+    test: ImageData
+    folder: str | Path | None
+    options: dict[str, Any]
+
+    def run(self, cell: tuple[str, int]) -> Score:
+        name, seed = cell
+        options = self.options | {"network": name, "seed": seed}
+        own = None
+        if self.folder is not None:
+            own = Path(self.folder) / keys.key(
+                "evaluation", Cell.of(self.train, self.test, **options).settings
+            )
+        return evaluate(self.train, self.test, folder=own, **options)
+
+
+@torch.random.fork_rng()
+def _run(cell: Cell, state: Path | None) -> Score:
+    """Train and test. Initialisation, dropout and the like draw from the global generators: seeded here,
+    restored afterwards.
+    """
+    torch.manual_seed(cell.seed)
+    run = _Training(cell)
+    if state is not None and state.is_file():
+        run.load(state)
+    saved = time.monotonic()
+    for epoch in range(run.done + 1, run.plan.epochs + 1):
+        total = run.epoch(epoch)
+        if not torch.isfinite(total):
+            where = f"the loss is {total.item()} in epoch {epoch} of {run.plan.epochs}"
+            raise FloatingPointError(f"{cell.network}: {where}; lower lr ({run.plan.lr}) in the protocol")
+        if epoch in run.tests:
+            run.test(epoch)
+        if state is not None and epoch < run.plan.epochs and time.monotonic() - saved >= CHECKPOINT_SECONDS:
+            run.save(state, epoch)
+            saved = time.monotonic()
+    return Score(
+        **run.found,
+        epochs=run.plan.epochs,
+        seconds=run.seconds,
+        precision=cell.precision,
+        protocol=cell.protocol.name,
+        network=cell.network,
+        seed=cell.seed,
+        reported=run.found[cell.protocol.reported],
+    )
+
+
+class _Training:
+    """A network in training: its optimiser, its generator, and the accuracies found so far."""
+
+    def __init__(self, cell: Cell):
+        self.cell, self.started, self.before = cell, time.monotonic(), 0.0
+        protocol, classes = cell.protocol, len(cell.test.classes)
+        ipc = max(1, round(len(cell.train) / len(cell.train.labels.unique())))
+        self.plan = protocol.training(cell.network, ipc, classes)
+        model = make_network(cell.network, num_classes=classes, image_size=protocol.image_size).to(
+            cell.device
+        )
+        if torch.device(cell.device).type == "cuda":
+            model = model.to(memory_format=torch.channels_last)
+        self.model = model
+        self.generator = torch.Generator().manual_seed(cell.seed)
+        self.optimizer = make_optimizer(model, protocol, lr=self.plan.lr, weight_decay=self.plan.weight_decay)
+        self.tests = protocol.tests(self.plan.epochs)
+        self.train, self.held = resident(cell.train, cell.device), resident(cell.test, cell.device)
+        self.found: dict[str, Any] = {
+            "last": 0.0,
+            "last_top5": 0.0,
+            "best": -1.0,
+            "best_top5": 0.0,
+            "best_epoch": 0,
+        }
+        self.done = 0
+
+    @property
+    def seconds(self) -> float:
+        """Time spent, in this process and in those that were interrupted."""
+        return self.before + time.monotonic() - self.started
+
+    def epoch(self, epoch: int) -> Tensor:
+        """Train one epoch, counted from 1; the sum of the batches' losses."""
+        factor = schedule(self.cell.protocol, epoch - 1, self.plan.epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.lr * factor
+        self.model.train()
+        total = torch.zeros((), device=self.cell.device)
+        for images, labels in self.train.batches(self.plan.batch_size, self.generator):
+            loss = self.loss(images, labels.to(self.cell.device))
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            total += loss.detach()
+        return total
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The loss of one augmented and mixed batch."""
+        protocol, teacher = self.cell.protocol, self.cell.teacher
+        side = protocol.image_size if protocol.train_resize is None else protocol.train_resize
+        pixels = augment(resize(images.to(self.cell.device), side), protocol, self.generator)
+        pixels, other, share = cutmix(pixels, labels, protocol.cutmix, self.generator)
+        with _autocast(self.cell.device, self.cell.precision):
+            logits = self.model(normalise(pixels, protocol.mean, protocol.std)).float()
+            if teacher is not None:
+                with torch.no_grad():
+                    target = teacher.model(normalise(pixels, teacher.mean, teacher.std)).float()
+        if teacher is not None:
+            return soft_label_loss(logits, target, protocol.temperature)
+        return share * F.cross_entropy(logits, labels) + (1 - share) * F.cross_entropy(logits, other)
+
+    def test(self, epoch: int) -> None:
+        """Measure accuracies; the best top-1 is kept beside the last."""
+        with _autocast(self.cell.device, self.cell.precision):
+            self.found["last"], self.found["last_top5"] = accuracy(self.model, self.held, self.cell.protocol)
+        if self.found["last"] > self.found["best"]:
+            self.found |= {
+                "best": self.found["last"],
+                "best_top5": self.found["last_top5"],
+                "best_epoch": epoch,
+            }
+
+    def load(self, path: Path) -> None:
+        """Go on where `save` left off."""
+        note = files.load_training(path, self.optimizer, generator=self.generator, model=self.model)
+        self.done, self.before, self.found = note["step"], note["seconds"], note["found"]
+        _set_global_state(note["global"], self.cell.device)
+
+    def save(self, path: Path, epoch: int) -> None:
+        note = {"seconds": self.seconds, "found": self.found, "global": _global_state(self.cell.device)}
+        files.save_training(
+            path, epoch, self.optimizer, generator=self.generator, note=note, model=self.model
+        )
+
+
+def _finished(folder: Path, settings: dict[str, Any]) -> Score | None:
+    """The score of a finished run of these settings; refuses a folder of others, and notes the settings of a
+    new one.
+    """
+    keys.claim(folder / "settings.json", "evaluation", settings, "an evaluation")
+    score = folder / "score.json"
+    try:
+        return Score(**json.loads(score.read_text())) if score.is_file() else None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{score} is damaged ({error}); delete its folder and run again") from error
+
+
+def _global_state(device: str) -> dict[str, list[int]]:
+    """The global generators' states, as lists of bytes."""
+    found = {"cpu": torch.get_rng_state().tolist()}
+    return (
+        found | {"cuda": torch.cuda.get_rng_state(device).tolist()}
+        if torch.device(device).type == "cuda"
+        else found
+    )
+
+
+def _set_global_state(state: dict[str, list[int]], device: str) -> None:
+    torch.set_rng_state(torch.tensor(state["cpu"], dtype=torch.uint8))
+    if "cuda" in state:
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8), device)
+
+
+def _autocast(device: str, precision: str) -> torch.autocast:
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def fingerprint(data: ImageData) -> str:
+    """Twelve hex digits of a set's pixels and labels, by which a score is known to belong to it."""
+    digest = hashlib.sha256(data.labels.numpy().tobytes())
+    for images, _ in data.batches(500):
+        digest.update(images.numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def resident(data: ImageData, device: str) -> ImageData:
+    """`data` with its pixels on a GPU where they take at most a quarter of its free memory; else as it is."""
+    if (
+        torch.device(device).type != "cuda"
+        or 3 * data.image_size**2 * len(data) > torch.cuda.mem_get_info(device)[0] // 4
+    ):
+        return data
+    pixels = torch.cat([images.to(device) for images, _ in data.batches(500)])
+    return replace(data, fetch=lambda indices: pixels[indices.to(device)])
+
+
+def make_optimizer(
+    model: nn.Module, protocol: Protocol, *, lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW or SGD, with decay on every parameter or on weight matrices and kernels alone."""
+    matrices = [
+        p
+        for name, p in model.named_parameters()
+        if protocol.decay == "all" or (p.ndim > 1 and "weight" in name)
+    ]
+    known = {id(p) for p in matrices}
+    groups: list[dict[str, Any]] = [
+        {"params": matrices},
+        {"params": [p for p in model.parameters() if id(p) not in known], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if protocol.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=protocol.betas, weight_decay=weight_decay)
+    return torch.optim.SGD(groups, lr=lr, momentum=protocol.momentum, weight_decay=weight_decay)
+
+
+def schedule(protocol: Protocol, epoch: int, epochs: int) -> float:
+    """The factor of the learning rate in an epoch counted from 0: falls at the milestones, or by half a
+    cosine down to one half.
+    """
+    if protocol.schedule == "half-cosine":
+        return 0.5 * (1 + math.cos(math.pi * epoch / epochs / 2))
+    return protocol.lr_decay ** sum(epoch >= int(epochs * share) for share in protocol.milestones)
+
+
+def soft_label_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """KL(teacher || student) of the two softmaxes at a temperature, averaged over the batch, without a factor
+    T^2 (RDED).
+    """
+    return F.kl_div(
+        (logits / temperature).log_softmax(1), (teacher / temperature).softmax(1), reduction="batchmean"
+    )

@@ -1,0 +1,1 @@
+"""What notebooks do: scales, methods, caches, measures, pictures."""

@@ -1,0 +1,138 @@
+"""`igd doctor`: what this machine has, and what each notebook would do on it.
+
+Only the standard library is imported at once, so that it still says what it can where a package is missing or
+broken.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PROJECT = Path(__file__).parents[2]  # as in tools.machine, which needs torch
+
+
+def versions() -> list[str]:
+    """Every package whose version is not the lock's, a line each."""
+    lock, lines = PROJECT / "requirements.lock", []
+    if not lock.is_file():
+        return ["no requirements.lock beside the package: versions were not compared"]
+    for line in lock.read_text().splitlines():
+        found = re.match(r"([A-Za-z0-9._-]+)==([^ ;]+)", line)
+        if found is None or "platform_machine" in line or found[1].startswith(("nvidia", "cuda", "triton")):
+            continue
+        try:
+            own = version(found[1]).split("+")[0]
+        except PackageNotFoundError:
+            own = "not installed"
+        if own != found[2]:
+            lines.append(f"{found[1]}: {own}, locked {found[2]}")
+    return lines
+
+
+def machine() -> list[str]:
+    """Processor, memory, GPU and disk, a line each."""
+    import torch
+
+    from igd_lib.tools.machine import cache_dir, data_dir, has_bfloat16
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    fast = (
+        "bfloat16"
+        if has_bfloat16("cpu")
+        else "no bfloat16: training runs in float32, two to three times as slow"
+    )
+    lines = [f"{cores} cores ({torch.backends.cpu.get_cpu_capability()}, {fast}), {memory:.0f} GiB of memory"]
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        lines.append(f"GPU {index}: {found.name}, {found.total_memory / 2**30:.0f} GiB")
+    lines += ["no CUDA GPU"] if not torch.cuda.is_available() else []
+    for name, folder in (("IGD_CACHE", cache_dir()), ("IGD_DATA", data_dir())):
+        there = next(path for path in (folder, *folder.parents) if path.is_dir())
+        usage = shutil.disk_usage(there)
+        state = "" if os.access(there, os.W_OK) else ", NOT WRITABLE"
+        lines.append(f"{name}: {folder}, {usage.free / 2**30:.0f} GiB free{state}")
+    return lines
+
+
+def data_sets() -> list[str]:
+    """Which data sets are here; what the others lack."""
+    from igd_lib.data.datasets import DATASETS
+    from igd_lib.data.images import missing
+
+    lines = []
+    for name in DATASETS:
+        lacking = missing(name)
+        lines.append(f"{name}: {'found' if not lacking else '; '.join(lacking)}")
+    return lines
+
+
+def models() -> list[str]:
+    """The stand-ins, the paper's weights and Inception-V3."""
+    from igd_lib.analysis import features
+    from igd_lib.experiment import plan
+    from igd_lib.models import standin
+
+    lines = [
+        f"stand-in {name}: "
+        f"{'found' if (standin.ASSETS / name / 'model_index.json').is_file() else 'NOT FOUND'}"
+        for name in standin.STANDINS
+    ]
+    lacking = [line for line in plan.missing_for_paper("imagenet") if "weights" in line]
+    lines += lacking or ["DiT-XL/2 and its autoencoder: found"]
+    return lines + (
+        [f"Inception-V3 (FID): {line}" for line in features.missing_for_inception()]
+        or ["Inception-V3 (FID): found"]
+    )
+
+
+def notebooks() -> list[str]:
+    """What each notebook would do with scale "auto", by the data set in its parameters or its call of
+    `prepare`.
+    """
+    from igd_lib.experiment import plan
+
+    lines = []
+    for path in sorted((PROJECT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        text = path.read_text()
+        names = re.findall(r'dataset: str = \\"([a-z0-9-]+)\\"', text) + re.findall(
+            r'prepare\(\\"[^"]+\\", \\"([a-z0-9-]+)\\"', text
+        )
+        if names:
+            lacking = plan.missing_for_paper(names[0])
+            scale, note = (
+                ("small", f"; {len(lacking)} of the paper's pieces are missing") if lacking else ("paper", "")
+            )
+            lines.append(f"{path.stem}: {scale} ({names[0]}{note})")
+    return lines
+
+
+def looked_at(part: Callable[[], list[str]]) -> list[str]:
+    """A part's lines, or why it could not be looked at."""
+    try:
+        return part()
+    except Exception as error:  # whatever is broken is what is to be reported
+        return [f"NOT LOOKED AT, {type(error).__name__}: {error}"]
+
+
+def report() -> str:
+    """All of it as text."""
+    import igd_lib
+
+    here = f"igd_lib {igd_lib.__version__}, Python {platform.python_version()}, {platform.platform()}"
+    parts = {
+        here: lambda: versions() or ["all packages are the locked versions"],
+        "Machine": machine,
+        "Data sets": data_sets,
+        "Models": models,
+        'Notebooks at scale "auto"': notebooks,
+    }
+    return "\n\n".join(
+        f"{title}\n" + "\n".join(f"  {line}" for line in looked_at(part)) for title, part in parts.items()
+    )

@@ -1,0 +1,255 @@
+"""What is measured of an experiment's sets, as result rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from igd_lib.analysis import features, metrics, results
+from igd_lib.data.images import ImageData
+from igd_lib.evaluation import evaluate_all
+from igd_lib.experiment.experiment import Experiment, Images, Sets
+from igd_lib.experiment.methods import Method
+from igd_lib.sets.store import DistilledSet, in_memory
+from igd_lib.tools import files, keys
+from igd_lib.tools.machine import cache_dir, ray_cluster
+from igd_lib.tools.progress import progress
+from igd_lib.tools.version import git_revision
+
+
+@dataclass(frozen=True)
+class About:
+    """What a row is of: one method's set of one seed."""
+
+    experiment: Experiment
+    method: Method
+    seed: int
+    images: Images
+    ipc: int
+
+    def row(
+        self, metric: str, value: Any, *, seconds: float = 0.0, network: str = "", device: str = ""
+    ) -> results.Row:
+        """A result row that carries the experiment's scale and settings, and the revision that made the
+        set.
+        """
+        experiment, scale = self.experiment, self.experiment.scale
+        fields = self.method.columns(
+            fidelity=scale.fidelity, num_steps=scale.num_steps, surrogate=scale.surrogate
+        )
+        return results.Row(
+            artefact=experiment.artefact,
+            dataset=experiment.train.name,
+            ipc=self.ipc,
+            network=network,
+            protocol=scale.protocol.name,
+            seed=self.seed,
+            metric=metric,
+            value=float(value),
+            scale=scale.name,
+            seconds=seconds,
+            device=device or experiment.device,
+            git_revision=_revision(self.images),
+            settings_hash=keys.settings_hash(_settings(experiment)),
+            **fields,
+        )
+
+
+def _revision(images: Images) -> str:
+    """The revision of the code that made a set."""
+    return (images.revision if isinstance(images, DistilledSet) else "") or git_revision()
+
+
+def _settings(experiment: Experiment) -> dict[str, Any]:
+    """The experiment's settings, which rows that are compared must share."""
+    scale = experiment.scale
+    names = (
+        "guidance",
+        "fidelity",
+        "num_steps",
+        "best_cfg",
+        "protocol",
+        "training",
+        "train_images",
+        "threshold",
+    )
+    return {name: getattr(scale, name) for name in names}
+
+
+def _each(experiment: Experiment, sets: Sets, label: str, every: float = 10.0) -> Any:
+    """Every set with what its rows are of, saying how far it is."""
+    about = [About(experiment, method, seed, images, sets.ipc) for method, seed, images in sets]
+    return progress(about, label, every=every)
+
+
+def accuracy_rows(experiment: Experiment, sets: Sets, networks: str | Sequence[str]) -> pd.DataFrame:
+    """Accuracies of networks trained on every set (training seed = generation seed), five rows a set and
+    network: `top1` as the protocol reports it, `top1_last`, `top1_best`, `top5_last`, `top5_best`.
+    Finished cells are read from disk.
+    """
+    names = [networks] if isinstance(networks, str) else list(networks)
+    teacher, rows = experiment.teacher(), []
+    for about in _each(experiment, sets, "evaluate, set", every=20):
+        scores = evaluate_all(
+            in_memory(about.images),
+            experiment.test,
+            networks=names,
+            seeds=[about.seed],
+            protocol=experiment.scale.protocol,
+            teacher=teacher,
+            device=experiment.device,
+            folder=cache_dir() / "evaluation",
+            ray=ray_cluster() if len(names) > 1 else False,
+        )
+        for score in scores:
+            values = {
+                "top1": score.reported,
+                "top1_last": score.last,
+                "top1_best": score.best,
+                "top5_last": score.last_top5,
+                "top5_best": score.best_top5,
+            }
+            device = f"{experiment.device}, {score.precision}"  # precision depends on the processor
+            rows += [
+                about.row(metric, value, seconds=score.seconds, network=score.network, device=device)
+                for metric, value in values.items()
+            ]
+    return results.frame(rows)
+
+
+def influence_rows(experiment: Experiment, sets: Sets) -> pd.DataFrame:
+    """The mean influence loss (Eq. 7) of every set's finished images by the retained checkpoints, a row a
+    set.
+    """
+    (checkpoints, gradients), rows = experiment.retained, []
+    for about in _each(experiment, sets, "influence loss, set"):
+        losses = metrics.influence_of_set(
+            in_memory(about.images), checkpoints, gradients, device=experiment.device
+        )
+        rows.append(about.row("influence_loss", losses.mean()))
+    return results.frame(rows)
+
+
+def latent_rows(experiment: Experiment, sets: Sets, reference: Method) -> pd.DataFrame:
+    """Three rows a sampled set: `moved`, the mean relative distance of its final latents to `reference`'s on
+    the same noise; `nearest`, the mean cosine of a latent to the nearest other of its class; `seconds` of
+    sampling, in all.
+    """
+    rows = []
+    for method, seed, images in sets.sampled():
+        moved, nearest = [], []
+        others = sets.distilled(reference, seed)
+        for label in images.selected:
+            own, plain = images.latents(label).flatten(1), others.latents(label).flatten(1)
+            moved.append((own - plain).norm(dim=1) / plain.norm(dim=1))
+            nearest.append(metrics.nearest_cosine(own))
+        values: dict[str, Any] = {"moved": torch.cat(moved).mean()}
+        if sets.ipc > 1:  # one image has no other
+            values["nearest"] = torch.cat(nearest).mean()
+        values["seconds"] = images.seconds
+        about = About(experiment, method, seed, images, sets.ipc)
+        rows += [about.row(metric, value) for metric, value in values.items()]
+    return results.frame(rows)
+
+
+def all_rows(experiment: Experiment, sets: Sets, network: str, reference: Method) -> pd.DataFrame:
+    """Accuracies, influence loss and the three of `latent_rows` of every sampled set."""
+    parts = [
+        accuracy_rows(experiment, sets, network),
+        influence_rows(experiment, sets),
+        latent_rows(experiment, sets, reference),
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def distribution_rows(experiment: Experiment, sets: Sets, *, images: int = 500) -> pd.DataFrame:
+    """Fréchet distance, coverage and Wasserstein distance of every set to `images` real training ones a class
+    (Table 11).
+
+    In the features of `Models.extractor`; every metric's name says which. Coverage's threshold in Inception's
+    space is the paper's 300, read as a squared distance; elsewhere the median distance of a real image to its
+    nearest in another real draw of IPC images a class. Neither that draw nor images that a Random set
+    selected are in the reference.
+    """
+    extractor = experiment.models.extractor()
+    reference, other = _real_images(experiment, sets, images)
+    real, others = features.features(extractor, reference), features.features(extractor, other)
+    threshold = 300**0.5 if extractor.is_inception else metrics.coverage_threshold(real, others)
+    spread, rows = metrics.gaussian(real), []
+    for about in _each(experiment, sets, "distances, set"):
+        fake = features.features(extractor, in_memory(about.images))
+        values = {
+            metrics.distance_name(extractor): metrics.frechet_distance(spread, fake),
+            f"coverage over {extractor.space}": metrics.coverage(real, fake, threshold),
+            f"Wasserstein over {extractor.space}": metrics.wasserstein(real, fake),
+        }
+        rows += [about.row(metric, value) for metric, value in values.items()]
+    return results.frame(rows)
+
+
+def _real_images(experiment: Experiment, sets: Sets, images: int) -> tuple[ImageData, ImageData]:
+    """About `images` real ones a class to compare with, and another draw of IPC ones."""
+    train = experiment.train
+    drawn = train.per_class(min(images + sets.ipc, len(train) // len(train.classes)), seed=99)
+    labels = range(len(drawn.classes))
+    order = torch.cat([drawn.class_indices(label)[: sets.ipc] for label in labels])
+    rest = torch.cat([drawn.class_indices(label)[sets.ipc :] for label in labels])
+    chosen = [
+        own for _, _, own in sets if isinstance(own, ImageData)
+    ]  # Random's images do not cover themselves
+    taken = {image.numpy().tobytes() for own in chosen for image in own.fetch(torch.arange(len(own)))}
+    free = torch.tensor([image.numpy().tobytes() not in taken for image in drawn.fetch(rest)])
+    return drawn.subset(rest[free]), drawn.subset(order)
+
+
+def map_of_sets(
+    experiment: Experiment, sets: Sets, label: int, *, images: int = 300
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """One class of every set (seed 0) and `images` real training ones of it: a joint t-SNE, and result rows
+    of Wasserstein distances.
+
+    In the features that `distribution_rows` measures in.
+    """
+    extractor = experiment.models.extractor()
+
+    def points(data: ImageData) -> Tensor:
+        return features.features(extractor, data.subset(data.class_indices(label)[:images]))
+
+    real, first = points(experiment.train), sets.of_seed(0)
+    own = {method: points(in_memory(found)) for method, found in first.items()}
+    rows = [
+        About(experiment, method, 0, first[method], sets.ipc).row(
+            f"Wasserstein over {extractor.space}", metrics.wasserstein(real, found)
+        )
+        for method, found in own.items()
+    ]
+    count = len(real) + sum(map(len, own.values()))
+    named = {"real": real} | {method.label: found for method, found in own.items()}
+    places = metrics.joint_tsne(named, perplexity=min(30.0, count // 3))
+    return places.assign(**{"class": experiment.train.classes[label]}), results.frame(rows)
+
+
+def save(*frames: pd.DataFrame, folder: str = "") -> None:
+    """Store rows, one JSON file each, under `$IGD_CACHE/results`, and as `rows.csv` in `folder` if given."""
+    rows = pd.concat(frames, ignore_index=True)
+    for record in rows.to_dict("records"):
+        results.append(cache_dir() / "results", results.Row(**record))
+    if folder:
+        files.write(Path(folder) / "rows.csv", rows.to_csv(index=False, lineterminator="\n"))
+
+
+def save_table(experiment: Experiment, table: pd.DataFrame, folder: str, name: str) -> None:
+    """Write a table that is no result row (coordinates, curves), with its origin, as `folder/NAME.csv` if a
+    folder is given.
+    """
+    if folder:
+        origin = dict(dataset=experiment.train.name, scale=experiment.scale.name, git_revision=git_revision())
+        files.write(
+            Path(folder) / f"{name}.csv", table.assign(**origin).to_csv(index=False, lineterminator="\n")
+        )

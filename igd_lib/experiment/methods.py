@@ -1,0 +1,133 @@
+"""A row of a table: a `Method` is typed fields, and its label is derived from them. Nothing is decided on a
+label.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from igd_lib.analysis import results
+from igd_lib.config import RELEASED, Fidelity, Guidance
+from igd_lib.experiment.registry import BASELINES, GUIDES
+from igd_lib.guides import Shortcuts
+
+SAMPLED = "sampled"
+Field = Literal["cfg", "k", "gamma", "solver", "selection", "surrogate", "shortcuts", "fidelity"]
+BACKBONES = {"dit": "DiT", "minimax": "Minimax"}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which checkpoints guide, as indices into the trajectory, and by which rule they were chosen."""
+
+    rule: Literal["threshold", "regular"]
+    keep: tuple[int, ...]
+    threshold: float | None = None  # of Algorithm 2
+
+    @property
+    def label(self) -> str:
+        return f"{self.rule} {self.threshold}" if self.threshold is not None else self.rule
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of a comparison. Where a field is None, the experiment's own setting is used.
+
+    gamma is the paper's, for latents of 4,096 values, whatever the latents' size.
+    """
+
+    family: str = SAMPLED  # or one of BASELINES
+    backbone: Literal["dit", "minimax"] = "dit"
+    guidance: Guidance | None = None  # the paper's two; None: neither
+    guides: tuple[str, ...] = ()  # others, of GUIDES
+    cfg_scale: float = 4.0
+    cfg_choice: Literal["", "best"] = ""  # best: chosen on validation data
+    throughout: bool = False  # whether every step is guided
+    fidelity: Fidelity | None = None
+    num_steps: int | None = None
+    selection: Selection | None = None
+    surrogate: str | None = None
+    shortcuts: Shortcuts = field(default_factory=Shortcuts)
+    tiny_decoder: bool = False  # the small guidance decoder in the autoencoder's place
+    change: str = ""  # FIELD=VALUE: the one field of `fidelity` that the table is about
+    varies: tuple[Field, ...] = ()  # what the table's rows differ in: the label says it
+
+    @property
+    def influenced(self) -> bool:
+        return self.guidance is not None and self.guidance.k > 0
+
+    @property
+    def guide_names(self) -> tuple[str, ...]:
+        """Which guides take part, or are what the rows differ in: "influence", "deviation", and others by
+        their name.
+        """
+        fields = (("influence", "k"), ("deviation", "gamma")) if self.guidance is not None else ()
+        own = [name for name, field in fields if getattr(self.guidance, field) > 0 or field in self.varies]
+        return (*own, *self.guides)
+
+    @property
+    def kind(self) -> str:
+        """What the method is called, whatever its settings: the paper's name where it has one."""
+        if self.family != SAMPLED:
+            return BASELINES[self.family].name
+        plain, names = BACKBONES[self.backbone], self.guide_names
+        if names == ("influence", "deviation"):
+            return f"{plain}-IGD"
+        shown = {"influence": "G_I", "deviation": "G_D"}
+        return " + ".join([plain, *(shown.get(name) or GUIDES[name].name for name in names)])
+
+    @property
+    def shortcuts_label(self) -> str:
+        """The shortcuts in words, empty without any."""
+        words = {2: "2nd", 3: "3rd"}
+        own = self.shortcuts
+        found = [f"gradient every {words.get(own.every, f'{own.every}th')} step"] if own.every > 1 else []
+        found += ["decoder Jacobian"] if own.jacobian == "decoder" else []
+        found += ["tiny decoder"] if self.tiny_decoder else []
+        if own.checkpoints_per_step is not None:
+            found.append(
+                "one checkpoint a step"
+                if own.checkpoints_per_step == 1
+                else f"{own.checkpoints_per_step} checkpoints a step"
+            )
+        return ", ".join(found)
+
+    def columns(
+        self, *, fidelity: Fidelity = RELEASED, num_steps: int = 0, surrogate: str = ""
+    ) -> dict[str, Any]:
+        """A method's fields as a result row has them, its label among them; the arguments are the
+        experiment's settings.
+        """
+        sampled, guidance, own = self.family == SAMPLED, self.guidance, self.fidelity or fidelity
+        fields = {
+            "kind": self.kind,
+            "family": self.family,
+            "backbone": self.backbone,
+            "guides": "+".join(self.guide_names),
+            "cfg": float(self.cfg_scale) if sampled else 0.0,
+            "cfg_choice": self.cfg_choice,
+            "k": float(guidance.k) if guidance else 0.0,
+            "gamma": float(guidance.gamma) if guidance else 0.0,
+            "guided_range": "-".join(map(str, guidance.guided_range)) if guidance else "",
+            "throughout": int(self.throughout),
+            "solver": own.solver if sampled else "",
+            "steps": (self.num_steps or num_steps) if sampled else 0,
+            "selection": self.selection.label if self.selection else "",
+            "kept": len(self.selection.keep) if self.selection else 0,
+            "surrogate": self.surrogate or surrogate,
+            "shortcuts": self.shortcuts_label,
+            "change": self.change,
+            "varies": "+".join(self.varies),
+        }
+        return {"method": results.label(fields), **fields}
+
+    @property
+    def label(self) -> str:
+        """What it is called in a table."""
+        return self.columns()["method"]
+
+    @property
+    def look(self) -> str:
+        """What figures tell it by."""
+        return results.look(self.columns())

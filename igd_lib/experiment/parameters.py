@@ -1,0 +1,82 @@
+"""A notebook's parameters, checked: papermill adds misspelt names without a word."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+SCALES = ("auto", "smoke", "small", "paper")
+
+
+def read(namespace: Mapping[str, Any], **types: type) -> SimpleNamespace:
+    """A notebook's parameters from its globals, checked: every name known, every value of its type.
+
+    A parameter is what a cell of nothing but literal assignments sets: the notebook's own parameters cell,
+    and the one that papermill adds below it. Cells run before the parameters cell was last run do not count,
+    nor do variables that other cells make. An int passes for a float. Raises NameError or TypeError with the
+    nearest known name, ValueError for a scale that there is not, and for fewer than one image or seed.
+    """
+    for name in _set_by_hand(namespace, types):
+        close = difflib.get_close_matches(name, types, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(types)}"
+        raise NameError(f"unknown notebook parameter {name!r}; {hint}")
+    found = {name: _typed(name, kind, namespace) for name, kind in types.items()}
+    if found.get("scale", "auto") not in SCALES:
+        raise ValueError(f"scale is one of {', '.join(SCALES)}, got {found['scale']!r}")
+    for name in ("ipc", "seeds"):
+        if found.get(name, 1) < 1:
+            raise ValueError(f"{name} is at least 1, got {found[name]}")
+    return SimpleNamespace(**found)
+
+
+def _typed(name: str, kind: type, namespace: Mapping[str, Any]) -> Any:
+    """The value of a parameter, if it is of its type."""
+    if name not in namespace:
+        raise NameError(f"the notebook's parameters cell lacks {name!r}")
+    value = namespace[name]
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise TypeError(
+            f"notebook parameter {name!r} is {kind.__name__}, got {value!r} ({type(value).__name__})"
+        )
+    return value
+
+
+def _set_by_hand(namespace: Mapping[str, Any], types: Mapping[str, type]) -> list[str]:
+    """The names that parameter cells have set and that no parameter has."""
+    history = namespace.get("In")
+    if not isinstance(history, Sequence):  # no notebook: every plain value counts
+        plain = (bool, int, float, str, list, tuple, dict, type(None))
+        named = [
+            name for name, value in namespace.items() if not name.startswith("_") and isinstance(value, plain)
+        ]
+        return [name for name in named if name not in types]
+    cells = [literals(str(source)) for source in history]
+    first = max((number for number, names in enumerate(cells) if set(types) <= set(names)), default=0)
+    recent = dict.fromkeys(name for names in cells[first:] for name in names)
+    return [name for name in recent if name not in types and name in namespace]
+
+
+def literals(source: str) -> list[str]:
+    """The names that a cell sets where it is nothing but assignments of literals; empty for any other
+    cell.
+    """
+    try:
+        statements = ast.parse(source).body
+        names = []
+        for statement in statements:
+            if isinstance(statement, ast.Assign):
+                targets, value = statement.targets, statement.value
+            elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
+                targets, value = [statement.target], statement.value
+            else:
+                return []
+            ast.literal_eval(value)
+            names += [target.id for target in targets if isinstance(target, ast.Name)]
+    except (SyntaxError, ValueError, TypeError):  # magics, and values that are no literals
+        return []
+    return names

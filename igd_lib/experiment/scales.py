@@ -1,0 +1,136 @@
+"""What an experiment runs with at each scale: settings, as values, each made in one place.
+
+At "paper" the paper's data, models and settings; at "small" the stand-in, real but small; at "smoke" the
+stand-in cut to seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from igd_lib.baselines.minimax import Minimax
+from igd_lib.config import RELEASED, Fidelity, Guidance, preset, surrogate_training
+from igd_lib.protocols import IGD_HARD, RDED_SOFT, SMALL_HARD, SMALL_SOFT, Protocol
+from igd_lib.surrogate import SurrogateTraining
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Everything about a scale that is no data and no model. gamma is the paper's, for latents of 4,096
+    values.
+    """
+
+    name: str  # "smoke", "small" or "paper"
+    dataset: str  # the one asked for; a stand-in's data are another
+    guidance: Guidance
+    surrogate: str  # the network's name
+    training: SurrogateTraining
+    protocol: Protocol
+    num_steps: int
+    train_images: int | None = None  # a class, for the surrogate; None: all
+    fidelity: Fidelity = RELEASED
+    threshold: float = 0.7  # of Algorithm 2
+    best_cfg: float = 1.5  # vanilla's, on validation data
+    minimax: Minimax = field(default_factory=Minimax)
+    minimax_guidance: Guidance | None = None  # None: `guidance`
+    few_steps: int = 20  # of the quick solver (Table 10), ...
+    few_range: tuple[int, int] = (12, 18)  # ... and its guided range
+    most: int | None = None  # at most so many images a class, seeds, and values of a grid
+    candidates: int = 300  # RDED's, a class
+    all_images: int | None = (
+        None  # what "all images of a class" is read as where they are compared; None: all
+    )
+    many_classes: bool = False  # class gradients of all checkpoints are too large to keep
+    teacher_least: float = 50.0  # percent of real images that a teacher must get right
+    from_table_12: bool = False  # whether k and gamma are the paper's for this data set
+    figures_mean_something: bool = True
+
+    def limit(self, ipc: int, seeds: int) -> tuple[int, int]:
+        """IPC and number of seeds to run: what was asked for, but no more than the scale allows."""
+        return (ipc, seeds) if self.most is None else (min(ipc, self.most), min(seeds, self.most))
+
+    def on_minimax(self) -> Guidance:
+        """The guidance of the Minimax backbone."""
+        return self.minimax_guidance or self.guidance
+
+    def grid_values(self, ks: str, gammas: str) -> tuple[list[float], list[float]]:
+        """k and gamma to search, from comma-separated numbers; "auto": 0 and the setting in use."""
+        own = (self.guidance.k, self.guidance.gamma)
+        k, gamma = (
+            [0.0, value] if text == "auto" else [float(part) for part in text.split(",")]
+            for text, value in zip((ks, gammas), own, strict=True)
+        )
+        return (k, gamma) if self.most is None else (k[-self.most :], gamma[-self.most :])
+
+
+def paper_scale(
+    dataset: str, *, fidelity: Fidelity, ipc: int, labels: str, num_classes: int, image_size: int
+) -> Scale:
+    """The paper's settings: Table 12's where it has the data set."""
+    try:
+        guidance, minimax = preset(dataset, "dit", ipc), preset(dataset, "minimax", ipc)
+    except KeyError:
+        guidance, minimax = Guidance(), None
+    return Scale(
+        name="paper",
+        dataset=dataset,
+        guidance=guidance,
+        minimax_guidance=minimax or Guidance(),
+        surrogate="convnet6" if image_size > 64 else "convnet3",
+        training=SurrogateTraining(**surrogate_training(fidelity, num_classes)),
+        protocol=RDED_SOFT if labels == "soft" else IGD_HARD,
+        num_steps=50,
+        fidelity=fidelity,
+        many_classes=True,
+        from_table_12=minimax is not None,
+    )
+
+
+# Chosen on the stand-in's validation split.
+STAND_INS: Mapping[str, Scale] = {
+    "fashion-mnist": Scale(
+        name="small",
+        dataset="fashion-mnist",
+        guidance=Guidance(30.0, 480.0, (15, 22)),
+        surrogate="convnet3",
+        training=SurrogateTraining(epochs=2, saves_in_first_epoch=6),
+        train_images=1000,
+        protocol=SMALL_HARD,
+        num_steps=25,
+        minimax=Minimax(images=200, ema=0.999, flip=False, posterior="mean"),  # 2,000 steps: a few minutes
+        all_images=1000,
+    ),
+}
+TEST_IMAGES = {"fashion-mnist": 200}  # a class at "small": the first of the test split, fixed
+
+
+def small_scale(dataset: str, stand_in: str, *, fidelity: Fidelity, labels: str) -> Scale:
+    """A stand-in's settings."""
+    protocol = SMALL_SOFT if labels == "soft" else SMALL_HARD
+    return replace(STAND_INS[stand_in], dataset=dataset, fidelity=fidelity, protocol=protocol)
+
+
+def smoke_scale(dataset: str, stand_in: str, *, fidelity: Fidelity, labels: str) -> Scale:
+    """The same cut to seconds."""
+    small = small_scale(dataset, stand_in, fidelity=fidelity, labels=labels)
+    guided = replace(small.guidance, guided_range=(6, 7))
+    return replace(
+        small,
+        name="smoke",
+        guidance=guided,
+        minimax_guidance=replace(small.on_minimax(), guided_range=(6, 7)),
+        training=replace(small.training, epochs=1, saves_in_first_epoch=2),
+        train_images=20,
+        protocol=replace(small.protocol, epochs=2, evaluations=1),
+        num_steps=10,
+        fidelity=replace(fidelity, gradient_images=10),
+        minimax=replace(small.minimax, epochs=1, images=2),
+        few_steps=10,
+        few_range=(6, 7),
+        most=2,
+        candidates=10,
+        all_images=20,
+        teacher_least=0.0,
+        figures_mean_something=False,
+    )

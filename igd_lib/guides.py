@@ -1,0 +1,238 @@
+"""What may steer a denoising step: the guides that `sample` asks at every step.
+
+A guide sees a `Step` and answers with an `Update`. The paper's two are `Influence` and `Deviation`; another
+paper's guidance is one more class here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from igd_lib.config import RELEASED, Fidelity, Guidance
+from igd_lib.guidance import deviation_loss, influence_loss, influence_scale, predicted_clean
+from igd_lib.surrogate import Checkpoints
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoising step as a guide sees it. Tensors are (B, C, h, w) unless said otherwise."""
+
+    index: int  # of the respaced steps, the last one's being `Fidelity.range_counts_from`
+    timestep: int  # of the scheduler's training timesteps
+    num_steps: int
+    alpha_bar: Tensor  # ()
+    z: Tensor  # z_t; a leaf of the graph in guided steps
+    eps: Tensor  # the noise after CFG
+    conditional: Tensor  # the conditional prediction
+    variance: Tensor | None  # of a model and scheduler with a learned one
+    clean: Tensor  # the clean latents that z and eps imply (Eq. 5)
+    other: Tensor  # the second half of the batch after CFG
+    other_variance: Tensor | None
+    shared: bool = False  # whether another guide needs the graph through the transformer too
+
+    def gradient(self, loss: Tensor, *, again: bool = False) -> Tensor:
+        """The gradient by z of a loss (B,) that was computed from this step; `again`: another of its
+        gradients follows.
+        """
+        with torch.enable_grad():
+            total = loss.sum()
+        return torch.autograd.grad(total, self.z, retain_graph=again or self.shared)[0]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a guide does to a step: z_{t-1} is moved by -`shift`, and the scheduler gets `eps` in place of the
+    step's.
+    """
+
+    shift: Tensor | None = None
+    eps: Tensor | None = None
+    report: Mapping[str, Tensor] = field(default_factory=dict)  # for the sampler's callback
+
+
+class Guide:
+    """What `sample` asks of a guide; a subclass says what it does in the steps that it covers."""
+
+    @property
+    def through_model(self) -> bool:
+        """Whether its next call needs the graph through the transformer."""
+        return False
+
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        """The networks it differentiates through, whose parameters are frozen meanwhile."""
+        return ()
+
+    def covers(self, index: int) -> bool:
+        """Whether it guides the step `index`."""
+        return True
+
+    def __call__(self, step: Step) -> Update:
+        """Asked in every step that it covers."""
+        raise NotImplementedError
+
+    def after(self, step: Step) -> None:
+        """Told of every step, guided or not, when its guides have been asked."""
+
+
+@dataclass(frozen=True)
+class GuideFactory:
+    """Makes a guide for each batch of a distilled set: one that may depend on the class, the image and those
+    before it.
+    """
+
+    make: Callable[
+        [Tensor, Sequence[int], Sequence[Tensor]], Guide
+    ]  # labels (B,), image numbers, earlier latents (M_b, C, h, w)
+    settings: Mapping[
+        str, Any
+    ]  # JSON-able: what names the guide in the set's key, digests of its data included
+    remembers: bool = True  # whether it reads the earlier latents of a class
+
+    def __call__(self, labels: Tensor, indices: Sequence[int], memory: Sequence[Tensor]) -> Guide:
+        return self.make(labels, indices, memory)
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """Ways to cheaper influence guidance, each of which changes the result; the defaults are the exact
+    one.
+    """
+
+    jacobian: Literal["full", "decoder"] = (
+        "full"  # through transformer and decoder (the paper), or the decoder alone
+    )
+    every: int = 1  # the gradient is computed in each m-th guided step and used again in between, rho_t anew
+    checkpoints_per_step: int | None = None  # how many enter a step, in turn; None: all
+
+    def __post_init__(self) -> None:
+        if self.jacobian not in ("full", "decoder"):
+            raise ValueError(f"jacobian is 'full' or 'decoder', got {self.jacobian!r}")
+        if self.every < 1 or (self.checkpoints_per_step is not None and self.checkpoints_per_step < 1):
+            raise ValueError(
+                f"every and checkpoints_per_step are at least 1, got {self.every} and "
+                f"{self.checkpoints_per_step}"
+            )
+
+
+@dataclass
+class Influence(Guide):
+    """The influence guidance G_I (Eq. 7), scaled by rho_t (Eq. 9).
+
+    Raises ValueError where targets or gradients do not fit each other or the checkpoints.
+    """
+
+    guidance: Guidance
+    checkpoints: Checkpoints
+    gradients: Tensor  # (E, B, P): each sample's own class average
+    targets: Tensor  # (B,): the surrogate's labels
+    decoder: Any  # AutoencoderKL, or a small one such as AutoencoderTiny
+    fidelity: Fidelity = RELEASED
+    shortcuts: Shortcuts = field(default_factory=Shortcuts)
+    _steered: int = field(default=0, init=False)  # guided steps so far
+    _gradient: Tensor | None = field(default=None, init=False)  # the last one computed
+
+    def __post_init__(self) -> None:
+        size = len(self.targets)
+        if self.targets.shape != (size,) or self.gradients.shape[:2] != (len(self.checkpoints), size):
+            raise ValueError(
+                f"targets are ({size},) and gradients ({len(self.checkpoints)}, {size}, P), "
+                f"got {tuple(self.targets.shape)} and {tuple(self.gradients.shape)}"
+            )
+
+    @property
+    def through_model(self) -> bool:
+        return self.shortcuts.jacobian == "full" and self._is_due
+
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        return self.decoder, self.checkpoints.model
+
+    @property
+    def _is_due(self) -> bool:
+        return self._steered % self.shortcuts.every == 0
+
+    def covers(self, index: int) -> bool:
+        return self.guidance.covers(index)
+
+    def __call__(self, step: Step) -> Update:
+        report = {}
+        if self._is_due:
+            report["influence_loss"], self._gradient = self._loss_and_gradient(step, self._in_turn())
+        assert self._gradient is not None  # of this step or an earlier one
+        self._steered += 1
+        eps = step.conditional if self.fidelity.eps == "conditional" else step.eps
+        scale = influence_scale(
+            self.guidance.k, step.alpha_bar, eps.detach(), self._gradient, factor=self.fidelity.rho_factor
+        )
+        shift = scale * self._gradient
+        return Update(shift, report=report | {"influence_shift": shift})
+
+    def _in_turn(self) -> list[int]:
+        """Which checkpoints enter this step."""
+        count = min(self.shortcuts.checkpoints_per_step or len(self.checkpoints), len(self.checkpoints))
+        return [
+            (self._steered // self.shortcuts.every * count + i) % len(self.checkpoints) for i in range(count)
+        ]
+
+    def _loss_and_gradient(self, step: Step, subset: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """G_I (B,) over the checkpoints `subset`, and its gradient by z_t."""
+        with torch.enable_grad():
+            images = self._images(step)
+            # Eq. 7, all checkpoints in one piece or each in its own: their sum is the same.
+            pieces = [[e] for e in subset] if self.fidelity.backward == "per_checkpoint" else [list(subset)]
+            loss, gradient = torch.zeros_like(step.z[:, 0, 0, 0]), torch.zeros_like(step.z)
+            for number, piece in enumerate(pieces, start=1):
+                part, weights = self.checkpoints.keep(piece), [self.checkpoints.weights[e] for e in piece]
+                own = (
+                    self.gradients if len(piece) == len(self.checkpoints) else self.gradients[piece]
+                )  # indexing copies
+                values = [influence_loss(image, self.targets, part, own, weights=weights) for image in images]
+                term = torch.stack(values).mean(0) * len(piece) / len(subset)
+                loss = loss + term.detach()
+                gradient = gradient + step.gradient(term, again=number < len(pieces))
+        return loss, gradient
+
+    def _images(self, step: Step) -> list[Tensor]:
+        """The decoded images (B, 3, H, W) that G_I looks at."""
+        found = []
+        for clean in self._latents(step):
+            latents = clean.to(self.decoder.dtype) / self.decoder.config.scaling_factor
+            image = self.decoder.decode(latents).sample.to(step.z.dtype)
+            found.append(image.clamp(-1, 1) if self.fidelity.clamp_images else image)
+        return found
+
+    def _latents(self, step: Step) -> list[Tensor]:
+        """The predicted clean latents that are decoded."""
+        if not self.fidelity.both_halves:
+            return [step.clean]
+        return [step.clean, predicted_clean(step.z, step.other, step.alpha_bar)]
+
+
+@dataclass
+class Deviation(Guide):
+    """The deviation guidance G_D (Eq. 8): away from the most similar earlier latent of the class."""
+
+    guidance: Guidance
+    memory: Sequence[
+        Tensor
+    ]  # B tensors (M_b, C, h, w) of earlier final latents of the same class, oldest first
+    size: int | None = None  # how many of the last latents count; None: all
+
+    def __post_init__(self) -> None:
+        self.memory = [latents[-self.size :] if self.size else latents for latents in self.memory]
+
+    def covers(self, index: int) -> bool:
+        return self.guidance.covers(index)
+
+    def __call__(self, step: Step) -> Update:
+        with torch.enable_grad():
+            z = step.z.detach().requires_grad_()
+            loss = deviation_loss(z, self.memory)
+            (gradient,) = torch.autograd.grad(loss.sum(), z)
+        return Update(self.guidance.gamma * gradient, report={"deviation_loss": loss.detach()})

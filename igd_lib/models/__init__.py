@@ -1,0 +1,1 @@
+"""Networks, diffusion models and their weights."""

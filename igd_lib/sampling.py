@@ -1,0 +1,167 @@
+"""How the images of a set are sampled, whatever their class and number, as one value."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from igd_lib.config import RELEASED, Fidelity, Guidance
+from igd_lib.data.images import ImageData
+from igd_lib.guides import Deviation, Guide, GuideFactory, Influence, Shortcuts
+from igd_lib.pipeline import IGDPipeline
+from igd_lib.sampler import Denoiser, check_range, sample
+from igd_lib.surrogate import Checkpoints, class_gradients
+from igd_lib.tools import files
+
+Gradients = Tensor | Callable[[int], Tensor]  # (E, C, P) of all classes, or (E, P) of a label
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The pipeline, its guides and its steps. Raises ValueError for what does not fit.
+
+    The models are used as they are: what `fidelity` says of the autoencoder and of timestep frequencies is
+    done where they are loaded.
+    """
+
+    pipe: IGDPipeline
+    guidance: Guidance | None = None  # the paper's
+    others: Sequence[GuideFactory] = ()  # other guides, beside it or alone
+    checkpoints: Checkpoints | None = None  # for k > 0
+    gradients: Gradients | None = None  # of the checkpoints; None: computed a batch of classes at a time
+    cfg_scale: float = 4.0
+    num_steps: int = 50
+    fidelity: Fidelity = RELEASED
+    shortcuts: Shortcuts = field(default_factory=Shortcuts)
+    guidance_decoder: nn.Module | None = None  # decodes for G_I in the autoencoder's place
+
+    def __post_init__(self) -> None:
+        if self.influences and self.checkpoints is None:
+            raise ValueError("k > 0 needs checkpoints")
+        if self.guidance is not None:
+            check_range(self.guidance, self.num_steps, self.fidelity)
+
+    @property
+    def influences(self) -> bool:
+        """Whether the paper's influence guidance takes part."""
+        return self.guidance is not None and self.guidance.k > 0
+
+    @property
+    def remembers(self) -> bool:
+        """Whether an image depends on the earlier ones of its class."""
+        own = self.guidance is not None and self.guidance.gamma > 0
+        return own or any(factory.remembers for factory in self.others)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its images depend on but data, seed and number: JSON-able, weights by their digests."""
+        return {
+            "guidance": self.guidance and asdict(self.guidance),
+            "guides": [dict(factory.settings) for factory in self.others] or None,
+            "cfg_scale": self.cfg_scale,
+            "num_steps": self.num_steps,
+            "fidelity": asdict(self.fidelity),
+            "shortcuts": asdict(self.shortcuts) | {"guidance_decoder": named(self.guidance_decoder)},
+            "scheduler": type(self.pipe.scheduler_for(self.fidelity)).__name__,
+            "model": architecture(self.pipe.transformer),
+            "transformer": files.digest(self.pipe.transformer.state_dict()),
+            "vae": files.digest(self.pipe.vae.state_dict()),
+            "checkpoints": self._guiding
+            and {
+                "epochs": list(self._guiding.epochs),
+                "weights": [files.digest(state) for state in self._guiding.states],
+            },
+        }
+
+    @property
+    def _guiding(self) -> Checkpoints | None:
+        """The checkpoints, where they guide."""
+        return self.checkpoints if self.influences else None
+
+    def to(self, device: str) -> Sampling:
+        """The same with its models on a device."""
+        gradients = self.gradients.to(device) if isinstance(self.gradients, Tensor) else self.gradients
+        checkpoints = self.checkpoints and self.checkpoints.to(device)
+        decoder = self.guidance_decoder and self.guidance_decoder.to(device)
+        return replace(
+            self,
+            pipe=self.pipe.to(device),
+            checkpoints=checkpoints,
+            gradients=gradients,
+            guidance_decoder=decoder,
+        )
+
+    def class_gradients(self, data: ImageData, label: int) -> Tensor:
+        """(E, P) of one class, with influence guidance: those given, or computed from its images."""
+        assert self._guiding is not None  # asked with influence guidance alone
+        if self.gradients is None:
+            images = data.of_class(label, self.fidelity.gradient_images)
+            return class_gradients(self._guiding, images, label)
+        return self.gradients(label) if callable(self.gradients) else self.gradients[:, label]
+
+    def guides(
+        self,
+        labels: Sequence[int],
+        indices: Sequence[int],
+        memory: Sequence[Tensor],
+        gradients: Mapping[int, Tensor],
+    ) -> list[Guide]:
+        """The guides of one batch: image `indices[b]` of the data set's class `labels[b]`."""
+        device = self.pipe._execution_device
+        targets = torch.tensor(list(labels), device=device)
+        found: list[Guide] = []
+        if self.guidance is not None and self._guiding is not None:
+            own = torch.stack([gradients[label] for label in labels], dim=1).to(device)
+            decoder = self.guidance_decoder or self.pipe.vae
+            found.append(
+                Influence(self.guidance, self._guiding, own, targets, decoder, self.fidelity, self.shortcuts)
+            )
+        if self.guidance is not None and self.guidance.gamma > 0:
+            found.append(Deviation(self.guidance, memory, self.fidelity.memory_size))
+        return [*found, *(factory(targets, indices, memory) for factory in self.others)]
+
+    def sample(
+        self,
+        noise: Tensor,
+        ids: Sequence[int],
+        guides: Sequence[Guide],
+        generators: Sequence[torch.Generator],
+        **options: Any,
+    ) -> Tensor:
+        """Final latents (B, C, h, w) of the diffusion model's classes `ids`; options: `sample`'s callback."""
+        labels = torch.tensor(list(ids), device=noise.device)
+        return sample(
+            Denoiser(self.pipe.transformer, labels, self.cfg_scale, self.fidelity.cfg_channels),
+            self.pipe.scheduler_for(self.fidelity),
+            noise,
+            guides=guides,
+            num_steps=self.num_steps,
+            counts_from=self.fidelity.range_counts_from,
+            generator=list(generators),
+            **options,
+        )
+
+
+def named(decoder: nn.Module | None) -> str | None:
+    """A decoder as a manifest has it: its kind, size and weights."""
+    if decoder is None:
+        return None
+    size = sum(parameter.numel() for parameter in decoder.parameters())
+    return f"{type(decoder).__name__}, {size} parameters, {files.digest(decoder.state_dict())}"
+
+
+def architecture(model: Any) -> dict[str, Any]:
+    """What a model's configuration says beyond its class's defaults, whichever diffusers saved it."""
+    known = inspect.signature(type(model).__init__).parameters
+    found = {
+        name: model.config[name]
+        for name, parameter in known.items()
+        if name in model.config and model.config[name] != parameter.default
+    }
+    ours = model.config.get("timestep_frequencies")  # see `match_original`
+    return found if ours is None else found | {"timestep_frequencies": ours}

@@ -1,0 +1,1 @@
+"""Distilled sets: on disk, and in the forms other tools read."""

@@ -1,0 +1,210 @@
+"""Files that are whole or absent: atomic writes and safetensors training states.
+
+Every tensor the project stores is safetensors. A writer fills a temporary file beside the target,
+flushes it to disk and renames it, so a crash, a full disk or a kill never leaves half a file.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import load as _parse
+from safetensors.torch import save as _serialise
+from torch import Tensor, nn
+
+
+def write(path: str | Path, content: bytes | str | Callable[[Path], None]) -> Path:
+    """Write `content` (bytes, text, or a function that writes to the path it is given) atomically.
+
+    Raises OSError with the path and the cause in plain words when the folder cannot be written or
+    the disk is full; nothing is left behind.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        if callable(content):
+            content(temporary)
+        else:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
+    except BaseException:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _cannot_write(path: Path, error: OSError) -> OSError:
+    return OSError(
+        error.errno, f"cannot write {path}: {error.strerror or error}. Free space or choose another folder"
+    )
+
+
+def sha256(path: str | Path) -> str:
+    """A file's hash, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(folder: str | Path, what: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold a folder's lock, which the system releases when the process ends, however it ends.
+
+    Where another process holds it, wait for it, or raise BlockingIOError. Raises OSError where the folder
+    cannot be written.
+    """
+    path = Path(folder) / LOCK
+    lock = FileLock(path, timeout=-1 if wait else 0)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        with suppress(OSError):
+            what = f"{what} ({path.read_text().strip()})"
+        raise BlockingIOError(
+            errno.EAGAIN, f"{folder} is in use by {what}; wait for it, or choose another folder"
+        ) from error
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    try:
+        with suppress(OSError):  # on a full disk the lock holds without a name in it
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # a process that waits for it takes another file
+        lock.release()
+
+
+def difference(old: Any, new: Any, where: str = "") -> str | None:
+    """The first difference between two JSON values in words ("a.b[0] = 1, wanted 2"); keys that only `old`
+    has do not count at the top.
+    """
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = list(new) if not where else list(dict.fromkeys([*new, *old]))
+        pairs = [(old.get(key), new.get(key), f"{where}.{key}".lstrip(".")) for key in keys]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(*pair, f"{where}[{index}]") for index, pair in enumerate(zip(old, new, strict=True))]
+    else:
+        return None if old == new else f"{where} = {old}, wanted {new}"
+    return next((found for pair in pairs if (found := difference(*pair))), None)
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """Twelve hex digits of a state dict's tensors in their order, by which sets and models made from other
+    weights are told apart.
+    """
+    found = hashlib.sha256()
+    for value in state.values():
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
+# of the names: safetensors sorts them by its own rules and gives them back in another order each time
+_ORDER = "_order"
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], **metadata: Any) -> Path:
+    """Write named tensors and JSON-able metadata as one safetensors file, atomically."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return write(
+        path,
+        _serialise(plain, metadata={"igd": json.dumps(metadata | {_ORDER: list(plain)}, sort_keys=True)}),
+    )
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote: (tensors in their order, metadata). Raises ValueError naming a damaged
+    file.
+    """
+    path = Path(path)
+    raw = path.read_bytes()
+    try:
+        tensors = _parse(raw)
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        metadata = json.loads(header.get("__metadata__", {}).get("igd", "{}"))
+        tensors = {name: tensors[name] for name in metadata.pop(_ORDER, sorted(tensors))}
+    except Exception as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
+    return tensors, metadata
+
+
+def save_training(
+    path: str | Path,
+    step: int,
+    optimizer: torch.optim.Optimizer,
+    *,
+    generator: torch.Generator | None = None,
+    note: Mapping[str, Any] | None = None,
+    **models: nn.Module,
+) -> Path:
+    """Write the models, the optimiser's state, the number of finished steps and, if given, the generator's
+    state and a JSON-able note.
+    """
+    tensors = {
+        f"{name}/{key}": value for name, model in models.items() for key, value in model.state_dict().items()
+    }
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {
+            f"optimizer/{index}/{key}": torch.as_tensor(value)
+            for key, value in state.items()
+            if value is not None
+        }
+    if generator is not None:
+        tensors["generator"] = generator.get_state()
+    # Shared storage cannot be written; copies can.
+    return save_tensors(
+        path, {name: tensor.clone() for name, tensor in tensors.items()}, step=step, **(note or {})
+    )
+
+
+def load_training(
+    path: str | Path,
+    optimizer: torch.optim.Optimizer,
+    *,
+    generator: torch.Generator | None = None,
+    **models: nn.Module,
+) -> dict[str, Any]:
+    """Restore what `save_training` wrote, in place; returns its note with the number of finished "step"s, 0
+    without a file.
+    """
+    if not Path(path).is_file():
+        return {"step": 0}
+    tensors, metadata = load_tensors(path)
+    for name, model in models.items():
+        model.load_state_dict(
+            {key.split("/", 1)[1]: value for key, value in tensors.items() if key.startswith(f"{name}/")}
+        )
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer/"):
+            _, index, field = key.split("/")
+            state.setdefault(int(index), {})[field] = value
+    if generator is not None:
+        generator.set_state(tensors["generator"])
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return metadata

@@ -1,0 +1,224 @@
+"""One key for a piece of work on disk, used by the cache's folder and by the manifest in it alike.
+
+A key is made of the kind of work, that kind's schema number, and the settings that differ from the schema's
+frozen defaults. So a new setting, listed here with the value that means "as before", keeps everybody's cache;
+and a change of results raises the schema number, which leaves old work where it is and names new work anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from igd_lib.tools import files
+from igd_lib.tools.machine import cache_dir
+
+# Raised when the same settings give another result.
+SCHEMA = {
+    "surrogate": 1,
+    "gradients": 1,
+    "similarities": 1,
+    "set": 1,
+    "evaluation": 1,
+    "rded": 1,
+    "minimax": 1,
+}
+
+# What a setting is where work on disk does not name it. Values are never changed under one schema number; a
+# new
+# setting is added with the value that gives the results it gave before.
+FROZEN: dict[str, dict[str, Any]] = {
+    "surrogate": {
+        "lr": 0.01,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "batch_size": 64,
+        "saves_in_first_epoch": 1,
+        "seed": 0,
+        "keep_epochs": None,
+    },
+    "gradients": {"images": 200},
+    "similarities": {"images": 200},
+    "set": {
+        "guidance": {"k": 5.0, "gamma": 120.0, "guided_range": [30, 45]},
+        "guides": None,
+        "cfg_scale": 4.0,
+        "num_steps": 50,
+        "fidelity": {
+            "solver": "ddpm",
+            "timestep_spacing": "linspace",
+            "timestep_frequencies": "original",
+            "cfg_channels": 3,
+            "range_counts_from": 0,
+            "rho_factor": 0.0015,
+            "eps": "combined",
+            "both_halves": False,
+            "backward": "once",
+            "clamp_images": False,
+            "memory_size": 64,
+            "gradient_images": 200,
+            "checkpoints": "fixed",
+            "similarity": "per_class",
+            "surrogate": "released",
+            "vae": "stabilityai/sd-vae-ft-mse",
+        },
+        "shortcuts": {"jacobian": "full", "every": 1, "checkpoints_per_step": None, "guidance_decoder": None},
+        "checkpoints": None,
+    },
+    "evaluation": {
+        "protocol": {
+            "labels": "hard",
+            "lr_by_network": [],
+            "momentum": 0.9,
+            "betas": [0.9, 0.999],
+            "decay": "all",
+            "over_100_classes": None,
+            "batch_size": 64,
+            "batch_by_ipc": [],
+            "batch_doubled_for": [],
+            "epochs": None,
+            "epochs_by_ipc": [
+                [1, 3000],
+                [10, 2000],
+                [50, 1500],
+                [200, 1000],
+                [500, 500],
+                [float("inf"), 300],
+            ],
+            "schedule": "multistep",
+            "milestones": [2 / 3, 5 / 6],
+            "lr_decay": 0.2,
+            "train_resize": None,
+            "patch_factor": 1,
+            "crop_scale": [0.5, 1.0],
+            "flip": True,
+            "jitter": 0.4,
+            "lighting": 0.1,
+            "cutmix": 1.0,
+            "temperature": 20.0,
+            "test_resize": None,
+            "evaluations": 100,
+            "test_every": None,
+            "test_after": 0.0,
+            "reported": "best",
+            "seeds": [0, 1, 2, 3, 4],
+        },
+        "teacher": None,
+        "precision": "float32",
+    },
+    "rded": {"factor": 2, "candidates": 300, "crops": 5, "seed": 0},
+    "minimax": {
+        "recipe": {
+            "epochs": 8,
+            "batch_size": 8,
+            "lr": 1e-3,
+            "ema": 0.9999,
+            "real_weight": 0.002,
+            "generated_weight": 0.008,
+            "memory_size": 64,
+            "label_dropout": 0.1,
+            "flip": True,
+            "posterior": "sample",
+            "images": None,
+            "seed": 0,
+        },
+        "accumulate": 1,
+        "mixed_precision": "no",
+    },
+}
+
+
+def key(kind: str, settings: Mapping[str, Any]) -> str:
+    """Twelve hex digits that name a piece of work. Raises KeyError for an unknown kind."""
+    changed = _changed(_plain(settings), _plain(FROZEN[kind]))
+    return settings_hash({"kind": kind, "schema": SCHEMA[kind], "settings": changed})
+
+
+def folder(kind: str, settings: Mapping[str, Any]) -> Path:
+    """Where such a piece of work lies in the cache: `$IGD_CACHE/KIND/KEY`."""
+    return cache_dir() / kind / key(kind, settings)
+
+
+def manifest(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a piece of work says of itself on disk: its kind, schema number, key and settings."""
+    return {"kind": kind, "schema": SCHEMA[kind], "key": key(kind, settings), "settings": _plain(settings)}
+
+
+def difference(kind: str, present: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+    """The first difference of a manifest on disk from work of these settings in words, None if it is the same
+    work.
+
+    Settings that one of the two does not name have the schema's frozen default. Raises ValueError for a
+    manifest without settings.
+    """
+    if present.get("schema") != SCHEMA[kind]:
+        return (
+            f"it was made under schema {present.get('schema')} of {kind!r}, results now are of schema "
+            f"{SCHEMA[kind]}"
+        )
+    noted = present.get("settings")
+    if not isinstance(noted, dict):
+        raise ValueError("it has no settings")
+    defaults = _plain(FROZEN[kind])
+    ours, theirs = _filled(_plain(settings), defaults), _filled(_plain(noted), defaults)
+    return files.difference(theirs, dict.fromkeys(theirs) | ours)
+
+
+def claim(path: str | Path, kind: str, settings: Mapping[str, Any], what: str) -> None:
+    """Note the settings of new work in the JSON file `path`, or compare them with those noted there.
+
+    Raises ValueError naming the first difference ("FOLDER holds `what` of other settings ..."), or a damaged
+    file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        files.write(path, json.dumps(manifest(kind, settings), indent=2) + "\n")
+        return
+    try:
+        present = dict(json.loads(path.read_text()))
+        found = difference(kind, present, settings)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete its folder and run again") from error
+    if found:
+        raise ValueError(f"{path.parent} holds {what} of other settings: {found}; choose another folder")
+
+
+def settings_hash(settings: object) -> str:
+    """Twelve hex digits that name a JSON-able collection of settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back, whole floats as integers: 5 and 5.0 are one setting."""
+    return json.loads(json.dumps(settings), parse_float=_number)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+def _changed(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The settings that differ from the defaults, nested alike."""
+    found = {}
+    for name, value in settings.items():
+        default = defaults.get(name)
+        if isinstance(value, dict) and isinstance(default, dict):
+            value, default = _changed(value, default), {}
+        if name not in defaults or value != default:
+            found[name] = value
+    return found
+
+
+def _filled(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the defaults of those that are not named, nested alike."""
+    found = dict(settings)
+    for name, default in defaults.items():
+        value = settings.get(name, default)
+        found[name] = (
+            _filled(value, default) if isinstance(value, dict) and isinstance(default, dict) else value
+        )
+    return found

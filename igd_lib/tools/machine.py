@@ -1,0 +1,58 @@
+"""The machine a run finds itself on: where its files live, its memory, what its processor can do."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+PACKAGE = Path(__file__).parents[1]  # the folder igd_lib
+PROJECT = PACKAGE.parent  # of a checkout: with notebooks and paper_figures
+
+
+def data_dir() -> Path:
+    """Where data sets live: `$IGD_DATA`, else `~/.cache/igd/data`."""
+    return Path(os.environ.get("IGD_DATA") or cache_dir() / "data").expanduser()
+
+
+def cache_dir() -> Path:
+    """Where weights, distilled images and caches live: `$IGD_CACHE`, else `~/.cache/igd`."""
+    return Path(os.environ.get("IGD_CACHE") or "~/.cache/igd").expanduser()
+
+
+def ray_cluster() -> bool | str:
+    """Where notebooks sample and train, `$IGD_RAY`: unset or "0" here, "1" a local Ray cluster, else a
+    cluster's address.
+    """
+    given = os.environ.get("IGD_RAY", "0")
+    return {"": False, "0": False, "1": True}.get(given, given)
+
+
+def reuse_memory() -> None:
+    """On Linux with glibc: let this process keep the memory that it frees, for its own next use.
+
+    By default the allocator hands every large tensor back at once, and the system fills each new one with
+    zeros, page by page: up to 40 % of a ConvNet-3's training step on a CPU. Results do not change; the
+    process stays as large as it once was.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not every libc has it
+    if mallopt is not None:
+        for parameter, value in (
+            (-4, 0),
+            (-1, 2**31 - 1),
+            (-2, 2**28),
+        ):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, in bytes
+            mallopt(parameter, value)
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether the device has bfloat16 matrix products, which make training two to three times as fast."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
