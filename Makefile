@@ -17,8 +17,8 @@ test: lint  ## lint, pytest, and every notebook at scale "smoke" (about 10 minut
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n auto --dist worksteal
 	@$(PYTHON) ci/smoke_notebooks.py --twice 00 03 12
 
-check: setup soak  ## what takes longer than `make test`: every notebook twice in one kernel, ten kills (about 25 minutes)
-	@$(PYTHON) paper_figures/make_figures.py --check
+check: setup soak  ## what takes longer: slow tests, Ray, every notebook twice in one kernel, ten kills (about 25 minutes)
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n auto -m "slow and not weights"
 	@$(PYTHON) ci/smoke_notebooks.py --twice all
 
 lint: setup  ## ruff, types, storeys

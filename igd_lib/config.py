@@ -36,8 +36,9 @@ class Guidance:
             raise ValueError(f"k and gamma are at least 0, got k={self.k}, gamma={self.gamma}")
 
     def covers(self, number: int) -> bool:
-        """Whether the step of this number (T-1 first, 0 last; with `Fidelity.range_counts_from=1`, T ... 1)
-        is guided.
+        """Whether the step of this number is guided.
+
+        T-1 first, 0 last; with `Fidelity.range_counts_from=1`, T ... 1.
         """
         return self.guided_range[0] <= number <= self.guided_range[1]
 
@@ -56,41 +57,31 @@ class Fidelity:
     reported (`Protocol`), and the generation seed (`distill`).
     """
 
-    solver: Literal["ddpm", "ddim", "dpmsolver++", "unipc", "configured"] = (
-        "ddpm"  # [O] DDPM; [P] DDIM, Table 10: DPM-Solver++; configured: the pipeline's own
-    )
-    timestep_spacing: Literal["linspace", "leading", "trailing"] = (
-        "linspace"  # [D] 0 ... 999 with both ends; [P] 50 of 1000, not said which
-    )
-    timestep_frequencies: Literal["original", "diffusers"] = (
-        "original"  # [D] 10000^(-i/128); diffusers' port of the model: 10000^(-i/127)
-    )
+    # [O] DDPM; [P] DDIM, Table 10: DPM-Solver++; configured: the pipeline's own
+    solver: Literal["ddpm", "ddim", "dpmsolver++", "unipc", "configured"] = "ddpm"
+    # [D] 0 ... 999 with both ends; [P] 50 of 1000, not said which
+    timestep_spacing: Literal["linspace", "leading", "trailing"] = "linspace"
+    # [D] 10000^(-i/128); diffusers' port of the model: 10000^(-i/127)
+    timestep_frequencies: Literal["original", "diffusers"] = "original"
     cfg_channels: int | None = 3  # [D] CFG mixes the first 3 latent channels; [P] all (None)
-    range_counts_from: Literal[0, 1] = (
-        0  # the last step's number in guided_range: [O, C] 0; [P] Algorithm 1 counts T ... 1
-    )
+    # the last step's number in guided_range: [O, C] 0; [P] Algorithm 1 counts T ... 1
+    range_counts_from: Literal[0, 1] = 0
     rho_factor: float = 0.0015  # [C] rho_t times 0.0015; [P] Eq. 9 has no factor (1.0)
-    eps: Literal["conditional", "combined"] = (
-        "combined"  # rho_t's eps: [C] after CFG; [P] the conditional prediction
-    )
+    # rho_t's eps: [C] after CFG; [P] the conditional prediction
+    eps: Literal["conditional", "combined"] = "combined"
     both_halves: bool = False  # [C] G_I averaged over both CFG halves, decoded (True); [P] the sample alone
-    backward: Literal["once", "per_checkpoint"] = (
-        "once"  # [C] once a checkpoint; [P] once. The same result, so the quick one
-    )
-    clamp_images: bool = (
-        False  # decoded images cut to [-1, 1] before the surrogate; [C] not; [P] does not say
-    )
+    # [C] once a checkpoint; [P] once. The same result, so the quick one
+    backward: Literal["once", "per_checkpoint"] = "once"
+    # decoded images cut to [-1, 1] before the surrogate; [C] not; [P] does not say
+    clamp_images: bool = False
     memory_size: int | None = 64  # [O, C] G_D against the last 64 latents of a class; [P] all (None)
     gradient_images: int | None = 200  # [O] class gradient over the first 200 images; [P] all (None)
-    checkpoints: Literal["fixed", "similarity"] = (
-        "fixed"  # [O] fixed lists where it has one (`fixed_checkpoints`); [P] Algorithm 2
-    )
-    similarity: Literal["mean", "per_class"] = (
-        "per_class"  # Algorithm 2: [O] mean of per-class cosines; [P] cosine of the mean gradient
-    )
-    surrogate: Literal["released", "paper"] = (
-        "released"  # training (`surrogate_training`): [C] other rates for over 100 classes; [P] lr 0.01
-    )
+    # [O] fixed lists where it has one (`fixed_checkpoints`); [P] Algorithm 2
+    checkpoints: Literal["fixed", "similarity"] = "fixed"
+    # Algorithm 2: [O] mean of per-class cosines; [P] cosine of the mean gradient
+    similarity: Literal["mean", "per_class"] = "per_class"
+    # training (`surrogate_training`): [C] other rates for over 100 classes; [P] lr 0.01
+    surrogate: Literal["released", "paper"] = "released"
     vae: str = "stabilityai/sd-vae-ft-mse"  # [O]; [P] "from Stable Diffusion", not said which
 
     def __post_init__(self) -> None:
@@ -128,8 +119,9 @@ PAPER = Fidelity(
 
 
 def flips(fidelity: Fidelity = RELEASED, towards: Fidelity = PAPER) -> dict[str, Fidelity]:
-    """`fidelity` with one field changed at a time, by "field=value": those in which `towards` differs, and
-    both_halves and clamp_images.
+    """`fidelity` with one field changed at a time, by "field=value".
+
+    Those in which `towards` differs, and both_halves and clamp_images.
     """
     changes = {
         field.name: getattr(towards, field.name)

@@ -163,9 +163,8 @@ def fill(
 ) -> DistilledSet:
     """`distill` for a set that has been described: sample what `out_dir` lacks of it."""
     if not (Path(out_dir) / "manifest.json").exists():
-        with files.locked(
-            out_dir, "a run that samples into it", wait=wait
-        ):  # which removes what looks half-written
+        # Under the lock: a run that samples removes what looks half-written.
+        with files.locked(out_dir, "a run that samples into it", wait=wait):
             _open(Path(out_dir), wanted)
     out = _open(Path(out_dir), wanted)
     if all(out.finished(label) == wanted.ipc for label in wanted.selected):
@@ -205,9 +204,7 @@ def _on_a_cluster(
 
 @dataclass(frozen=True)
 class _Job:
-    """What a chunk of classes needs to be sampled, on this machine or another one that sees the same
-    folder.
-    """
+    """What a chunk of classes needs to be sampled, here or on a machine that sees the same folder."""
 
     wanted: Wanted
     path: Path

@@ -29,9 +29,7 @@ CHECKPOINT_SECONDS = 60.0  # at most one training state is written in so much ti
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracies in percent, the best and the last of those measured; `reported` is the top-1 that the
-    protocol's tables show.
-    """
+    """Best and last accuracy measured, in percent; `reported`: the top-1 of the protocol's tables."""
 
     last: float  # top-1
     best: float  # top-1, the highest during training: chosen on test data, as the papers do
@@ -107,8 +105,9 @@ class Cell:
         device: str | None = None,
         mixed_precision: bool | None = None,
     ) -> Cell:
-        """The cell of `evaluate`'s arguments. Raises ValueError for other class orders, or a teacher too many
-        or too few.
+        """The cell of `evaluate`'s arguments.
+
+        Raises ValueError for other class orders, or a teacher too many or too few.
         """
         train = in_memory(distilled)
         check_class_order(train.classes, dataset.classes)
@@ -123,8 +122,9 @@ class Cell:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What names the evaluation on disk; its precision too, since a cache may be shared by machines that
-        differ in it.
+        """What names the evaluation on disk.
+
+        Its precision too, since a cache may be shared by machines that differ in it.
         """
         train, test = self.train, self.test
         return {
@@ -184,8 +184,9 @@ class _Shared:
 
 @torch.random.fork_rng()
 def _run(cell: Cell, state: Path | None) -> Score:
-    """Train and test. Initialisation, dropout and the like draw from the global generators: seeded here,
-    restored afterwards.
+    """Train and test.
+
+    Initialisation, dropout and the like draw from the global generators: seeded here, restored afterwards.
     """
     torch.manual_seed(cell.seed)
     run = _Training(cell)
@@ -301,9 +302,7 @@ class _Training:
 
 
 def _finished(folder: Path, settings: dict[str, Any]) -> Score | None:
-    """The score of a finished run of these settings; refuses a folder of others, and notes the settings of a
-    new one.
-    """
+    """The score of a finished run of these settings; refuses a folder of others, notes a new one's."""
     keys.claim(folder / "settings.json", "evaluation", settings, "an evaluation")
     score = folder / "score.json"
     try:
@@ -372,18 +371,14 @@ def make_optimizer(
 
 
 def schedule(protocol: Protocol, epoch: int, epochs: int) -> float:
-    """The factor of the learning rate in an epoch counted from 0: falls at the milestones, or by half a
-    cosine down to one half.
-    """
+    """The learning rate's factor in an epoch from 0: falls at milestones, or by half a cosine to one half."""
     if protocol.schedule == "half-cosine":
         return 0.5 * (1 + math.cos(math.pi * epoch / epochs / 2))
     return protocol.lr_decay ** sum(epoch >= int(epochs * share) for share in protocol.milestones)
 
 
 def soft_label_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL(teacher || student) of the two softmaxes at a temperature, averaged over the batch, without a factor
-    T^2 (RDED).
-    """
+    """KL(teacher || student) of softmaxes at a temperature, batch mean, without a factor T^2 (RDED)."""
     return F.kl_div(
         (logits / temperature).log_softmax(1), (teacher / temperature).softmax(1), reduction="batchmean"
     )

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 
 def sample_gradients(model: nn.Module, state: dict[str, Tensor], images: Tensor, targets: Tensor) -> Tensor:
-    """Each sample's own cross-entropy gradient: (B, P), in `model.parameters()` order; differentiable in
-    images.
+    """Each sample's own cross-entropy gradient, (B, P); differentiable in images.
+
+    P runs in `model.parameters()` order.
 
     images: (B, 3, H, W) in [-1, 1]; targets: (B,) labels of `model`; state: a state dict of `model`.
     Raises ValueError for a model in training mode with batch normalisation: there a sample's gradient
@@ -86,8 +87,9 @@ def _cosine(pieces: Sequence[Tensor], whole: Tensor) -> Tensor:
 
 
 def predicted_clean(noisy: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The clean latents (B, C, h, w) that noisy ones and their predicted noise imply (Eq. 5); alpha_bar: a
-    scalar or (B, 1, 1, 1).
+    """The clean latents (B, C, h, w) that noisy ones and their predicted noise imply (Eq. 5).
+
+    alpha_bar: a scalar or (B, 1, 1, 1).
     """
     return (noisy - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
 

@@ -36,9 +36,7 @@ class Step:
     shared: bool = False  # whether another guide needs the graph through the transformer too
 
     def gradient(self, loss: Tensor, *, again: bool = False) -> Tensor:
-        """The gradient by z of a loss (B,) that was computed from this step; `again`: another of its
-        gradients follows.
-        """
+        """The gradient by z of a loss (B,) from this step; `again`: another of its gradients follows."""
         with torch.enable_grad():
             total = loss.sum()
         return torch.autograd.grad(total, self.z, retain_graph=again or self.shared)[0]
@@ -46,9 +44,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Update:
-    """What a guide does to a step: z_{t-1} is moved by -`shift`, and the scheduler gets `eps` in place of the
-    step's.
-    """
+    """What a guide does to a step: z_{t-1} moves by -`shift`; the scheduler gets `eps`, not the step's."""
 
     shift: Tensor | None = None
     eps: Tensor | None = None
@@ -82,16 +78,12 @@ class Guide:
 
 @dataclass(frozen=True)
 class GuideFactory:
-    """Makes a guide for each batch of a distilled set: one that may depend on the class, the image and those
-    before it.
-    """
+    """Makes a guide for each batch of a set, which may depend on class, image and those before it."""
 
-    make: Callable[
-        [Tensor, Sequence[int], Sequence[Tensor]], Guide
-    ]  # labels (B,), image numbers, earlier latents (M_b, C, h, w)
-    settings: Mapping[
-        str, Any
-    ]  # JSON-able: what names the guide in the set's key, digests of its data included
+    # labels (B,), image numbers, earlier latents (M_b, C, h, w)
+    make: Callable[[Tensor, Sequence[int], Sequence[Tensor]], Guide]
+    # JSON-able: what names the guide in the set's key, digests of its data included
+    settings: Mapping[str, Any]
     remembers: bool = True  # whether it reads the earlier latents of a class
 
     def __call__(self, labels: Tensor, indices: Sequence[int], memory: Sequence[Tensor]) -> Guide:
@@ -100,13 +92,10 @@ class GuideFactory:
 
 @dataclass(frozen=True)
 class Shortcuts:
-    """Ways to cheaper influence guidance, each of which changes the result; the defaults are the exact
-    one.
-    """
+    """Ways to cheaper influence guidance, which change the result; the defaults are the exact one."""
 
-    jacobian: Literal["full", "decoder"] = (
-        "full"  # through transformer and decoder (the paper), or the decoder alone
-    )
+    # through transformer and decoder (the paper), or the decoder alone
+    jacobian: Literal["full", "decoder"] = "full"
     every: int = 1  # the gradient is computed in each m-th guided step and used again in between, rho_t anew
     checkpoints_per_step: int | None = None  # how many enter a step, in turn; None: all
 
@@ -189,9 +178,8 @@ class Influence(Guide):
             loss, gradient = torch.zeros_like(step.z[:, 0, 0, 0]), torch.zeros_like(step.z)
             for number, piece in enumerate(pieces, start=1):
                 part, weights = self.checkpoints.keep(piece), [self.checkpoints.weights[e] for e in piece]
-                own = (
-                    self.gradients if len(piece) == len(self.checkpoints) else self.gradients[piece]
-                )  # indexing copies
+                # Indexing copies, so not where all are taken.
+                own = self.gradients if len(piece) == len(self.checkpoints) else self.gradients[piece]
                 values = [influence_loss(image, self.targets, part, own, weights=weights) for image in images]
                 term = torch.stack(values).mean(0) * len(piece) / len(subset)
                 loss = loss + term.detach()
@@ -219,9 +207,8 @@ class Deviation(Guide):
     """The deviation guidance G_D (Eq. 8): away from the most similar earlier latent of the class."""
 
     guidance: Guidance
-    memory: Sequence[
-        Tensor
-    ]  # B tensors (M_b, C, h, w) of earlier final latents of the same class, oldest first
+    # B tensors (M_b, C, h, w) of earlier final latents of the same class, oldest first
+    memory: Sequence[Tensor]
     size: int | None = None  # how many of the last latents count; None: all
 
     def __post_init__(self) -> None:

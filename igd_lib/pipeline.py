@@ -36,8 +36,9 @@ class IGDPipeline(DiTPipeline):
         super().__init__(transformer, vae, scheduler, id2label)
 
     def enable_model_cpu_offload(self, *_: Any, **__: Any) -> None:
-        """Not offered: guidance differentiates through transformer and decoder at once, so both stay on the
-        device.
+        """Not offered: guidance differentiates through transformer and decoder at once.
+
+        So both stay on the device.
         """
         raise NotImplementedError(
             "IGDPipeline cannot offload models: a guided step differentiates through the decoder and the "
@@ -81,8 +82,9 @@ class IGDPipeline(DiTPipeline):
         fidelity: Fidelity = RELEASED,
         **guided: Any,
     ) -> ImagePipelineOutput | tuple:
-        """As `DiTPipeline`, with `sample_igd`'s keywords (guidance, checkpoints, gradients, targets, memory,
-        jacobian).
+        """As `DiTPipeline`, with `sample_igd`'s keywords.
+
+        Those are guidance, checkpoints, gradients, targets, memory, jacobian.
 
         output_type: "pil", "np", "pt" (floats in [0, 1]) or "latent". callback_on_step_end(pipe, step,
         timestep, info) may return {"latents": ...} to replace them. Returns `ImagePipelineOutput`.

@@ -33,9 +33,7 @@ class Protocol:
     weight_decay: float
     labels: Literal["hard", "soft"] = "hard"  # soft: a teacher's, made on the mixed batch as it is trained on
     # optimiser
-    lr_by_network: tuple[
-        tuple[str, float], ...
-    ] = ()  # the first whose name the network's begins with, else lr
+    lr_by_network: tuple[tuple[str, float], ...] = ()  # the first that begins the network's name, else lr
     momentum: float = 0.9  # sgd only
     betas: tuple[float, float] = (0.9, 0.999)  # adamw only
     decay: Literal["all", "matrices"] = "all"  # matrices: only weights of more than one dimension decay
@@ -54,9 +52,8 @@ class Protocol:
         (float("inf"), 300),
     )
     # schedule
-    schedule: Literal["multistep", "half-cosine"] = (
-        "multistep"  # half-cosine: 0.5 (1 + cos(pi e / 2E)), from 1 to 0.5
-    )
+    # half-cosine: 0.5 (1 + cos(pi e / 2E)), from 1 to 0.5
+    schedule: Literal["multistep", "half-cosine"] = "multistep"
     milestones: tuple[float, ...] = (2 / 3, 5 / 6)  # multistep: shares of the epochs after which lr falls
     lr_decay: float = 0.2
     # augmentation, in this order
@@ -69,9 +66,8 @@ class Protocol:
     cutmix: float = 1.0  # Beta(a, a) every batch; 0 = off
     temperature: float = 20.0  # soft labels: of teacher and student, without a factor T^2
     # tests
-    test_resize: int | None = (
-        None  # px of the shorter side before the centre crop to image_size; None: image_size
-    )
+    # px of the shorter side before the centre crop to image_size; None: image_size
+    test_resize: int | None = None
     evaluations: int = 100  # about so many tests, evenly spread ...
     test_every: int | None = None  # ... or one every so many epochs
     test_after: float = 0.0  # and none in this first share of the epochs
@@ -79,9 +75,7 @@ class Protocol:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the authors' own runs
 
     def epochs_for(self, ipc: int, num_classes: int) -> int:
-        """Training epochs: `epochs`, or by IPC, two thirds of that (rounded down to hundreds) at 100
-        classes.
-        """
+        """Training epochs: `epochs`, or by IPC; at 100 classes two thirds, rounded down to hundreds."""
         if self.epochs is not None:
             return self.epochs
         epochs = next(count for limit, count in self.epochs_by_ipc if ipc <= limit)
@@ -196,8 +190,9 @@ PROTOCOLS = {
 
 
 def rded_soft(protocol: Protocol, factor: int) -> Protocol:
-    """A soft-label protocol for images of `factor` x `factor` patches: strips to shuffle, and the least share
-    of a crop.
+    """A soft-label protocol for images of `factor` x `factor` patches.
+
+    It sets the strips to shuffle, and the least share of a crop.
     """
     if factor < 1:
         raise ValueError(f"factor is at least 1, got {factor}")

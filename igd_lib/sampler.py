@@ -220,8 +220,7 @@ def sample_igd(
     generator: Generators = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Algorithm 1 with the paper's two guidances: `sample` with `Influence` and `Deviation`, by the paper's
-    names.
+    """Algorithm 1, the paper's guidances: `sample` with `Influence` and `Deviation`, by the paper's names.
 
     Any variance-preserving scheduler with one evaluation a step will do; multistep ones see the guided
     latents, and UniPC does not correct a step that guidance has moved (its corrector would undo it).
@@ -305,8 +304,9 @@ def _timesteps(scheduler: Any, num_steps: int, device: torch.device) -> Tensor:
 
 
 def _learned_variance(scheduler: Any) -> bool:
-    """Whether the scheduler takes the variance that the transformer predicts; a config may carry a type it
-    does not know.
+    """Whether the scheduler takes the variance that the transformer predicts.
+
+    A config may carry a type it does not know.
     """
     known = "variance_type" in inspect.signature(type(scheduler).__init__).parameters
     return known and scheduler.config.variance_type in ("learned", "learned_range")
@@ -329,8 +329,9 @@ def _frozen(*modules: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _uncorrected(scheduler: Any, steps: Iterable[int]) -> Iterator[None]:
-    """UniPC recomputes a step's result from its start; inside, not that of `steps`, where guidance was added
-    to it.
+    """UniPC recomputes a step's result from its start.
+
+    Inside, not that of `steps`, where guidance was added to it.
     """
     if not hasattr(scheduler, "disable_corrector"):
         yield

@@ -369,9 +369,7 @@ def similarities_along(matrix: Tensor, threshold: float = 0.7) -> list[float]:
 
 
 def _along(items: Iterable[Any], compare: Callable[[Any, Any], float], threshold: float) -> list[float]:
-    """Algorithm 2's walk: every item's similarity to the last that was kept, -inf for the first; kept where
-    it is below `threshold`.
-    """
+    """Algorithm 2's walk: each item's similarity to the last kept, -inf at first; kept below `threshold`."""
     values: list[float] = []
     reference = None
     for item in items:

@@ -31,8 +31,7 @@ class Teacher:
 
 
 def check_teacher(teacher: Teacher, dataset: ImageData, protocol: Protocol, *, images: int = 200) -> float:
-    """Top-1 (percent) of the teacher on `images` real ones spread over `dataset`, after its classes were
-    compared.
+    """Top-1 (percent) of the teacher on `images` real ones spread over `dataset`; classes compared first.
 
     Raises ValueError for other classes, another order or number of logits, or a top-1 below `teacher.least`:
     a wrong teacher trains a network to chance without any other sign.
@@ -102,8 +101,7 @@ def topk(logits: Tensor, labels: Tensor, k: int) -> float:
 
 
 def imagenet_teacher(classes: Sequence[str], label_ids: Sequence[int]) -> Teacher:
-    """torchvision's ResNet-18 of ImageNet-1K (RDED's teacher), reduced to the logits of `classes` at
-    `label_ids`.
+    """torchvision's ResNet-18 of ImageNet-1K (RDED's teacher), with `classes`' logits at `label_ids` only.
 
     Its file is checked against the hash in its name and read as weights only. Raises FileNotFoundError where
     it can neither be found nor downloaded.

@@ -53,6 +53,7 @@ def whole(tmp_path, one_thread) -> DistilledSet:
     return victim(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_give_the_images_of_a_run_without_them(two_processors, tmp_path, whole, workers):
     found = victim(tmp_path / "set", ray=True, workers=workers)
@@ -60,6 +61,7 @@ def test_workers_give_the_images_of_a_run_without_them(two_processors, tmp_path,
     assert torch.equal(pixels(found), pixels(whole)) and torch.equal(latents(found), latents(whole))
 
 
+@pytest.mark.slow
 def test_a_dead_worker_s_chunk_is_taken_up_again(two_processors, tmp_path, whole):
     """kill -9 of the processes that hold the actors, as soon as the first images are there."""
     killed = []
@@ -96,6 +98,7 @@ def _workers() -> list[int]:
     return [process for process in named if is_ours(process)]
 
 
+@pytest.mark.slow
 def test_evaluation_cells_as_tasks(two_processors, one_thread, tmp_path, toy_data):
     options = dict(
         networks=["convnet1", "convnet2"],
@@ -109,6 +112,7 @@ def test_evaluation_cells_as_tasks(two_processors, one_thread, tmp_path, toy_dat
     assert len(list(tmp_path.glob("*/score.json"))) == 4
 
 
+@pytest.mark.slow
 def test_notebooks_sample_on_a_cluster_where_one_is_named(
     two_processors, only_fashion, tmp_path, one_thread, monkeypatch
 ):
@@ -133,12 +137,14 @@ def double(shared: int, item: int) -> int:
     return shared * item
 
 
+@pytest.mark.slow
 def test_results_keep_their_order_and_errors_are_the_task_s_own(two_processors):
     assert cluster.run_all(ray, double, 3, list(range(7)), workers=2) == [0, 3, 6, 9, 12, 15, 18]
     with pytest.raises(ValueError, match="-1 is negative"):
         cluster.run_all(ray, double, 3, [1, -1])
 
 
+@pytest.mark.slow
 def test_a_worker_without_a_place_holds_nothing_up(two_processors):
     """Another job holds one of the two processors: the worker that finds one does all."""
 
@@ -163,6 +169,7 @@ def test_a_worker_s_processors_are_of_one_machine(machines, count, share):
     assert cluster.share_of(machines, count) == share
 
 
+@pytest.mark.slow
 def test_more_workers_than_processors_are_refused(two_processors):
     with pytest.raises(ValueError, match="3 workers, but the cluster has 0 GPUs and 2 processors"):
         cluster.workers_of(ray, 3)

@@ -15,7 +15,7 @@ from igd_lib.tools import files
 from paper_figures import make_figures
 
 
-@pytest.mark.slow  # `make check` does the same by `make_figures.py --check`
+@pytest.mark.slow
 def test_nothing_is_stale():
     assert make_figures.stale() == []
 

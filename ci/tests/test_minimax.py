@@ -320,6 +320,7 @@ def victim(folder) -> None:
     finetune(pipe, found, folder, recipe=replace(SHORT, epochs=4))
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_weights(tmp_path):
     environment = {**os.environ, "IGD_QUIET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
     command = [sys.executable, "-c", WORKER, str(tmp_path / "cut")]

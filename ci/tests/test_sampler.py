@@ -579,6 +579,7 @@ def test_guided_result_does_not_depend_on_the_batch(tiny, guided, fidelity):
         assert (alone[0] - together[b]).norm() < 1e-3 * together[b].norm()
 
 
+@pytest.mark.slow
 def test_batches_of_1_3_and_10_on_the_stand_in(standin_pipe, early_surrogate):
     """In single precision: final latents to 1e-3 relative; one step's influence gradient to 5e-6.
 

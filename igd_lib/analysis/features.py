@@ -24,17 +24,14 @@ from igd_lib.tools.progress import progress
 
 # Apache-2.0
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-INCEPTION_FILES = (
-    INCEPTION_URL.rsplit("/", 1)[1],
-    "pt_inception-2015-12-05-6726825d.pth",
-)  # the second is pytorch-fid's name of the same file
+# The second is pytorch-fid's name of the same file.
+INCEPTION_FILES = (INCEPTION_URL.rsplit("/", 1)[1], "pt_inception-2015-12-05-6726825d.pth")
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """A frozen network as a feature map: uint8 images (B, 3, H, W) to float32 features (B, `dimension`) on
-    the CPU.
+    """A frozen network as features: uint8 images (B, 3, H, W) to float32 (B, `dimension`) on the CPU.
 
     Raises ValueError for other images or features, FloatingPointError for features that are not finite.
     """
@@ -174,9 +171,7 @@ def _inception_file(weights: str | Path | None) -> Path | None:
 
 @contextmanager
 def _tensors_only() -> Iterator[None]:
-    """torch.load refuses anything but tensors, whatever its caller asks: torch-fidelity asks for full
-    unpickling.
-    """
+    """torch.load refuses anything but tensors, though torch-fidelity asks it for full unpickling."""
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:

@@ -47,9 +47,7 @@ def _check(sets: Mapping[str, Tensor], least: int = 1) -> None:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """The normal distribution of a set of features, in double precision: mean (D,), and root (R, D) with
-    covariance root^T root.
-    """
+    """The normal distribution of features, in float64: mean (D,), root (R, D), covariance root^T root."""
 
     mean: Tensor
     root: Tensor
@@ -57,23 +55,21 @@ class Gaussian:
 
 
 def gaussian(points: Tensor) -> Gaussian:
-    """Mean and covariance (N - 1) of features (N, D); worth keeping for a large set that many are compared
-    with.
-    """
+    """Mean and covariance (N - 1) of features (N, D); worth keeping for a large set compared often."""
     _check({"features": points}, 2)
     count, dimension = points.shape
     mean = torch.stack([part.double().sum(0) for part in points.split(ROWS)]).sum(0) / count
     root = mean.new_empty(0, dimension)
-    for part in points.split(
-        ROWS
-    ):  # QR block by block: covariances are never formed, which would halve the digits
+    # QR block by block: covariances are never formed, which would halve the digits.
+    for part in points.split(ROWS):
         root = torch.linalg.qr(torch.cat([root, part.double() - mean]), mode="r").R
     return Gaussian(mean, root / (count - 1) ** 0.5, count)
 
 
 def frechet_distance(real: Tensor | Gaussian, fake: Tensor | Gaussian) -> float:
-    """||m - n||^2 + Tr(S + T - 2 (S T)^(1/2)) of two sets' means and covariances (FID's formula, Heusel et
-    al. 2017).
+    """FID's formula of two sets' means and covariances (Heusel et al. 2017).
+
+    ||m - n||^2 + Tr(S + T - 2 (S T)^(1/2)), for means m, n and covariances S, T.
 
     real, fake: features (N, D), or their `gaussian`. With N < D a covariance is rank deficient and the value
     biased upwards, the more the fewer the points: compare sets of equal size only, and say N beside the
@@ -86,8 +82,7 @@ def frechet_distance(real: Tensor | Gaussian, fake: Tensor | Gaussian) -> float:
             f"features of different spaces: D is {len(one.mean)} for the real and {len(two.mean)} for the "
             "fake set"
         )
-    # With S = A^T A and T = B^T B, Tr((S T)^(1/2)) is the sum of A B^T's singular values: no root of a
-    # singular product.
+    # S = A^T A, T = B^T B: Tr((S T)^(1/2)) is the sum of A B^T's singular values, no root of a singular S T.
     shared = torch.linalg.svdvals(one.root @ two.root.T).sum()
     value = (
         (one.mean - two.mean).square().sum() + one.root.square().sum() + two.root.square().sum() - 2 * shared
@@ -104,8 +99,9 @@ def distance_name(extractor: Extractor) -> str:
 
 
 def nearest_distances(points: Tensor, others: Tensor) -> Tensor:
-    """Each point's Euclidean distance to the nearest of `others`, float64 (N,), without an N x M matrix in
-    memory.
+    """Distance of each point to the nearest of `others`, float64 (N,).
+
+    Euclidean, without an N x M matrix in memory.
     """
     from sklearn.neighbors import NearestNeighbors
 
@@ -118,15 +114,13 @@ def nearest_distances(points: Tensor, others: Tensor) -> Tensor:
                 others.device
             )
         ]
-        found.append(
-            (part.double() - nearest.double()).norm(dim=1).cpu()
-        )  # exact: the search's own distances cancel
+        # Exact: the search's own distances cancel.
+        found.append((part.double() - nearest.double()).norm(dim=1).cpu())
     return torch.cat(found)
 
 
 def coverage(real: Tensor, fake: Tensor, threshold: float, *, exclude: Tensor | None = None) -> float:
-    """The share, in percent, of real points with a point of the distilled set within `threshold` (Table 11,
-    Section A.8).
+    """Percent of real points with a distilled one within `threshold` (Table 11, Section A.8).
 
     real (N, D), fake (M, D): features; within: at a Euclidean distance of at most `threshold`. The paper's
     example is 300 in Inception-V3's space and it does not say of which distance; read as a squared one it is
@@ -144,8 +138,7 @@ def coverage(real: Tensor, fake: Tensor, threshold: float, *, exclude: Tensor | 
 
 
 def coverage_threshold(real: Tensor, other: Tensor, *, quantile: float = 0.5) -> float:
-    """The `quantile` (the median by default) of real points' distances to the nearest point of another real
-    draw.
+    """The `quantile` (default: median) of real points' distances to the nearest of another real draw.
 
     A rule for any feature space: with `other` (M, D) drawn at random from the real data, of the distilled
     sets' size and without the points in `real` (N, D), a Random set covers about that share, and the others
@@ -168,8 +161,7 @@ def wasserstein(
     max_points: int = 5000,
     seed: int = 0,
 ) -> float:
-    """The p-Wasserstein distance of two sets of features under the Euclidean distance, in the features' unit
-    (Figure 3).
+    """The p-Wasserstein distance of two sets of features, Euclidean, in the features' unit (Figure 3).
 
     W_p = (min over plans of the mean of ||x - y||^p)^(1/p), every point of a set with equal weight; exact, or
     with `regularisation` (in the unit of ||x - y||^p) the cost of Sinkhorn's entropic plan, which is larger.
@@ -213,8 +205,9 @@ def wasserstein(
 
 
 def joint_tsne(points: Mapping[str, Tensor], *, perplexity: float = 30.0, seed: int = 0) -> pd.DataFrame:
-    """t-SNE of several sets of features (N, D) in one fit (Figure 3), so that their places compare: columns
-    set, x, y.
+    """t-SNE of several sets of features (N, D) in one fit, so that places compare (Figure 3).
+
+    Columns set, x, y.
 
     Raises ValueError for fewer points in all than three times the perplexity.
     """

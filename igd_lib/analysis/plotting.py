@@ -68,9 +68,7 @@ def use_style() -> None:
 
 
 def style_of(look: str, other: str = "#777777") -> tuple[str, str]:
-    """The colour and marker of what a method is told by (`results.look`); of an unknown one `other` and a
-    circle.
-    """
+    """The colour and marker of what `results.look` says of a method; unknown: `other` and a circle."""
     return COLOURS.get(look, other), MARKERS.get(look, "o")
 
 
@@ -98,9 +96,7 @@ def keep(figure: Figure, folder: str, name: str) -> Figure:
 
 
 def scores(rows: pd.DataFrame, *, title: str, label: str = "top-1 accuracy (%)") -> Figure:
-    """Every seed as a dot, mean and sd beside them, a column a method; methods far below the others as words
-    at the lower edge.
-    """
+    """A column a method: seeds as dots, mean and sd beside; those far below as words at the lower edge."""
     methods = list(dict.fromkeys(rows.method))
     figure, axes = plt.subplots(figsize=(1.1 * len(methods) + 1.2, 3.2), layout="constrained")
     below, looks = far_below(rows), results.looks(rows)
@@ -147,8 +143,7 @@ def scores(rows: pd.DataFrame, *, title: str, label: str = "top-1 accuracy (%)")
 
 
 def curves(rows: pd.DataFrame, panels: Sequence[tuple[str, str]], *, title: str) -> Figure:
-    """A panel a (parameter, metric): the metric over the parameter that rows differ in, a line a kind of
-    method.
+    """A panel a (parameter, metric): metric over the parameter that rows differ in, a line a kind of method.
 
     Seeds as dots, mean and sd beside them; the mean of sampling without guidance as a dashed line where it
     does not differ.
@@ -179,9 +174,7 @@ def curves(rows: pd.DataFrame, panels: Sequence[tuple[str, str]], *, title: str)
 
 
 def _lines(place: Axes, own: pd.DataFrame) -> None:
-    """A line a look over the column `at`, a little beside each other so that their bars do not hide each
-    other.
-    """
+    """A line a look over the column `at`, slightly apart so that no bar hides another."""
     looks = list(dict.fromkeys(own["look"]))
     for position, look in enumerate(looks):
         line = own[own["look"] == look]
@@ -206,8 +199,9 @@ def _lines(place: Axes, own: pd.DataFrame) -> None:
 def against_accuracy(
     rows: pd.DataFrame, distances: pd.DataFrame, *, title: str, label: str = "top-1 accuracy (%)"
 ) -> Figure:
-    """A panel a metric: every set as a point, its metric against its top-1; methods by colour and marker,
-    those far below in words.
+    """A panel a metric: each set's metric against its top-1, a point each.
+
+    Methods by colour and marker, those far below in words.
     """
     rows, title = _on_the_axes(rows[rows.metric == "top1"], title)
     accuracy, looks = rows.set_index(["method", "seed"])["value"], results.looks(rows)
@@ -230,8 +224,9 @@ def against_accuracy(
 def influence(
     rows: pd.DataFrame, losses: pd.DataFrame, *, title: str, label: str = "top-1 accuracy (%)"
 ) -> Figure:
-    """A panel a network: every set's mean influence loss against the accuracy of the network trained on it;
-    methods far below in words.
+    """A panel a network: each set's mean influence loss against the network's accuracy.
+
+    The network is trained on the set; methods far below are in words.
     """
     rows, title = _on_the_axes(rows[rows.metric == "top1"], title)
     accuracy, looks = rows.set_index(["method", "seed"]), results.looks(rows)
@@ -326,9 +321,7 @@ def places(coordinates: pd.DataFrame, distances: pd.DataFrame, *, title: str) ->
 
 
 def read_gallery(source: str | Path) -> dict[str, Any]:
-    """`gallery`'s arguments from the two files that `pictures.Gallery.save` writes: `source` without their
-    .png and .csv.
-    """
+    """`gallery`'s arguments from `pictures.Gallery.save`'s two files: `source` without .png and .csv."""
     table = pd.read_csv(f"{source}.csv", dtype=str, keep_default_na=False)
     titles = [table[column].iloc[0] for column in table.columns if column.isdecimal()]
     with Image.open(f"{source}.png") as picture:
@@ -388,9 +381,8 @@ def similarities(
         curves.items(), ("#D55E00", "#0072B2"), ("o", "s"), strict=False
     ):
         kept = [value < threshold for value in values]
-        shown = [
-            1.0 if value == float("-inf") else value for value in values
-        ]  # the first has nothing to compare with
+        # The first has nothing to compare with.
+        shown = [1.0 if value == float("-inf") else value for value in values]
         axes.plot(epochs[1:], shown[1:], color=colour, linewidth=1, label=name)
         for epoch, value, keep in list(zip(epochs, shown, kept, strict=True))[1:]:
             axes.plot(

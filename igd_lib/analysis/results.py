@@ -1,5 +1,6 @@
-"""Tidy results: one row a measurement; tables with mean, sd and n, paired differences, and the paper's
-figures beside ours.
+"""Tidy results: one row a measurement; tables, paired differences, and the paper's figures beside ours.
+
+Tables have mean, sd and n.
 
 Rows travel as JSON files, one each (`append`, `read`), then as one sorted CSV an artefact (`consolidate`,
 `load`). Nothing here averages over different settings: where rows that would be merged differ in more than
@@ -23,9 +24,7 @@ from igd_lib.tools import files, keys
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One measurement of one set. Every decision about a method is made on its fields; `method` is what it is
-    called.
-    """
+    """One measurement of one set. Decisions about a method use its fields; `method` is only its name."""
 
     artefact: str  # notebook, e.g. "00_quickstart"
     dataset: str
@@ -102,9 +101,7 @@ SOLVERS = {
 
 
 def look(fields: Mapping[str, Any]) -> str:
-    """What figures tell a method by, from its fields: its kind, and whether every step is guided or its cfg
-    was chosen.
-    """
+    """What figures tell a method by, from its fields: kind, every step guided or not, cfg chosen or not."""
     chosen = f", {fields['cfg_choice']} cfg" if fields["cfg_choice"] else ""
     return fields["kind"] + (" throughout" if fields["throughout"] else "") + chosen
 
@@ -151,9 +148,7 @@ def methods(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def append(folder: str | Path, row: Row) -> Path:
-    """Write one row as one JSON file, named by what identifies the measurement, so that a rerun replaces
-    it.
-    """
+    """Write a row as one JSON file named by the measurement's identity, so that a rerun replaces it."""
     content = asdict(row)
     key = keys.settings_hash({name: content[name] for name in IDENTITY})
     return files.write(
@@ -162,8 +157,9 @@ def append(folder: str | Path, row: Row) -> Path:
 
 
 def read(folder: str | Path) -> pd.DataFrame:
-    """All rows that `append` wrote into a folder. Raises ValueError naming any visible file that is damaged
-    or no row.
+    """All rows that `append` wrote into a folder.
+
+    Raises ValueError naming any visible file that is damaged or no row.
     """
     records = []
     for path in sorted(path for path in Path(folder).iterdir() if not path.name.startswith(".")):
@@ -177,8 +173,9 @@ def read(folder: str | Path) -> pd.DataFrame:
 
 
 def consolidate(rows: pd.DataFrame | str | Path, path: str | Path) -> Path:
-    """Write rows (a frame, or a folder of JSON files) as one CSV: sorted by IDENTITY, LF, floats exact, same
-    rows same bytes.
+    """Write rows (a frame, or a folder of JSON files) as one CSV; the same rows are the same bytes.
+
+    Sorted by IDENTITY, LF, floats exact.
 
     A measurement that is there more than once with the same value is written once. Raises ValueError on
     rows of scale "smoke", on values that are not finite, on one measurement with two values, and on rows
@@ -193,8 +190,9 @@ def consolidate(rows: pd.DataFrame | str | Path, path: str | Path) -> Path:
 
 
 def load(path: str | Path) -> pd.DataFrame:
-    """Rows of a CSV that `consolidate` wrote, sorted. Raises ValueError naming the file on what `consolidate`
-    refuses, or damage.
+    """Rows of a CSV that `consolidate` wrote, sorted.
+
+    Raises ValueError naming the file on what `consolidate` refuses, or damage.
     """
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -288,9 +286,7 @@ def check_finite(rows: pd.DataFrame, column: str, what: str) -> None:
 
 
 def check_alike(rows: pd.DataFrame, what: str, free: Collection[str]) -> None:
-    """Raise ValueError where rows differ in a setting that is not free to; columns that are not there are not
-    checked.
-    """
+    """Raise ValueError where rows differ in a setting that is not free to; absent columns are skipped."""
     asked = [name for name in SETTINGS if name in rows and name not in free]
     mixed = {
         name: rows[name].drop_duplicates().tolist() for name in asked if rows[name].nunique(dropna=False) > 1
@@ -324,8 +320,9 @@ def summary(rows: pd.DataFrame, by: Sequence[str] = ("method",)) -> pd.DataFrame
 def compare(
     ours: pd.DataFrame, paper_reported: pd.DataFrame, *, by: Sequence[str] = ("method", "ipc", "network")
 ) -> pd.DataFrame:
-    """The paper's figures beside ours, a row a cell of either: paper_mean, paper_sd, ours_mean, ours_sd, n,
-    difference, within, comparable.
+    """The paper's figures beside ours, a row a cell of either.
+
+    Columns paper_mean, paper_sd, ours_mean, ours_sd, n, difference, within, comparable.
 
     ours: rows as of `frame`. paper_reported: columns dataset, network, ipc, metric, value, sd (may be empty)
     and those of `by`. difference: ours - paper. within: |difference| is at most two pooled sds,
@@ -388,8 +385,9 @@ def compare(
 
 
 def markdown(table: pd.DataFrame, digits: int | Mapping[str, int]) -> str:
-    """A GitHub Markdown table. digits: decimals of floats, for all or by column; missing is empty, a bool yes
-    or no.
+    """A GitHub Markdown table; missing is empty, a bool yes or no.
+
+    digits: decimals of floats, for all or by column.
 
     Raises ValueError when `digits` names a column that is not there, or lacks one with floats.
     """

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 
 
 def figure(report: Mapping[str, Any]) -> Figure:
-    """What `make bench` measured: each mode's price over 50 steps at the paper's shapes, and the stand-in's
-    throughput and memory by batch.
+    """What `make bench` measured.
+
+    Each mode's price over 50 steps at the paper's shapes, and the stand-in's throughput and memory by batch.
     """
     modes = report["paper"]["over 50 steps with 16 guided"]
     names = sorted(modes, key=lambda name: -modes[name]["tflop / vanilla"])

@@ -119,8 +119,9 @@ def early_stage_claims(rows: pd.DataFrame) -> Pairs:
 
 
 def selection_claims(rows: pd.DataFrame) -> Pairs:
-    """Of Table 6: every choice against no guidance, and Algorithm 2's against as many checkpoints at regular
-    intervals.
+    """Of Table 6: every choice against no guidance.
+
+    Then Algorithm 2's against as many checkpoints at regular intervals.
     """
     table = results.methods(rows)
     chosen, plain = table[table.selection != ""], find(rows, family="sampled", guides="")
@@ -132,9 +133,7 @@ def selection_claims(rows: pd.DataFrame) -> Pairs:
 
 
 def solver_claims(rows: pd.DataFrame) -> Pairs:
-    """Of Table 10: guidance with either solver, then the quick solver against the slow one; on each
-    backbone.
-    """
+    """Of Table 10, on each backbone: guidance with either solver, then the quick against the slow one."""
     pairs = []
     for backbone in ("dit", "minimax"):
         plain, guided, quick, guided_quick = (
@@ -147,9 +146,7 @@ def solver_claims(rows: pd.DataFrame) -> Pairs:
 
 
 def against(rows: pd.DataFrame, reference: dict[str, object], **only: object) -> Pairs:
-    """Every other method, or those whose fields are as in `only`, against the one whose fields are as in
-    `reference`.
-    """
+    """Every other method, or those with `only`'s fields, against the one with `reference`'s fields."""
     first = find(rows, **reference)
     table = results.methods(rows)
     for field, value in only.items():
@@ -165,9 +162,7 @@ def varied(rows: pd.DataFrame, **reference: object) -> Pairs:
 
 
 def influence_claims(rows: pd.DataFrame) -> Pairs:
-    """What both guidances do to the influence loss: against neither, and what influence guidance adds to the
-    other.
-    """
+    """Influence loss: both guidances against neither, and what influence guidance adds to the other."""
     both = _plain(rows, "dit", BOTH)
     return _known([(both, _plain(rows, "dit", "")), (both, _plain(rows, "dit", "deviation"))])
 

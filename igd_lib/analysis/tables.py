@@ -1,6 +1,4 @@
-"""How result rows are shown: means with sd and n, paired differences in words, the paper's figures beside
-ours.
-"""
+"""How result rows are shown: mean, sd and n, paired differences in words, the paper's figures beside ours."""
 
 from __future__ import annotations
 
@@ -23,9 +21,7 @@ def top1(rows: pd.DataFrame) -> pd.DataFrame:
 def accuracy_table(
     rows: pd.DataFrame, influence: pd.DataFrame | None = None, by: Sequence[str] = ("method",)
 ) -> pd.DataFrame:
-    """Top-1 mean, sd and n of each group, and the methods' mean influence loss where given, rounded for
-    showing.
-    """
+    """Each group's top-1 mean, sd and n, and the methods' mean influence loss if given, all rounded."""
     table = results.summary(top1(rows), by).round({"mean": 1, "sd": 1}).rename(columns={"mean": "top-1 (%)"})
     if influence is not None:
         table["influence loss"] = table.method.map(
@@ -35,18 +31,14 @@ def accuracy_table(
 
 
 def wide_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """A line a method: top-1 mean, sd and n, and the mean of every other metric but the protocol's other
-    accuracies.
-    """
+    """A line a method: top-1 mean, sd, n; mean of other metrics but the protocol's other accuracies."""
     table = accuracy_table(rows).set_index("method")
     others = results.summary(rows[~rows.metric.str.startswith("top")], ("method", "metric"))
     return table.join(others.pivot(index="method", columns="metric", values="mean").round(4)).reset_index()
 
 
 def cross_table(rows: pd.DataFrame, columns: str = "network") -> pd.DataFrame:
-    """A line a method, a column a network (or another column): "mean ± sd" of top-1 over n seeds, n in the
-    last column.
-    """
+    """A line a method, a column a network (or other): "mean ± sd" of top-1 over n seeds; n comes last."""
     table = results.summary(top1(rows), ("method", columns))
     table["shown"] = [_plus_minus(mean, sd) for mean, sd in zip(table["mean"], table.sd, strict=True)]
     wide = table.pivot_table(index="method", columns=columns, values="shown", aggfunc="first", sort=False)
@@ -70,9 +62,8 @@ def metric_table(*frames: pd.DataFrame) -> pd.DataFrame:
         for mean, sd, places in zip(table["mean"], table.sd, decimals, strict=True)
     ]
     wide = table.pivot_table(index="method", columns="metric", values="shown", aggfunc="first", sort=False)
-    wide = wide[
-        sorted(wide.columns, key=lambda metric: metric != "top1")
-    ]  # accuracy first, the others as they come
+    # Accuracy first, the others as they come.
+    wide = wide[sorted(wide.columns, key=lambda metric: metric != "top1")]
     return (
         wide.assign(n=table.groupby("method", sort=False)["n"].min())
         .rename(columns={"top1": "top-1 (%)"})
@@ -82,8 +73,7 @@ def metric_table(*frames: pd.DataFrame) -> pd.DataFrame:
 
 
 def far_below(rows: pd.DataFrame) -> list[str]:
-    """The methods whose values lie so far below the others' that an axis with both would hide what the others
-    differ in.
+    """The methods so far below the others that one axis for all would hide what the others differ in.
 
     Below the widest gap between the values, where that is more than twice the range of those above it.
     """
@@ -100,8 +90,9 @@ def far_below(rows: pd.DataFrame) -> list[str]:
 
 
 def rank_correlations(rows: pd.DataFrame, distances: pd.DataFrame) -> pd.DataFrame:
-    """Spearman's rank correlation of each metric with top-1 over all sets (method and seed), with its p-value
-    and n.
+    """Spearman's rank correlation of each metric with top-1 over all sets, with its p-value and n.
+
+    A set is a method and seed.
 
     Without the methods far below the others, which would make any metric that sees them correlate; a column
     names them.
@@ -143,9 +134,7 @@ def differences(rows: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.Data
 
 
 def verdict(table: pd.DataFrame) -> str:
-    """Each difference in words: a gain or a loss where a paired t-test at 5 % says so, else no clear
-    difference.
-    """
+    """Each difference in words: a gain or loss by a paired t-test at 5 %, else no clear difference."""
     lines = []
     for entry in table.itertuples():
         error = entry.sd / entry.n**0.5
@@ -169,9 +158,7 @@ def verdicts(rows: pd.DataFrame, pairs: Sequence[tuple[str, str]], by: str = "ne
 
 
 def reported(table: int, **cells: object) -> pd.DataFrame:
-    """The paper's rows of one table, those whose columns have the values given, e.g. `dataset="imagewoof",
-    ipc=10`.
-    """
+    """The paper's rows of a table with the values given, e.g. `dataset="imagewoof", ipc=10`."""
     rows = pd.read_csv(PAPER_REPORTED, keep_default_na=False, na_values={"value": [""], "sd": [""]})
     rows = rows[rows.table == table]
     for column, value in cells.items():

@@ -53,9 +53,8 @@ def figure(paths: pd.DataFrame, strips: Mapping[str, Tensor], steps: Sequence[in
     panels = right.subplots(len(strips), len(steps), squeeze=False)
     for row, (method, images) in zip(panels, strips.items(), strict=True):
         colour = style_of(looks[method])[0]
-        guided_steps = set(
-            paths[paths.guided & (paths.method == method)].step
-        )  # a latent's step is the one that led to it
+        # A latent's step is the one that led to it.
+        guided_steps = set(paths[paths.guided & (paths.method == method)].step)
         for axis, image, step in zip(row, images, steps, strict=True):
             axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])

@@ -1,5 +1,6 @@
-"""Minimax fine-tuning of a DiT (Gu et al., CVPR 2024): few parameters, two memories, and a folder that
-`IGDPipeline` loads.
+"""Minimax fine-tuning of a DiT (Gu et al., CVPR 2024) into a folder for `IGDPipeline`.
+
+Few parameters are trained, against two memories.
 
 `accelerate launch -m igd_lib minimax DATASET OUT` trains on one GPU, several or a CPU; an interrupted run
 goes on where it was. DiT-XL/2's weights, and what is fine-tuned from them, are under CC-BY-NC 4.0 (no
@@ -47,9 +48,8 @@ class Minimax:
     memory_size: int = 64  # latents a class, first in, first out, of either kind
     label_dropout: float = 0.1
     flip: bool = True
-    posterior: Literal["sample", "mean"] = (
-        "sample"  # what stands for an image's latents; the mean for a DiT that was trained on means
-    )
+    # what stands for an image's latents; the mean for a DiT that was trained on means
+    posterior: Literal["sample", "mean"] = "sample"
     images: int | None = None  # a class, the first in file order; None: all
     seed: int = 0
 
@@ -69,9 +69,7 @@ class Minimax:
 
 
 class Memory(nn.Module):
-    """The last `size` vectors of each class, first in, first out. Buffers, so that it is saved with the
-    training.
-    """
+    """The last `size` vectors of each class, first in, first out; buffers, so saved with the training."""
 
     entries: Tensor  # (classes, size, dimension)
     count: Tensor  # (classes,): ever pushed
@@ -114,8 +112,9 @@ def minimax_losses(clean: Tensor, labels: Tensor, real: Memory, generated: Memor
 def diffusion_loss(
     output: Tensor, noise: Tensor, clean: Tensor, noisy: Tensor, timesteps: Tensor, scheduler: DDPMScheduler
 ) -> Tensor:
-    """DiT's training loss, (B,): squared error of the noise, and for a model that learns its variance the
-    variational bound.
+    """DiT's training loss, (B,): squared error of the noise, and the variational bound.
+
+    The bound is there for a model that learns its variance.
 
     output: (B, C, h, w), or (B, 2C, h, w) with the variance's interpolation coefficient in [-1, 1] behind;
     noise, clean and noisy: (B, C, h, w). The bound is the divergence (bits a value) of the true posterior of
@@ -183,8 +182,9 @@ class Scaled(nn.Module):
 
 
 def add_scales(transformer: DiTTransformer2DModel) -> None:
-    """Learned scales in the first half of the blocks: on q, k and v, on the attention's projection and its
-    branch, on the MLP's branch.
+    """Learned scales in the first half of the blocks.
+
+    On q, k and v, on the attention's projection and its branch, on the MLP's branch.
     """
     for block in transformer.transformer_blocks[: len(transformer.transformer_blocks) // 2]:
         for name in ("to_q", "to_k", "to_v"):
@@ -202,8 +202,7 @@ def fold_scales(transformer: DiTTransformer2DModel) -> None:
 
 
 def share_embedders(transformer: DiTTransformer2DModel) -> bool:
-    """Let all blocks use the first's timestep and class embedders where theirs are equal, as they are in the
-    original DiT.
+    """Let all blocks use the first's timestep and class embedders if equal, as in the original DiT.
 
     diffusers keeps a copy in every block, and copies would be trained apart. Returns whether they were equal.
     """
@@ -393,9 +392,8 @@ class _Trained:
     def __init__(self, transformer: DiTTransformer2DModel, recipe: Minimax):
         self.transformer = transformer.train()
         self.shared = share_embedders(transformer)
-        for (
-            module
-        ) in transformer.modules():  # labels are dropped once a sample by the training loop, not once a block
+        # Labels are dropped once a sample by the training loop, not once a block.
+        for module in transformer.modules():
             if hasattr(module, "dropout_prob"):
                 module.dropout_prob = 0.0
         add_scales(transformer)
@@ -405,15 +403,12 @@ class _Trained:
             {name.replace(".", ":"): p for name, p in transformer.named_parameters() if p.requires_grad}
         )
         self.average = AveragedModel(self.chosen, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
-        self.average.update_parameters(
-            self.chosen
-        )  # the first update copies: it begins with the weights as they were
+        # The first update copies: it begins with the weights as they were.
+        self.average.update_parameters(self.chosen)
 
     @torch.no_grad()
     def finished(self) -> DiTTransformer2DModel:
-        """The transformer with the averaged parameters, without scales, every block with embedders of its own
-        again.
-        """
+        """The transformer with averaged parameters, no scales, every block with its own embedders again."""
         for own, averaged in zip(self.chosen.parameters(), self.average.module.parameters(), strict=True):
             own.copy_(averaged)
         fold_scales(self.transformer)
@@ -427,9 +422,7 @@ class _Trained:
 
 
 class _Batches:
-    """(step, uint8 images, labels, generator) of every step from `start` on; a process's own share of each
-    epoch's order.
-    """
+    """(step, uint8 images, labels, generator) from `start` on; a process's share of each epoch's order."""
 
     def __init__(
         self, data: ImageData, classes: Sequence[int], recipe: Minimax, start: int, accelerator: Accelerator
@@ -466,8 +459,9 @@ class _Batches:
 
 
 def shards(classes: int, count: int) -> list[list[int]]:
-    """`classes` labels in `count` consecutive shards of nearly equal size: ImageNet-1K is fine-tuned a shard
-    at a time.
+    """`classes` labels in `count` consecutive shards of nearly equal size.
+
+    ImageNet-1K is fine-tuned a shard at a time.
     """
     if not 1 <= count <= classes:
         raise ValueError(f"count is 1 ... {classes}, got {count}")

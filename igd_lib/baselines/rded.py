@@ -27,8 +27,9 @@ def rded(
     seed: int = 0,
     device: str = "cpu",
 ) -> ImageData:
-    """`ipc` images a class, each a grid of factor x factor patches, class after class; for
-    `rded_soft(protocol, factor)`.
+    """`ipc` images a class, class after class, each a grid of factor x factor patches.
+
+    For `rded_soft(protocol, factor)`.
 
     Of every class `candidates` images are drawn, of each `crops` square patches (8 to 100 % of the area,
     scaled to 1 / factor of the side). A patch's score is the teacher's cross-entropy on it, in the middle of
@@ -96,9 +97,7 @@ def _cross_entropy(
 
 
 def grid(patches: Tensor, factor: int) -> Tensor:
-    """(n, C, factor s, factor s) of (n factor^2, C, s, s): cell c, row by row, of image i is patch c n +
-    i.
-    """
+    """(n, C, factor s, factor s) of (n factor^2, C, s, s): cell c, by rows, of image i is patch c n + i."""
     count = len(patches) // factor**2
     cells = patches.reshape(factor, factor, count, *patches.shape[1:])  # row, column, image, C, s, s
     return cells.permute(2, 3, 0, 4, 1, 5).reshape(

@@ -1,6 +1,4 @@
-"""The protocols' augmentation, a draw a sample, on the device: everything between stored pixels and the
-network's input.
-"""
+"""The protocols' augmentation, a draw a sample, on the device: from stored pixels to the network's input."""
 
 from __future__ import annotations
 
@@ -57,8 +55,9 @@ def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 
 
 def augment(pixels: Tensor, protocol: Augmentation, generator: torch.Generator) -> Tensor:
-    """Patch shuffle, random resized crop, flip, colour jitter and PCA lighting: (B, 3, H, H) in [0, 1] to
-    `protocol.image_size`.
+    """Patch shuffle, random resized crop, flip, colour jitter and PCA lighting.
+
+    (B, 3, H, H) in [0, 1] to `protocol.image_size`.
     """
     count, device = len(pixels), pixels.device
 
@@ -69,9 +68,8 @@ def augment(pixels: Tensor, protocol: Augmentation, generator: torch.Generator) 
         pixels = shuffle_patches(pixels, protocol.patch_factor, generator)
     # RandomResizedCrop: area share in crop_scale, aspect ratio log-uniform in [3/4, 4/3].
     area, ratio = uniform(*protocol.crop_scale), uniform(-0.28768, 0.28768).exp()
-    ratio = torch.minimum(
-        torch.maximum(ratio, area), 1 / area
-    )  # neither side longer than the image's, at the drawn area
+    # Neither side longer than the image's, at the drawn area.
+    ratio = torch.minimum(torch.maximum(ratio, area), 1 / area)
     width, height = (area * ratio).sqrt(), (area / ratio).sqrt()
     x, y = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
     mirror = (
@@ -92,8 +90,7 @@ def augment(pixels: Tensor, protocol: Augmentation, generator: torch.Generator) 
 
 
 def shuffle_patches(pixels: Tensor, factor: int, generator: torch.Generator) -> Tensor:
-    """RDED's patch shuffle: `factor` vertical strips in random order, then `factor` horizontal ones, anew for
-    each image.
+    """RDED's patch shuffle: `factor` vertical strips in random order, then horizontal; anew for each image.
 
     The last strip takes what does not divide evenly. Raises ValueError where an image has fewer pixels than
     strips.
@@ -125,9 +122,7 @@ _EIGENVECTORS = torch.tensor(
 
 
 def _jitter(pixels: Tensor, strength: float, uniform, order: list[int]) -> Tensor:
-    """Brightness, contrast and saturation, each by a factor in [1 - strength, 1 + strength], in random
-    order.
-    """
+    """Brightness, contrast and saturation by factors in [1 - strength, 1 + strength], in random order."""
 
     def grey(x: Tensor) -> Tensor:
         return (x * torch.tensor([0.299, 0.587, 0.114], device=x.device).reshape(1, 3, 1, 1)).sum(
@@ -144,9 +139,7 @@ def _jitter(pixels: Tensor, strength: float, uniform, order: list[int]) -> Tenso
 def cutmix(
     inputs: Tensor, labels: Tensor, alpha: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, float]:
-    """CutMix: (mixed inputs, the second labels, the share of the first), the share recomputed from the box's
-    area.
-    """
+    """CutMix: (mixed inputs, second labels, share of the first), the share recomputed by the box's area."""
     if alpha == 0:
         return inputs, labels, 1.0
     draw = int(torch.randint(2**62, (1,), generator=generator))

@@ -1,5 +1,4 @@
-"""Data sets by name: class order, the diffusion model's class ids, sizes, layout on disk. No image is read
-here.
+"""Data sets by name: class order, diffusion model's class ids, sizes, layout on disk. No image is read here.
 
 The class order is part of a data set: a distilled set and its test data must agree on it. Two orders of
 ImageWoof are in use: the protocol's own (`imagewoof`) and sorted wnids, as ImageFolder has it
@@ -28,9 +27,8 @@ class DataSpec:
     """
 
     name: str
-    classes: tuple[
-        str, ...
-    ]  # in label order: class i has label i; empty: the order of `classes.txt`, else sorted class folders
+    # in label order: class i has label i; empty: the order of `classes.txt`, else sorted class folders
+    classes: tuple[str, ...]
     label_ids: tuple[int, ...]  # the diffusion model's class ids, in the same order
     image_size: int  # px a side
     holdout: float = 0.0  # share of each class's training images kept out as the validation split
@@ -91,8 +89,7 @@ def image_folder(
     label_ids: tuple[int, ...] = (),
     holdout: float = 0.0,
 ) -> DataSpec:
-    """Any data set of yours: `path` holds `train` and `test` (else `val`), each with one folder of images a
-    class.
+    """Your data set: `path` holds `train` and `test` (else `val`), each with one folder of images a class.
 
     Without `classes` the label order is that of `path/classes.txt` (a class folder a line), else sorted
     folder names. `label_ids` are ImageNet-1K's, where DiT knows the classes.
@@ -205,8 +202,7 @@ DATASETS = {
     spec.name: spec
     for spec in (
         _imagenet("imagenet", IMAGENET_CLASSES, (1_281_167, 50_000), per_class=(None, 50)),
-        # The paper's ImageNette and ImageWoof: class folders of ImageNet-1K, its validation images for
-        # testing.
+        # The paper's ImageNette and ImageWoof: class folders of ImageNet-1K, tested on its validation images.
         _imagenet(
             "imagenette",
             IMAGENETTE_CLASSES,
@@ -223,8 +219,7 @@ DATASETS = {
             folder="imagenet",
             subset=True,
         ),
-        # fastai's releases: the same images divided anew, in ImageFolder's sorted order (another one for
-        # ImageWoof).
+        # fastai's: the same images divided anew, in ImageFolder's sorted order (another one for ImageWoof).
         _imagenet(
             "fastai-imagenette2", tuple(sorted(IMAGENETTE_CLASSES)), (9_469, 3_925), folder="imagenette2"
         ),

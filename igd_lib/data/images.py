@@ -25,9 +25,8 @@ from igd_lib.data.sources.base import Found
 from igd_lib.data.sources.fashion import fashion_mnist_folder as fashion_mnist_folder
 
 MEMORY_LIMIT = 2 << 30  # bytes of decoded images that are kept in memory
-THREADS = min(
-    16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-)  # PIL decodes without the interpreter's lock
+# PIL decodes without the interpreter's lock.
+THREADS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 # What PIL raises for files that are no image, cut short or damaged (UnidentifiedImageError is an OSError).
 UNREADABLE = (
     OSError,
@@ -161,8 +160,7 @@ def load(
 
 
 def missing(name: str | DataSpec, root: str | Path | None = None) -> list[str]:
-    """What a data set still needs on this machine, a line a piece with how to get it; empty if it is all
-    there.
+    """What a data set still needs here, a line a piece with how to get it; empty if it is all there.
 
     Looks for folders and files only: nothing is decoded, counted or fetched. Raises ValueError for an unknown
     name.
@@ -171,9 +169,7 @@ def missing(name: str | DataSpec, root: str | Path | None = None) -> list[str]:
 
 
 def _check_sizes(spec: DataSpec, stored: str, found: Found) -> None:
-    """Raise ValueError at the first class, else at the whole split, whose number of images is not the
-    DataSpec's.
-    """
+    """Raise ValueError at the first class, else at the whole split, of another size than the DataSpec's."""
     index, remedy = (0 if stored == "train" else 1), "restore the files, or pass check_sizes=False"
     each, total = spec.per_class[index], spec.sizes[index]
     for name, count in zip(
@@ -240,9 +236,8 @@ def read_image(path: str | Path, size: int) -> Tensor:
                 image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
             if image.mode in ("I", "F"):
                 raise ValueError("it has 32 bits a pixel; store it with 8 or 16")
-            if (
-                image.mode == "P" and "transparency" in image.info
-            ):  # through RGBA: PIL warns of the direct way
+            # Through RGBA: PIL warns of the direct way.
+            if image.mode == "P" and "transparency" in image.info:
                 image = image.convert("RGBA")
             image = image.convert("RGB")
     except UNREADABLE as error:

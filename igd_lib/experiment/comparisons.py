@@ -183,7 +183,7 @@ def flipped(experiment: Experiment) -> list[Method]:
     found = {}
     for name, fidelity in flips(scale.fidelity).items():
         field = name.split("=")[0]
-        if not scale.many_classes and field in _PAPER_ONLY:
+        if not scale.papers and field in _PAPER_ONLY:
             continue
         if field == "gradient_images" and scale.all_images is not None:
             name, fidelity = "gradient_images=1000", replace(fidelity, gradient_images=scale.all_images)

@@ -93,9 +93,7 @@ def models() -> list[str]:
 
 
 def notebooks() -> list[str]:
-    """What each notebook would do with scale "auto", by the data set in its parameters or its call of
-    `prepare`.
-    """
+    """What each notebook does with scale "auto", by the data set of its parameters or its `prepare`."""
     from igd_lib.experiment import plan
 
     lines = []

@@ -112,10 +112,8 @@ class Experiment:
         return "; ".join(parts)
 
     def networks(self, names: str, *, paper: str, small: str = "convnet3") -> list[str]:
-        """The networks to train on every set, from comma-separated `names`; "auto": the paper's there,
-        `small` on a stand-in.
-        """
-        chosen = (paper if self.scale.many_classes else small) if names == "auto" else names
+        """From comma-separated `names`; "auto": the paper's at its scale, `small` on a stand-in."""
+        chosen = (paper if self.scale.papers else small) if names == "auto" else names
         return [name.strip() for name in chosen.split(",")]
 
     # --- what guides, and what gives soft labels
@@ -146,9 +144,7 @@ class Experiment:
         return Sets(ipc, {cell: self.set(*cell, ipc) for cell in progress(cells, "sets", every=20)})
 
     def set(self, method: Method, seed: int, ipc: int) -> Images:
-        """A method's images for one generation seed: sampled, resumed from disk, or made by another
-        baseline.
-        """
+        """A method's images for one generation seed: sampled, resumed, or made by another baseline."""
         if method.family != SAMPLED:
             return BASELINES[method.family].make(self, ipc, seed)
         every = list(range(len(self.train.classes)))
@@ -198,7 +194,7 @@ class Experiment:
         """
         held = load(replace(self.spec, holdout=self.spec.holdout or 0.1), "validation")
         count = len(self.test) // len(self.test.classes)
-        return replace(self, test=held if self.scale.many_classes else held.first(count))
+        return replace(self, test=held if self.scale.papers else held.first(count))
 
 
 def _report_version(found: DistilledSet) -> None:
@@ -287,16 +283,14 @@ def _on_stand_in(artefact: str, stand_in: str, scale: Scale) -> Experiment:
     ids = spec.label_ids or tuple(range(len(train.classes)))
     surrogates = Surrogates(scale, train, str(torch.device(device)))
     models = StandInModels(stand_in, train, ids, surrogates, scale.minimax, device)
-    asked = (
-        ""
-        if scale.dataset == spec.name
-        else (f" These are not {scale.dataset} results: the paper's data or models are not on this machine.")
-    )
-    banner = (
-        f"**Scale: small.** The embedded stand-in: real {spec.name} images, a tiny DiT and "
-        f"autoencoder.{asked}"
-        if scale.figures_mean_something
-        else "**Scale: smoke.** A seconds-long run of the stand-in that only shows that everything works; "
-        f"its numbers mean nothing.{asked}"
-    )
+    banner = f"**Scale: {scale.name}.** "
+    if scale.figures_mean_something:
+        banner += f"The embedded stand-in: real {spec.name} images, a tiny DiT and autoencoder."
+    else:
+        banner += "A seconds-long run of the stand-in that only shows that everything works; "
+        banner += "its numbers mean nothing."
+    if scale.dataset != spec.name:
+        banner += (
+            f" These are not {scale.dataset} results: the paper's data or models are not on this machine."
+        )
     return Experiment(artefact, scale, models, surrogates, train, test, ids, spec, banner)

@@ -1,5 +1,6 @@
-"""Two sliders over settings that have been tried, for a lesson: what k and gamma do to images, influence loss
-and accuracy.
+"""Two sliders over settings that have been tried, for a lesson.
+
+They show what k and gamma do to images, influence loss and accuracy.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ class Settings:
         self.first = rows.iloc[0]
 
     def figure(self, k: float, gamma: float) -> Figure:
-        """A class's images without guidance and with this pair's, and what the pair reached. Raises KeyError
-        for another pair.
+        """A class's images without guidance and with this pair's, and what the pair reached.
+
+        Raises KeyError for another pair.
         """
         methods, lines = (self.plain, self.pairs[k, gamma]), []
         for method in methods:

@@ -36,9 +36,7 @@ class About:
     def row(
         self, metric: str, value: Any, *, seconds: float = 0.0, network: str = "", device: str = ""
     ) -> results.Row:
-        """A result row that carries the experiment's scale and settings, and the revision that made the
-        set.
-        """
+        """A result row with the experiment's scale and settings, and the revision that made the set."""
         experiment, scale = self.experiment, self.experiment.scale
         fields = self.method.columns(
             fidelity=scale.fidelity, num_steps=scale.num_steps, surrogate=scale.surrogate
@@ -124,9 +122,7 @@ def accuracy_rows(experiment: Experiment, sets: Sets, networks: str | Sequence[s
 
 
 def influence_rows(experiment: Experiment, sets: Sets) -> pd.DataFrame:
-    """The mean influence loss (Eq. 7) of every set's finished images by the retained checkpoints, a row a
-    set.
-    """
+    """Mean influence loss (Eq. 7) of each set's finished images by the retained checkpoints, a row a set."""
     (checkpoints, gradients), rows = experiment.retained, []
     for about in _each(experiment, sets, "influence loss, set"):
         losses = metrics.influence_of_set(
@@ -169,8 +165,9 @@ def all_rows(experiment: Experiment, sets: Sets, network: str, reference: Method
 
 
 def distribution_rows(experiment: Experiment, sets: Sets, *, images: int = 500) -> pd.DataFrame:
-    """Fréchet distance, coverage and Wasserstein distance of every set to `images` real training ones a class
-    (Table 11).
+    """Fréchet distance, coverage and Wasserstein distance of every set to real images (Table 11).
+
+    `images` training ones a class.
 
     In the features of `Models.extractor`; every metric's name says which. Coverage's threshold in Inception's
     space is the paper's 300, read as a squared distance; elsewhere the median distance of a real image to its
@@ -200,9 +197,8 @@ def _real_images(experiment: Experiment, sets: Sets, images: int) -> tuple[Image
     labels = range(len(drawn.classes))
     order = torch.cat([drawn.class_indices(label)[: sets.ipc] for label in labels])
     rest = torch.cat([drawn.class_indices(label)[sets.ipc :] for label in labels])
-    chosen = [
-        own for _, _, own in sets if isinstance(own, ImageData)
-    ]  # Random's images do not cover themselves
+    # Random's images do not cover themselves.
+    chosen = [own for _, _, own in sets if isinstance(own, ImageData)]
     taken = {image.numpy().tobytes() for own in chosen for image in own.fetch(torch.arange(len(own)))}
     free = torch.tensor([image.numpy().tobytes() not in taken for image in drawn.fetch(rest)])
     return drawn.subset(rest[free]), drawn.subset(order)
@@ -211,8 +207,9 @@ def _real_images(experiment: Experiment, sets: Sets, images: int) -> tuple[Image
 def map_of_sets(
     experiment: Experiment, sets: Sets, label: int, *, images: int = 300
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """One class of every set (seed 0) and `images` real training ones of it: a joint t-SNE, and result rows
-    of Wasserstein distances.
+    """A joint t-SNE, and result rows of Wasserstein distances, of one class.
+
+    Of every set (seed 0), and `images` real training ones of it.
 
     In the features that `distribution_rows` measures in.
     """
@@ -245,8 +242,9 @@ def save(*frames: pd.DataFrame, folder: str = "") -> None:
 
 
 def save_table(experiment: Experiment, table: pd.DataFrame, folder: str, name: str) -> None:
-    """Write a table that is no result row (coordinates, curves), with its origin, as `folder/NAME.csv` if a
-    folder is given.
+    """Write a table of no result rows, with its origin, as `folder/NAME.csv` if a folder is given.
+
+    Such are coordinates and curves.
     """
     if folder:
         origin = dict(dataset=experiment.train.name, scale=experiment.scale.name, git_revision=git_revision())

@@ -1,6 +1,4 @@
-"""A row of a table: a `Method` is typed fields, and its label is derived from them. Nothing is decided on a
-label.
-"""
+"""A table's row: a `Method` is typed fields, its label derived from them. Nothing is decided on a label."""
 
 from __future__ import annotations
 
@@ -59,9 +57,7 @@ class Method:
 
     @property
     def guide_names(self) -> tuple[str, ...]:
-        """Which guides take part, or are what the rows differ in: "influence", "deviation", and others by
-        their name.
-        """
+        """Guides that take part, or that rows differ in: "influence", "deviation", others by name."""
         fields = (("influence", "k"), ("deviation", "gamma")) if self.guidance is not None else ()
         own = [name for name, field in fields if getattr(self.guidance, field) > 0 or field in self.varies]
         return (*own, *self.guides)
@@ -96,9 +92,7 @@ class Method:
     def columns(
         self, *, fidelity: Fidelity = RELEASED, num_steps: int = 0, surrogate: str = ""
     ) -> dict[str, Any]:
-        """A method's fields as a result row has them, its label among them; the arguments are the
-        experiment's settings.
-        """
+        """A method's fields as in a result row, with its label; arguments: the experiment's settings."""
         sampled, guidance, own = self.family == SAMPLED, self.guidance, self.fidelity or fidelity
         fields = {
             "kind": self.kind,

@@ -1,6 +1,4 @@
-"""The models that an experiment runs on: the paper's weights, or a stand-in's and what is trained for it
-here.
-"""
+"""An experiment's models: the paper's weights, or a stand-in's and what is trained for it here."""
 
 from __future__ import annotations
 

@@ -29,8 +29,9 @@ class Trace:
 
 
 def trace(experiment: Experiment, method: Method, images: DistilledSet, label: int, index: int) -> Trace:
-    """Sample image `index` of class `label` of a set again, with the memory it had: its last latent is the
-    set's up to rounding.
+    """Sample image `index` of class `label` of a set again, with the memory it had.
+
+    Its last latent is the set's up to rounding.
     """
     sampling, identity = experiment.sampling(method), experiment.label_ids[label]
     generators = [image_generator(images.manifest["seed"], identity, index)]

@@ -62,9 +62,7 @@ def _set_by_hand(namespace: Mapping[str, Any], types: Mapping[str, type]) -> lis
 
 
 def literals(source: str) -> list[str]:
-    """The names that a cell sets where it is nothing but assignments of literals; empty for any other
-    cell.
-    """
+    """The names that a cell of nothing but assignments of literals sets; empty for any other cell."""
     try:
         statements = ast.parse(source).body
         names = []

@@ -1,6 +1,4 @@
-"""Images of an experiment's sets, arranged for galleries, and written as pixels for figures to be drawn
-again.
-"""
+"""Images of an experiment's sets, arranged for galleries, and written as pixels to redraw figures from."""
 
 from __future__ import annotations
 

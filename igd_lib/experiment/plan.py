@@ -20,9 +20,7 @@ SD_VAE = ("stabilityai/sd-vae-ft-mse", "31f26fdeee1355a5c34592e401dd41e45d25a493
 
 
 def missing_for_paper(dataset: str, fidelity: Fidelity = RELEASED) -> list[str]:
-    """What the paper's scale still needs on this machine, a line a piece with how to get it; empty if
-    nothing.
-    """
+    """What the paper's scale still needs here, a line a piece with how to get it; empty if nothing."""
     if dataset in standin.STANDINS:
         return [f"{dataset} is a stand-in's data set and has no paper scale; use scale='small'"]
     if dataset not in DATASETS:
@@ -44,9 +42,7 @@ def missing_for_paper(dataset: str, fidelity: Fidelity = RELEASED) -> list[str]:
 
 
 def dit_of(dataset: str) -> tuple[str, str | None]:
-    """DiT-XL/2 where it knows the classes; else a DiT fine-tuned on the data set, from a local folder
-    only.
-    """
+    """DiT-XL/2 where it knows the classes; else a DiT fine-tuned on the data, from a local folder only."""
     return DIT if DATASETS[dataset].label_ids else (f"DiT-{dataset}", None)
 
 

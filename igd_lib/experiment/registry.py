@@ -1,5 +1,4 @@
-"""How a table's row makes its set where that is no sampling by the paper's guidance: one function and one
-line each.
+"""How a table's row makes its set, if not by the paper's guidance: one function and one line each.
 
 BASELINES: other methods, each a file in `igd_lib.baselines`. GUIDES: other guidance, each a class in
 `igd_lib.guides`.

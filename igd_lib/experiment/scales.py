@@ -41,6 +41,7 @@ class Scale:
     all_images: int | None = (
         None  # what "all images of a class" is read as where they are compared; None: all
     )
+    papers: bool = False  # the paper's own scale: its networks, whole splits, every field of `Fidelity`
     many_classes: bool = False  # class gradients of all checkpoints are too large to keep
     teacher_least: float = 50.0  # percent of real images that a teacher must get right
     from_table_12: bool = False  # whether k and gamma are the paper's for this data set
@@ -82,6 +83,7 @@ def paper_scale(
         protocol=RDED_SOFT if labels == "soft" else IGD_HARD,
         num_steps=50,
         fidelity=fidelity,
+        papers=True,
         many_classes=True,
         from_table_12=minimax is not None,
     )

@@ -81,32 +81,29 @@ class Surrogates:
     def class_gradients(
         self, images: int | None, name: str | None = None, checkpoints: Checkpoints | None = None
     ) -> ClassGradients:
-        """Class gradients (E, P) by label over each class's first `images` images, of the whole trajectory by
-        default.
-        """
+        """Class gradients (E, P) by label over each class's first images; by default of the trajectory."""
         own = checkpoints or self.trajectory(name)
         settings = {"surrogate": self._key(name), "images": images, "epochs": list(own.epochs)}
         return ClassGradients(own, self.train, keys.folder("gradients", settings), images)
 
     def similarity_matrices(self, images: int | None, name: str | None = None) -> dict[str, Tensor]:
-        """Algorithm 2's similarities of all checkpoints, (E, E), in both readings; made once, then read from
-        disk.
-        """
+        """Algorithm 2's similarities of all checkpoints, (E, E), in both readings; made once, then read."""
         trajectory = self.trajectory(name)
         settings = {"surrogate": self._key(name), "images": images, "epochs": list(trajectory.epochs)}
         path = keys.folder("similarities", settings) / "matrices.safetensors"
         if not path.is_file():
             keys.claim(path.parent / "manifest.json", "similarities", settings, "similarities")
-            gradients: Callable[[int], Tensor] = self.class_gradients(images, name)
-            if (
-                self.scale.many_classes
-            ):  # all checkpoints of all classes can take hundreds of gigabytes: not kept
-
-                def gradients(label: int) -> Tensor:
-                    return class_gradients(trajectory, self.train.of_class(label, images), label)
-
-            files.save_tensors(path, similarity_matrices(gradients, len(self.train.classes)))
+            files.save_tensors(
+                path, similarity_matrices(self._gradients(images, name), len(self.train.classes))
+            )
         return files.load_tensors(path)[0]
+
+    def _gradients(self, images: int | None, name: str | None) -> Callable[[int], Tensor]:
+        """The trajectory's class gradients, kept on disk unless they would take hundreds of gigabytes."""
+        if not self.scale.many_classes:
+            return self.class_gradients(images, name)
+        trajectory = self.trajectory(name)
+        return lambda label: class_gradients(trajectory, self.train.of_class(label, images), label)
 
     def similarities(self) -> dict[str, list[float]]:
         """Algorithm 2's similarity to the last kept checkpoint, along the trajectory, in both readings."""
@@ -117,9 +114,7 @@ class Surrogates:
         }
 
     def choices(self, thresholds: Sequence[float]) -> pd.DataFrame:
-        """What Algorithm 2 keeps (indices and epochs) by similarity and threshold, and as many at regular
-        intervals.
-        """
+        """What Algorithm 2 keeps (indices, epochs) by similarity and threshold; as many regular ones."""
         epochs, rows = self.trajectory().epochs, []
         matrices = self.similarity_matrices(self.scale.fidelity.gradient_images)
         for kind, matrix in sorted(matrices.items(), reverse=True):

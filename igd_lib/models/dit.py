@@ -126,8 +126,7 @@ def from_original(state: dict[str, Tensor], *, num_attention_heads: int = 16) ->
 
 
 def match_original(transformer: DiTTransformer2DModel) -> DiTTransformer2DModel:
-    """Give a diffusers DiT the original's timestep frequencies, in place; for weights that were trained with
-    them.
+    """Give a diffusers DiT the original's timestep frequencies, in place; for weights trained with them.
 
     The config records it (`timestep_frequencies`), so `IGDPipeline` does the same with a saved and loaded
     model.

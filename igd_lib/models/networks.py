@@ -67,9 +67,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNetAP-10 (stem conv 7x7 + average pool 4, strides by pooling) or ResNet-18 (7x7 stride 2 + max
-    pool).
-    """
+    """ResNetAP-10 (7x7 stem, average pool 4, strides by pooling) or ResNet-18 (7x7 stride 2, max pool)."""
 
     def __init__(self, blocks: tuple[int, ...], pool: bool, num_classes: int, in_channels: int = 3):
         super().__init__()
@@ -95,8 +93,9 @@ class ResNet(nn.Module):
 
 
 def network(name: str, *, num_classes: int, image_size: int, in_channels: int = 3) -> nn.Module:
-    """A freshly initialised network: "convnetN", "resnetapN", "resnet18" (the hard-label protocol's own) or a
-    timm name.
+    """A freshly initialised network by its name.
+
+    "convnetN", "resnetapN", "resnet18" (the hard-label protocol's own) or a timm name.
 
     "timm/NAME" is timm's where a name means both: "timm/resnet18" has batch normalisation, as the soft-label
     tables' networks have. Input (B, in_channels, image_size, image_size), output logits (B, num_classes).

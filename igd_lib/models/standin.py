@@ -33,9 +33,8 @@ class StandIn:
     """How one stand-in is built."""
 
     dataset: str
-    holdout: float | None = (
-        None  # share of each class's training images kept out for validation; None: the data set's own
-    )
+    # share of each class's training images kept out for validation; None: the data set's own
+    holdout: float | None = None
     vae_channels: tuple[int, ...] = (16, 32, 64)  # one halving of the resolution between neighbours
     vae_steps: int = 2000
     vae_batch: int = 64
@@ -48,21 +47,16 @@ class StandIn:
     dit_steps: int = 9000
     dit_batch: int = 64
     ema: float = 0.999
-    snr_cap: float = (
-        1.0  # loss weight min(SNR, cap) / SNR: the decoder forgives small noise, structure matters
-    )
+    # loss weight min(SNR, cap) / SNR: the decoder forgives small noise, structure matters
+    snr_cap: float = 1.0
     lr: float = 1e-3  # both models; a short warm-up, ...
     dit_constant: float = 0.0  # ... for the DiT this share of the steps at the full rate, then half a cosine
-    dit_bfloat16: bool = (
-        False  # the DiT's products in bfloat16 where the processor has it (the autoencoder's always)
-    )
+    # the DiT's products in bfloat16 where the processor has it (the autoencoder's always)
+    dit_bfloat16: bool = False
     flip: bool = False  # horizontal flips: half of the images for the autoencoder, both of each for the DiT
     label_dropout: float = 0.1
-    decoder_channels: tuple[int, ...] = (
-        16,
-        16,
-        16,
-    )  # of the guidance decoder; one doubling between neighbours
+    # of the guidance decoder; one doubling between neighbours
+    decoder_channels: tuple[int, ...] = (16, 16, 16)
     decoder_steps: int = 1500
     seed: int = 0
 
@@ -94,8 +88,7 @@ def path(name: str = "fashion-mnist") -> Path:
 
 
 def tiny_decoder(name: str = "fashion-mnist") -> AutoencoderTiny:
-    """The stand-in's guidance decoder: a small copy of its autoencoder's decoder, as TAESD is of Stable
-    Diffusion's.
+    """The stand-in's guidance decoder: a small copy of its decoder, as TAESD is of Stable Diffusion's.
 
     It takes scaled latents (`sample_igd(guidance_decoder=...)`); its encoder is untrained.
     """
@@ -258,8 +251,9 @@ def train_transformer(
 
 
 def train_decoder(recipe: StandIn, vae: AutoencoderKL, latents: Tensor, work: Path) -> AutoencoderTiny:
-    """A small decoder that learns the autoencoder's own output from scaled latents (N, 4, h, h); resumes from
-    `work`.
+    """A small decoder that learns the autoencoder's own output from scaled latents (N, 4, h, h).
+
+    Resumes from `work`.
     """
     torch.manual_seed(recipe.seed + 2)
     blocks = (1,) * len(recipe.decoder_channels)
@@ -295,8 +289,9 @@ def train_decoder(recipe: StandIn, vae: AutoencoderKL, latents: Tensor, work: Pa
 def add_decoder(
     name: str, out: str | Path, *, recipe: StandIn | None = None, root: str | Path | None = None
 ) -> Path:
-    """Train the guidance decoder of the stand-in in `out` and write it beside, in half precision. Returns its
-    folder.
+    """Train the guidance decoder of `out`'s stand-in and write it beside, in half precision.
+
+    Returns its folder.
     """
     recipe, out = recipe or STANDINS[name], Path(out)
     vae = AutoencoderKL.from_pretrained(out / "vae").float().eval()

@@ -103,8 +103,9 @@ def export(found: FinishedSet, out_dir: str | Path, *, format: str = "imagefolde
 
 
 def check_folder_names(classes: Sequence[str]) -> list[str]:
-    """Class names as folder names, unchanged. Raises ValueError naming one that some file system cannot hold
-    or tell from another.
+    """Class names as folder names, unchanged.
+
+    Raises ValueError naming one that some file system cannot hold or tell from another.
     """
     taken = {name.casefold(): name for name in (MANIFEST, CLASSES, README)}
     for name in classes:
@@ -152,8 +153,9 @@ class ManifestImageFolder(ImageFolder):
 
 
 def load_image_folder(path: str | Path, **options: Any) -> ManifestImageFolder:
-    """An export as "imagefolder" or "rded" as a torchvision data set; options are ImageFolder's (transform,
-    loader ...).
+    """An export as "imagefolder" or "rded" as a torchvision data set.
+
+    Options are ImageFolder's (transform, loader ...).
 
     Raises FileNotFoundError without an export or with a class folder missing, ValueError for an unfinished
     export and for a class that has lost or gained images.
@@ -170,8 +172,9 @@ def load_image_folder(path: str | Path, **options: Any) -> ManifestImageFolder:
 
 
 def load_tensors_export(path: str | Path) -> ImageData:
-    """An export as "safetensors", in memory. Raises FileNotFoundError without one, ValueError where it is
-    unfinished or damaged.
+    """An export as "safetensors", in memory.
+
+    Raises FileNotFoundError without one, ValueError where it is unfinished or damaged.
     """
     manifest = read_manifest(path)
     if TENSORS not in manifest["files"]:
@@ -194,8 +197,9 @@ def load_tensors_export(path: str | Path) -> ImageData:
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest of a finished export. Raises FileNotFoundError without one, ValueError for an unfinished
-    or damaged one.
+    """The manifest of a finished export.
+
+    Raises FileNotFoundError without one, ValueError for an unfinished or damaged one.
     """
     file = Path(path) / MANIFEST
     if not file.is_file():
@@ -238,8 +242,9 @@ def _image_hashes(found: FinishedSet, labels: Sequence[int]) -> dict[tuple[int, 
 
 
 def _present(out: Path, wanted: dict[str, Any], names: set[str]) -> dict[str, Any] | None:
-    """The manifest of the same export already in `out`, None where there is nothing. Raises ValueError for
-    anything else.
+    """The manifest of the same export already in `out`, None where there is nothing.
+
+    Raises ValueError for anything else.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; choose a folder")
@@ -273,9 +278,8 @@ def _present(out: Path, wanted: dict[str, Any], names: set[str]) -> dict[str, An
 
 def _write_tensors(path: Path, found: FinishedSet, labels: Sequence[int]) -> None:
     first = found.images(labels[0])
-    images = torch.empty(
-        len(labels), *first.shape, dtype=torch.uint8
-    )  # filled in place: at the paper's scale it is 10 GB
+    # Filled in place: at the paper's scale it is 10 GB.
+    images = torch.empty(len(labels), *first.shape, dtype=torch.uint8)
     for position, label in enumerate(labels):
         images[position] = found.images(label)
     images = images.flatten(0, 1)

@@ -51,9 +51,7 @@ class DistilledSet:
         return self.path / "latents" / f"{label:05d}" / f"{index:05d}.safetensors"
 
     def finished(self, label: int) -> int:
-        """How many images of a class are there, counted from the first without a gap, at most `ipc`; they are
-        not read.
-        """
+        """How many images of a class are there, from the first without a gap, at most `ipc`; none is read."""
         count = 0
         while (
             count < self.ipc
@@ -64,9 +62,7 @@ class DistilledSet:
         return count
 
     def valid(self, label: int) -> int:
-        """How many of the finished images of a class, from the first, can be read and are as they were
-        sampled.
-        """
+        """How many finished images of a class, from the first, are readable and as they were sampled."""
         for index in range(finished := self.finished(label)):
             if (problem := self._problem(label, index)) is not None:
                 print(
@@ -86,8 +82,9 @@ class DistilledSet:
                 leftover.unlink()
 
     def images(self, label: int) -> Tensor:
-        """uint8 (ipc, 3, H, W) of one class, in order. Raises ValueError when the class is not finished or an
-        image damaged.
+        """uint8 (ipc, 3, H, W) of one class, in order.
+
+        Raises ValueError when the class is not finished or an image damaged.
         """
         if self.finished(label) < self.ipc:
             raise ValueError(
@@ -107,16 +104,13 @@ class DistilledSet:
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
     def latents(self, label: int, count: int | None = None) -> Tensor:
-        """Final latents (n, C, h, w) of a class's first `count` images (all by default), as the sampler gave
-        them.
-        """
+        """A class's first `count` (default: all) final latents (n, C, h, w), as the sampler gave them."""
         count = self.ipc if count is None else count
         found = [files.load_tensors(self.latent_path(label, index))[0]["latent"] for index in range(count)]
         return torch.stack(found) if found else torch.empty(0)
 
     def verify(self, *, repair: bool = False) -> list[str]:
-        """Read everything again; what is missing, damaged or changed since it was sampled, a line each, class
-        by class.
+        """Read everything again; what is missing, damaged or changed since sampled, a line each, by class.
 
         repair: remove damaged images, their latents and leftovers of killed runs, so that `distill` samples
         them anew.
@@ -187,9 +181,7 @@ class DistilledSet:
         )
 
     def export(self, out_dir: str | Path, format: str = "imagefolder") -> Path:
-        """Write the finished set for other tools: "imagefolder", "rded" or "safetensors"
-        (`igd_lib.export`).
-        """
+        """Write the finished set for other tools: "imagefolder", "rded", "safetensors" (`igd_lib.export`)."""
         return export(self, out_dir, format=format)
 
 

@@ -23,9 +23,7 @@ SAY_EVERY = 10.0  # seconds between lines of progress
 
 
 def connect(where: bool | str) -> tuple[Any, bool]:
-    """Ray, on a local cluster (True) or at an address, unless the program has connected already; and whether
-    this call did.
-    """
+    """Ray, on a local cluster (True) or at an address, unless connected; and whether this call did it."""
     try:
         import ray
     except ImportError as error:
@@ -69,8 +67,7 @@ def _paths() -> list[str]:
 
 
 def workers_of(ray: Any, workers: int | None) -> tuple[int, dict[str, float]]:
-    """How many actors, and what each asks for: a GPU each where the cluster has some, else an equal share of
-    its processors.
+    """How many actors, and what each asks for: a GPU if there are some, else an equal share of processors.
 
     workers: so many; None: one a GPU, or one for every two processors. Raises ValueError for more than there
     are GPUs or processors.
@@ -87,9 +84,7 @@ def workers_of(ray: Any, workers: int | None) -> tuple[int, dict[str, float]]:
 
 
 def share_of(machines: Sequence[int], count: int) -> int:
-    """The most processors that each of `count` workers can have where no worker is on two of the `machines`;
-    at least 1.
-    """
+    """The most processors for each of `count` workers, none on two of the `machines`; at least 1."""
     return next(
         (
             share
@@ -118,9 +113,8 @@ def run_all(
     """
     count, share = workers_of(ray, workers)
     held = ray.put((work, shared))
-    threads = min(
-        int(share["num_cpus"]), torch.get_num_threads()
-    )  # no more than here: sums depend on it, in their last bits
+    # No more than here: sums depend on it, in their last bits.
+    threads = min(int(share["num_cpus"]), torch.get_num_threads())
     remote = ray.remote(max_restarts=RETRIES, max_task_retries=RETRIES, **share)(_Worker)
     actors = [remote.remote([held], threads) for _ in range(min(count, len(items)))]
     results: dict[int, Any] = {}

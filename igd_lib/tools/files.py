@@ -101,8 +101,9 @@ def locked(folder: str | Path, what: str, *, wait: bool = False) -> Iterator[Non
 
 
 def difference(old: Any, new: Any, where: str = "") -> str | None:
-    """The first difference between two JSON values in words ("a.b[0] = 1, wanted 2"); keys that only `old`
-    has do not count at the top.
+    """The first difference of two JSON values in words ("a.b[0] = 1, wanted 2").
+
+    Keys that only `old` has do not count at the top.
     """
     if isinstance(old, dict) and isinstance(new, dict):
         keys = list(new) if not where else list(dict.fromkeys([*new, *old]))
@@ -115,9 +116,7 @@ def difference(old: Any, new: Any, where: str = "") -> str | None:
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
-    """Twelve hex digits of a state dict's tensors in their order, by which sets and models made from other
-    weights are told apart.
-    """
+    """Twelve hex digits of a state dict's tensors in order, to tell sets and models by their weights."""
     found = hashlib.sha256()
     for value in state.values():
         found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -138,8 +137,9 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], **metadata: An
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_tensors` wrote: (tensors in their order, metadata). Raises ValueError naming a damaged
-    file.
+    """Read what `save_tensors` wrote: (tensors in their order, metadata).
+
+    Raises ValueError naming a damaged file.
     """
     path = Path(path)
     raw = path.read_bytes()
@@ -162,8 +162,9 @@ def save_training(
     note: Mapping[str, Any] | None = None,
     **models: nn.Module,
 ) -> Path:
-    """Write the models, the optimiser's state, the number of finished steps and, if given, the generator's
-    state and a JSON-able note.
+    """Write models, optimiser state, number of finished steps and, if given, generator state and note.
+
+    The note is JSON-able.
     """
     tensors = {
         f"{name}/{key}": value for name, model in models.items() for key, value in model.state_dict().items()
@@ -189,8 +190,9 @@ def load_training(
     generator: torch.Generator | None = None,
     **models: nn.Module,
 ) -> dict[str, Any]:
-    """Restore what `save_training` wrote, in place; returns its note with the number of finished "step"s, 0
-    without a file.
+    """Restore what `save_training` wrote, in place.
+
+    Returns its note with the number of finished "step"s, 0 without a file.
     """
     if not Path(path).is_file():
         return {"step": 0}

@@ -148,8 +148,7 @@ def manifest(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def difference(kind: str, present: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
-    """The first difference of a manifest on disk from work of these settings in words, None if it is the same
-    work.
+    """A manifest's first difference from work of these settings in words; None if it is the same work.
 
     Settings that one of the two does not name have the schema's frozen default. Raises ValueError for a
     manifest without settings.

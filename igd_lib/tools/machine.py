@@ -24,8 +24,9 @@ def cache_dir() -> Path:
 
 
 def ray_cluster() -> bool | str:
-    """Where notebooks sample and train, `$IGD_RAY`: unset or "0" here, "1" a local Ray cluster, else a
-    cluster's address.
+    """Where notebooks sample and train, `$IGD_RAY`.
+
+    Unset or "0" here, "1" a local Ray cluster, else a cluster's address.
     """
     given = os.environ.get("IGD_RAY", "0")
     return {"": False, "0": False, "1": True}.get(given, given)
@@ -42,11 +43,8 @@ def reuse_memory() -> None:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not every libc has it
     if mallopt is not None:
-        for parameter, value in (
-            (-4, 0),
-            (-1, 2**31 - 1),
-            (-2, 2**28),
-        ):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, in bytes
+        # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, in bytes.
+        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):
             mallopt(parameter, value)
 
 

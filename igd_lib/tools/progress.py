@@ -1,6 +1,4 @@
-"""Progress that suits where it is shown: a bar with the time left in JupyterLab or a terminal, plain lines in
-a headless run.
-"""
+"""Progress: a bar with the time left in JupyterLab or a terminal, plain lines in a headless run."""
 
 from __future__ import annotations
 

@@ -13,8 +13,7 @@ VERSION = "0.2.0"
 
 @cache
 def git_revision() -> str:
-    """The code's revision, asked for once a process: the commit, with "+" where tracked files of igd_lib
-    differ from it.
+    """The code's revision, asked for once a process: the commit, "+" where tracked igd_lib files differ.
 
     For an installed package, or where git does not answer, it is the version: "igd_lib 0.1.0".
     """
@@ -23,8 +22,7 @@ def git_revision() -> str:
 
 def _revision(folder: Path) -> str:
     git = ["git", "--no-optional-locks", "-C", str(folder)]
-    # The first because a package installed inside somebody's checkout (in its .venv) is not that checkout's
-    # code.
+    # The first because a package installed inside somebody's checkout (in its .venv) is no part of it.
     questions = (
         "ls-files --error-unmatch -- __init__.py",
         "rev-parse --short=12 HEAD",

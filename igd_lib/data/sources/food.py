@@ -1,6 +1,4 @@
-"""Food-101 as its archive has it: images/CLASS/ID.jpg, and meta/train.txt and test.txt, which list
-CLASS/ID.
-"""
+"""Food-101 as archived: images/CLASS/ID.jpg, and meta/train.txt and test.txt, which list CLASS/ID."""
 
 from __future__ import annotations
 
@@ -43,9 +41,8 @@ def read(spec: DataSpec, stored: str, root: str | Path | None) -> Found:
     lacking = missing(spec, root)
     if lacking:
         raise FileNotFoundError(lacking[0])
-    if (
-        base / "meta" / "classes.txt"
-    ).is_file():  # listed in an order that is not everyone's: the names have to agree
+    # Listed in an order that is not everyone's: the names have to agree.
+    if (base / "meta" / "classes.txt").is_file():
         check_order(spec.classes, sorted(lines(base / "meta" / "classes.txt")), base / "meta" / "classes.txt")
     listing = base / "meta" / f"{stored}.txt"
     names: dict[str, list[str]] = {name: [] for name in spec.classes}
