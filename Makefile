@@ -10,10 +10,10 @@ help:  ## this list
 setup:  ## .venv, the locked packages, the data
 	@sh ci/setup.sh
 
-demo: setup  ## the whole method on real images (about 10 minutes)
+demo: setup  ## the whole method on real images (10 to 15 minutes)
 	@$(PYTHON) -m igd_lib demo
 
-test: lint  ## lint, pytest, and every notebook at scale "smoke" (about 10 minutes)
+test: lint  ## lint, pytest, and every notebook at scale "smoke" (10 to 15 minutes)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n auto --dist worksteal
 	@$(PYTHON) ci/smoke_notebooks.py --twice 00 03 12
 
