@@ -119,9 +119,8 @@ class Wanted:
         return about | {"label_ids": self.ids, "ipc": self.ipc} | self.sampling.settings
 
     @property
-    def manifest(self) -> dict[str, Any]:
-        """What `manifest.json` says: what the set is of, and its kind, schema, key and settings."""
-        made = keys.manifest("set", self.settings)
+    def about(self) -> dict[str, Any]:
+        """What the set is of, as its manifest says beside its kind, schema, key and settings."""
         return {
             "dataset": self.data.name,
             "classes": list(self.data.classes),
@@ -130,7 +129,6 @@ class Wanted:
             "ipc": self.ipc,
             "seed": self.seed,
             "image_size": self.data.image_size,
-            **made,
         }
 
 
@@ -226,12 +224,8 @@ class _Job:
         memory: dict[int, list[Tensor]] = {label: [] for label in chunk}
         if sampling.remembers:
             memory = {label: list(out.latents(label, finished[label]).to(device)) for label in chunk}
-        influences = sampling.influences
-        own = (
-            {label: sampling.class_gradients(self.wanted.data, label) for label in chunk}
-            if influences
-            else {}
-        )
+        guiding = chunk if sampling.influences else ()
+        own = {label: sampling.class_gradients(self.wanted.data, label) for label in guiding}
         first = min(finished.values()) // rounds * rounds
         for start in progress(range(first, out.ipc, rounds), what):
             indices = range(start, min(start + rounds, out.ipc))
@@ -285,15 +279,9 @@ def _store(out: DistilledSet, item: Item, latent: Tensor, image: Tensor, seconds
 
 def _open(path: Path, wanted: Wanted) -> DistilledSet:
     """Start a set, or reopen one of the same settings."""
-    manifest = wanted.manifest
     if (path / "manifest.json").exists():
         present = DistilledSet(path)
-        about = {
-            name: value
-            for name, value in manifest.items()
-            if name not in ("kind", "schema", "key", "settings")
-        }
-        found = files.difference(present.manifest, json.loads(json.dumps(about)))
+        found = files.difference(present.manifest, wanted.about)
         try:
             found = found or keys.difference("set", present.manifest, wanted.settings)
         except ValueError as error:
@@ -313,5 +301,8 @@ def _open(path: Path, wanted: Wanted) -> DistilledSet:
             "python": platform.python_version(),
         },
     }
-    files.write(path / "manifest.json", json.dumps(manifest | made, indent=2) + "\n")
+    files.write(
+        path / "manifest.json",
+        json.dumps(wanted.about | keys.manifest("set", wanted.settings) | made, indent=2) + "\n",
+    )
     return DistilledSet(path)

@@ -97,16 +97,16 @@ def sample(
         z_t = latents * scheduler.init_noise_sigma
         for index, timestep in zip(indices, timesteps, strict=True):
             asked = [guide for guide in guides if guide.covers(index)]
-            step = _predict(denoiser, scheduler, z_t, timestep, index, asked, num_steps)
-            alone = [guide for guide in asked if not guide.through_model]
-            updates = [guide(_apart(step) if guide in alone else step) for guide in asked]
+            through = [guide.through_model for guide in asked]
+            step = _predict(denoiser, scheduler, z_t, timestep, index, num_steps, sum(through))
+            steps = [step if own else _apart(step) for own in through]
+            updates = [guide(own) for guide, own in zip(asked, steps, strict=True)]
             for guide in guides:
                 guide.after(step)
             # s(z_t, t, eps) - rho_t grad G_I - gamma grad G_D (Eq. 9).
             output = _noise(step, updates)
-            z_t = scheduler.step(output, timestep, z_t, **extra).prev_sample
-            for shift in _shifts(updates):
-                z_t = z_t - shift
+            shift = sum(update.shift for update in updates if update.shift is not None)
+            z_t = scheduler.step(output, timestep, z_t, **extra).prev_sample - shift
             if not torch.isfinite(z_t).all():
                 raise FloatingPointError(_not_finite(index, asked))
             if callback is not None:
@@ -123,16 +123,14 @@ def _predict(
     z_t: Tensor,
     timestep: Tensor,
     index: int,
-    asked: Sequence[Guide],
     num_steps: int,
+    through: int,
 ) -> Step:
-    """One forward of the transformer, with a graph from z_t where a guide asks for it."""
-    through = sum(guide.through_model for guide in asked)
+    """One forward of the transformer, with a graph from z_t where some guides, `through` of them, need it."""
     alpha_bar = scheduler.alphas_cumprod[int(timestep)].to(z_t)
-    with torch.set_grad_enabled(bool(asked)):
-        z = z_t.detach().requires_grad_() if asked else z_t
-        with torch.set_grad_enabled(through > 0):
-            found = denoiser(scheduler.scale_model_input(z, timestep), timestep)
+    with torch.set_grad_enabled(through > 0):
+        z = z_t.detach().requires_grad_(through > 0)
+        found = denoiser(scheduler.scale_model_input(z, timestep), timestep)
         clean = predicted_clean(z, found.eps, alpha_bar)
     learned = _learned_variance(scheduler)
     return Step(
@@ -180,12 +178,6 @@ def _noise(step: Step, updates: Sequence[Update]) -> Tensor:
         if update.eps is not None:
             eps = eps + (update.eps - step.eps).detach()
     return eps if step.variance is None else torch.cat([eps, step.variance.detach()], dim=1)
-
-
-def _shifts(updates: Sequence[Update]) -> list[Tensor]:
-    """The sum of the guides' shifts, as a list of one; empty without any."""
-    shifts = [update.shift for update in updates if update.shift is not None]
-    return [sum(shifts[1:], shifts[0])] if shifts else []
 
 
 def _not_finite(index: int, asked: Sequence[Guide]) -> str:

@@ -1,6 +1,8 @@
 """One set of pins: the lock, environment.yml and pyproject.toml agree."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -89,3 +91,11 @@ def test_links_of_the_pages_lead_somewhere():
     for page in ("README.md", "REPRODUCING.md", "CHANGELOG.md"):
         for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
             assert (ROOT / target).exists(), f"{page}: {target}"
+
+
+def test_importing_the_package_is_quick():
+    """Public names are loaded when first used: nothing heavy comes with the package itself."""
+    heavy = "('torch', 'diffusers', 'pandas')"
+    code = f"import igd_lib, sys; print([name for name in {heavy} if name in sys.modules])"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "[]"

@@ -12,7 +12,7 @@ from pandas.testing import assert_frame_equal
 from igd_lib.analysis import results, statistics, tables
 from igd_lib.config import Fidelity, Guidance
 from igd_lib.experiment.methods import Method, Selection
-from igd_lib.tools.machine import PROJECT
+from igd_lib.tools.version import PROJECT
 
 Pairs = list[tuple[str, str]]
 Claims = Callable[[pd.DataFrame], Pairs]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from igd_lib.analysis import results
 from igd_lib.analysis.tables import far_below
-from igd_lib.tools.machine import PROJECT
+from igd_lib.tools.version import PROJECT
 
 STYLE = PROJECT / "paper_figures" / "igd.mplstyle"
 # Okabe and Ito's colour-blind-safe palette.

@@ -8,7 +8,7 @@ import pandas as pd
 from scipy import stats
 
 from igd_lib.analysis import results, statistics
-from igd_lib.tools.machine import PROJECT
+from igd_lib.tools.version import PROJECT
 
 PAPER_REPORTED = PROJECT / "paper_figures" / "data" / "paper_reported.csv"
 
@@ -121,11 +121,6 @@ def correlations_by(rows: pd.DataFrame, distances: pd.DataFrame, by: str = "netw
         for value in dict.fromkeys(found[by])
     ]
     return pd.concat(parts, ignore_index=True)
-
-
-def mean_difference(rows: pd.DataFrame, method: str, reference: str) -> float:
-    """The mean paired difference between two methods."""
-    return statistics.paired(rows, method, reference).mean()
 
 
 def differences(rows: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:

@@ -11,7 +11,7 @@ import papermill
 
 from igd_lib.analysis.statistics import table_claims
 from igd_lib.analysis.tables import accuracy_table, differences, top1, verdict
-from igd_lib.tools.machine import PROJECT
+from igd_lib.tools.version import PROJECT
 
 
 def demo(scale: str, out: Path) -> None:

@@ -12,9 +12,8 @@ import re
 import shutil
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
-PROJECT = Path(__file__).parents[2]  # as in tools.machine, which needs torch
+from igd_lib.tools.version import PROJECT
 
 
 def versions() -> list[str]:

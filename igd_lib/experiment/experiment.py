@@ -1,6 +1,4 @@
-"""An experiment: data, models and settings at one scale, and the distilled sets of its methods, kept in the
-cache.
-"""
+"""An experiment: data, models and settings at one scale, and its methods' sets, kept in the cache."""
 
 from __future__ import annotations
 
@@ -150,9 +148,8 @@ class Experiment:
         every = list(range(len(self.train.classes)))
         wanted = Wanted(self.sampling(method), self.train, ipc, seed, every, list(self.label_ids))
         folder = cache_dir() / "set" / f"{keys.key('set', wanted.settings)}-seed{seed}"
-        found = fill(
-            wanted, folder, wait=True, ray=ray_cluster()
-        )  # notebooks that run side by side share sets
+        # Notebooks that run side by side share sets: one waits for the other.
+        found = fill(wanted, folder, wait=True, ray=ray_cluster())
         _report_version(found)
         return found
 
@@ -186,8 +183,7 @@ class Experiment:
         return self.surrogates.retained(fidelity, keep, method.surrogate)
 
     def on_validation(self) -> Experiment:
-        """The same with the validation split of the training data in place of the test images: for choosing
-        settings.
+        """The same with the training data's validation split as test images: for choosing settings.
 
         Where the data set holds none out, the last tenth of each class's training images, which the surrogate
         has seen too.

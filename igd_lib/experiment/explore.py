@@ -12,8 +12,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from igd_lib.analysis import plotting, results
-from igd_lib.tools.machine import PROJECT
 from igd_lib.tools.progress import in_jupyterlab
+from igd_lib.tools.version import PROJECT
 
 TRIED = PROJECT / "paper_figures" / "data" / "standin_settings_guidance"
 

@@ -45,10 +45,8 @@ class Surrogates:
 
     def trajectory(self, name: str | None = None) -> Checkpoints:
         """A training trajectory, trained once and then read from the cache."""
-        model, data = self._model(name), self._data
-        return run_training(
-            model.to(self.device), data, self.scale.training, keys.folder("surrogate", self._settings(name))
-        )
+        model, data, training = self._model(name), self._data, self.scale.training
+        return run_training(model, data, training, keys.folder("surrogate", training.settings(model, data)))
 
     @property
     def _data(self) -> ImageData:
@@ -58,15 +56,13 @@ class Surrogates:
     def _model(self, name: str | None) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return network(
-                name or self.scale.surrogate,
-                num_classes=len(self.train.classes),
-                image_size=self.train.image_size,
-            )
+            classes, side = len(self.train.classes), self.train.image_size
+            made = network(name or self.scale.surrogate, num_classes=classes, image_size=side)
+        return made.to(self.device)
 
     def _settings(self, name: str | None) -> dict[str, Any]:
         """What names a trajectory in the cache: what its training says of itself."""
-        return self.scale.training.settings(self._model(name).to(self.device), self._data)
+        return self.scale.training.settings(self._model(name), self._data)
 
     def _key(self, name: str | None) -> str:
         return keys.key("surrogate", self._settings(name))

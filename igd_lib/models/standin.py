@@ -23,7 +23,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from igd_lib.data.datasets import spec_of
 from igd_lib.data.images import ImageData, load, to_float
 from igd_lib.tools import files
-from igd_lib.tools.machine import PACKAGE, has_bfloat16
+from igd_lib.tools.machine import has_bfloat16
+from igd_lib.tools.version import PACKAGE
 
 ASSETS = PACKAGE / "models" / "assets"
 

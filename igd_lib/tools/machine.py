@@ -9,9 +9,6 @@ from pathlib import Path
 
 import torch
 
-PACKAGE = Path(__file__).parents[1]  # the folder igd_lib
-PROJECT = PACKAGE.parent  # of a checkout: with notebooks and paper_figures
-
 
 def data_dir() -> Path:
     """Where data sets live: `$IGD_DATA`, else `~/.cache/igd/data`."""

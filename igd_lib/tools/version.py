@@ -1,4 +1,7 @@
-"""The version of the package, and the revision of its code."""
+"""The package itself: its version, where it lies, the revision of its code.
+
+`import igd_lib` reads this file, so nothing here needs more than the standard library.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,9 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-from igd_lib.tools.machine import PACKAGE
-
 VERSION = "0.2.0"
+PACKAGE = Path(__file__).parents[1]  # the folder igd_lib
+PROJECT = PACKAGE.parent  # of a checkout: with notebooks and paper_figures
 
 
 @cache
