@@ -12,6 +12,7 @@ _MODULE_OF = {
     "Fidelity": "config",
     "PAPER": "config",
     "RELEASED": "config",
+    "STANDARD": "config",
     "preset": "config",
     "load": "data.images",
     "DataSpec": "data.datasets",
@@ -24,6 +25,7 @@ _MODULE_OF = {
     "influence_loss": "guidance",
     "deviation_loss": "guidance",
     "influence_scale": "guidance",
+    "sample": "sampler",
     "sample_igd": "sampler",
     "make_scheduler": "schedulers",
     "IGDPipeline": "pipeline",
@@ -32,6 +34,8 @@ _MODULE_OF = {
     "Protocol": "protocols",
     "Score": "evaluation",
     "Teacher": "teachers",
+    "teacher_from_file": "teachers",
+    "train_teacher": "teacher_training",
     "evaluate": "evaluation",
 }
 __all__ = ["__version__", "standin", *_MODULE_OF]  # noqa: PLE0604

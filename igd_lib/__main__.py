@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -91,11 +92,26 @@ def convert(file: Path, out: Path) -> None:
 )
 @click.option("--shard", type=int, help="This one alone, from 0.")
 @click.option("--mixed-precision", type=click.Choice(["no", "bf16", "fp16"]), default="no", show_default=True)
-@click.option("--accumulate", default=1, show_default=True, help="Batches a step.")
+@click.option(
+    "--accumulate",
+    default=1,
+    show_default=True,
+    help="So many parts one after the other, of each process's share of a batch.",
+)
+@click.option("--steps", type=int, help="Stop there, instead of where the method does; 0: after all epochs.")
 def minimax(
-    dataset: str, out: Path, scale: str, shards: int, shard: int | None, mixed_precision: str, accumulate: int
+    dataset: str,
+    out: Path,
+    scale: str,
+    shards: int,
+    shard: int | None,
+    mixed_precision: str,
+    accumulate: int,
+    steps: int | None,
 ) -> None:
     """Fine-tune DiT on DATASET by Minimax, on one GPU or several, into the folder OUT.
+
+    A batch (8 images) is divided among the processes and their parts, whose number has to divide it.
 
     Example: accelerate launch -m igd_lib minimax imagewoof Minimax-imagewoof
     """
@@ -103,6 +119,7 @@ def minimax(
     from igd_lib.experiment.experiment import prepare
 
     made = prepare("minimax", dataset, scale)
+    recipe = made.scale.minimax if steps is None else replace(made.scale.minimax, steps=steps or None)
     for number, labels in enumerate(library.shards(len(made.train.classes), shards)):
         if shard in (None, number):
             folder = out / f"{number:04d}" if shards > 1 else out
@@ -111,7 +128,7 @@ def minimax(
                 made.models.pipe,
                 made.train,
                 folder,
-                recipe=made.scale.minimax,
+                recipe=recipe,
                 classes=labels,
                 label_ids=made.label_ids,
                 mixed_precision=mixed_precision,

@@ -48,13 +48,30 @@ class Guidance:
 
 
 @dataclass(frozen=True)
+class Augment:
+    """What a surrogate's training images go through, in this order; the defaults are the released code's [C].
+
+    The values are those of the hard-label protocols (`Protocol`), without their CutMix.
+    """
+
+    crop_scale: tuple[float, float] = (0.5, 1.0)  # RandomResizedCrop's share of the area
+    flip: bool = True
+    jitter: float = 0.4  # brightness, contrast, saturation; 0 for images without colour
+    lighting: float = 0.1  # sd of the PCA lighting noise; 0 for images without colour
+
+
+AUGMENTATION = Augment()
+
+
+@dataclass(frozen=True)
 class Fidelity:
     """Each known difference between the paper and its released code, one field each.
 
-    The defaults are the released code's; `PAPER` is the paper read to the letter. Sources: [P] the paper,
-    [O] the released code, [C] a later public copy of parts of it, [D] DiT's code, which [O] samples with.
-    Not here because they have names elsewhere: the training protocol, optimiser and which accuracy is
-    reported (`Protocol`), and the generation seed (`distill`).
+    The defaults, `STANDARD`, are the paper's method with the released code's settings; `RELEASED` is the
+    released code to the letter, `PAPER` the text to the letter. Sources: [P] the paper, [O] the released
+    code, [C] a public copy of parts of it, [D] DiT's code, which [O] samples with. Not here because they have
+    names elsewhere: the training protocol, optimiser and which accuracy is reported (`Protocol`), how real
+    images are resized (`DataSpec`), and the generation seed (`distill`).
     """
 
     # [O] DDPM; [P] DDIM, Table 10: DPM-Solver++; configured: the pipeline's own
@@ -69,19 +86,26 @@ class Fidelity:
     rho_factor: float = 0.0015  # [C] rho_t times 0.0015; [P] Eq. 9 has no factor (1.0)
     # rho_t's eps: [C] after CFG; [P] the conditional prediction
     eps: Literal["conditional", "combined"] = "combined"
-    both_halves: bool = False  # [C] G_I averaged over both CFG halves, decoded (True); [P] the sample alone
-    # [C] once a checkpoint; [P] once. The same result, so the quick one
+    # G_I: [P] of the sample; [C] of the mean cross-entropy over it and a second latent (`SecondChain`)
+    second_chain: bool = False
+    # added to the denominator of G_I's and G_D's cosines: [C] 1e-6; [P] nothing
+    cosine_floor: float = 1e-6
+    # [C] once a checkpoint; [P] once. The same sum, in another order of additions
     backward: Literal["once", "per_checkpoint"] = "once"
     # decoded images cut to [-1, 1] before the surrogate; [C] not; [P] does not say
     clamp_images: bool = False
     memory_size: int | None = 64  # [O, C] G_D against the last 64 latents of a class; [P] all (None)
     gradient_images: int | None = 200  # [O] class gradient over the first 200 images; [P] all (None)
+    # Algorithm 2's gradients: [O] over 80 random images of the first 500 of a class; [P] all (None)
+    filter_images: tuple[int, int] | None = (80, 500)
     # [O] fixed lists where it has one (`fixed_checkpoints`); [P] Algorithm 2
     checkpoints: Literal["fixed", "similarity"] = "fixed"
     # Algorithm 2: [O] mean of per-class cosines; [P] cosine of the mean gradient
     similarity: Literal["mean", "per_class"] = "per_class"
     # training (`surrogate_training`): [C] other rates for over 100 classes; [P] lr 0.01
     surrogate: Literal["released", "paper"] = "released"
+    # the surrogate sees [C] crops, flips and colour changes (`AUGMENTATION`); [P] does not say
+    surrogate_augmentation: bool = True
     vae: str = "stabilityai/sd-vae-ft-mse"  # [O]; [P] "from Stable Diffusion", not said which
 
     def __post_init__(self) -> None:
@@ -89,6 +113,15 @@ class Fidelity:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"Fidelity.{name} is at least 1, or None for all, got {value}")
+        if self.filter_images is not None:
+            object.__setattr__(self, "filter_images", tuple(self.filter_images))  # JSON's are lists
+            if not 1 <= self.filter_images[0] <= self.filter_images[1]:
+                raise ValueError(
+                    "Fidelity.filter_images is (how many, of the first how many), or None for all, got "
+                    f"{self.filter_images}"
+                )
+        if self.cosine_floor < 0:
+            raise ValueError(f"Fidelity.cosine_floor is at least 0, got {self.cosine_floor}")
         for field in fields(self):  # the Literals, checked: a misspelt choice must not pass for another
             allowed = get_args(get_type_hints(type(self))[field.name])
             if (
@@ -100,9 +133,8 @@ class Fidelity:
                 )
 
 
-# but for `both_halves`, off because it doubles the guidance's price: replace(RELEASED, both_halves=True) is
-# all of it
-RELEASED = Fidelity()
+STANDARD = Fidelity()
+RELEASED = replace(STANDARD, second_chain=True, backward="per_checkpoint")
 PAPER = Fidelity(
     solver="ddim",
     timestep_spacing="leading",
@@ -110,30 +142,34 @@ PAPER = Fidelity(
     range_counts_from=1,
     rho_factor=1.0,
     eps="conditional",
+    cosine_floor=0.0,
     memory_size=None,
     gradient_images=None,
+    filter_images=None,
     checkpoints="similarity",
     similarity="mean",
     surrogate="paper",
+    surrogate_augmentation=False,
 )
 
 
-def flips(fidelity: Fidelity = RELEASED, towards: Fidelity = PAPER) -> dict[str, Fidelity]:
+def flips(fidelity: Fidelity = STANDARD, towards: Fidelity = PAPER) -> dict[str, Fidelity]:
     """`fidelity` with one field changed at a time, by "field=value".
 
-    Those in which `towards` differs, and both_halves and clamp_images.
+    Those in which `towards` differs, and second_chain and clamp_images.
     """
     changes = {
         field.name: getattr(towards, field.name)
         for field in fields(fidelity)
         if getattr(fidelity, field.name) != getattr(towards, field.name)
     }
-    changes |= {"both_halves": not fidelity.both_halves, "clamp_images": not fidelity.clamp_images}
+    changes |= {"second_chain": not fidelity.second_chain, "clamp_images": not fidelity.clamp_images}
     return {f"{name}={value}": replace(fidelity, **{name: value}) for name, value in changes.items()}
 
 
 # The released code's epochs, by (data set, surrogate). Its list for ImageNet-1K ends with 52, beyond the
-# paper's 50 epochs.
+# paper's 50 epochs. Those of resnet18 are keyed "resnet" in its scripts, which mean ResNet-10 wherever they
+# say a depth; that they belong to Table 4's ResNet-18 is our inference.
 _FIXED = {
     ("imagenette", "convnet6"): (0, 2, 11, 40),
     ("imagewoof", "convnet6"): (0, 5, 16, 40),
@@ -143,19 +179,27 @@ _FIXED = {
     ("imagenette", "resnet18"): (0, 8, 27),
     ("imagewoof", "resnet18"): (0, 16, 33),
 }
+# Its lists for surrogates that were trained with CutMix too: longer than 50 epochs.
+_FIXED_WITH_CUTMIX = {
+    ("imagewoof", "convnet6"): (0, 10, 26, 60),
+    ("imagewoof", "convnet4"): (1, 4, 13, 27, 57),
+}
 
 
-def fixed_checkpoints(dataset: str, surrogate: str) -> tuple[int, ...] | None:
-    """The epochs that the released code keeps, or None where it has no list."""
-    return _FIXED.get((dataset, surrogate))
+def fixed_checkpoints(dataset: str, surrogate: str, *, cutmix: bool = False) -> tuple[int, ...] | None:
+    """The epochs that the released code keeps, or None where it has no list.
+
+    cutmix: of a surrogate that was trained with CutMix, which the paper's tables do not use.
+    """
+    return (_FIXED_WITH_CUTMIX if cutmix else _FIXED).get((dataset, surrogate))
 
 
 def surrogate_training(fidelity: Fidelity, num_classes: int) -> dict[str, Any]:
     """`train_surrogate`'s options at the paper's scale.
 
-    The paper says 50 epochs at a rate of 0.01; momentum 0.9, weight decay and batch size are the released
-    code's, which takes other values for more than 100 classes. Keeps all 53 checkpoints where its list needs
-    them.
+    The paper says 50 epochs at a rate of 0.01; momentum 0.9, weight decay, batch size and augmentation are
+    the released code's, which takes other values for more than 100 classes. Keeps all 53 checkpoints where
+    its list needs them.
     """
     many = num_classes > 100 and fidelity.surrogate == "released"
     epochs = 52 if many and fidelity.checkpoints == "fixed" else 50
@@ -165,6 +209,7 @@ def surrogate_training(fidelity: Fidelity, num_classes: int) -> dict[str, Any]:
         momentum=0.9,
         weight_decay=1e-4 if many else 5e-4,
         batch_size=128 if many else 64,
+        augment=AUGMENTATION if fidelity.surrogate_augmentation else None,
     )
 
 

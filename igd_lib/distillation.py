@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from igd_lib.config import RELEASED, Fidelity, Guidance
+from igd_lib.config import STANDARD, Fidelity, Guidance
 from igd_lib.data.images import ImageData, to_uint8
 from igd_lib.guides import GuideFactory, Shortcuts
 from igd_lib.pipeline import IGDPipeline
@@ -57,7 +57,7 @@ def distill(
     | None = None,  # such as `ClassGradients`; None: computed a batch of classes at a time
     cfg_scale: float = 4.0,
     num_steps: int = 50,
-    fidelity: Fidelity = RELEASED,
+    fidelity: Fidelity = STANDARD,
     ray: bool
     | str = False,  # on a Ray cluster that sees `out_dir`: True a local one, or its address (extra [cluster])
     workers: int | None = None,  # of the cluster; None: one a GPU
@@ -115,6 +115,7 @@ class Wanted:
             "dataset": self.data.name,
             "classes": list(self.data.classes),
             "image_size": self.data.image_size,
+            "resize": self.data.resize,  # of the images that class gradients are of
         }
         return about | {"label_ids": self.ids, "ipc": self.ipc} | self.sampling.settings
 
@@ -254,7 +255,7 @@ def _sample(
     generators = [image_generator(wanted.seed, wanted.ids[label], index) for label, index in items]
     noise = sampling.pipe.latent_noise(generators)
     earlier = [torch.stack(list(memory[label])) if memory[label] else noise[:0] for label in labels]
-    guides = sampling.guides(labels, [index for _, index in items], earlier, gradients)
+    guides = sampling.guides(labels, [index for _, index in items], earlier, gradients, generators)
     latents = sampling.sample(noise, ids, guides, generators)
     images = to_uint8(sampling.pipe.decode(latents)).cpu()
     seconds, found = (time.monotonic() - started) / len(items), {}

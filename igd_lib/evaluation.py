@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from igd_lib.data.augment import augment, cutmix, normalise, resize
+from igd_lib.data.augment import augment, cutmix, mixup, normalise
 from igd_lib.data.images import ImageData
 from igd_lib.models.networks import network as make_network
 from igd_lib.protocols import Protocol
@@ -38,7 +40,8 @@ class Score:
     best_epoch: int
     epochs: int
     seconds: float
-    precision: str  # "bfloat16" where the forward pass was autocast, else "float32"
+    # Of its products: "bfloat16" (autocast), "tf32" (a GPU's, where `Protocol.tf32` has them) or "float32"
+    precision: str
     protocol: str
     network: str
     seed: int
@@ -54,27 +57,27 @@ def evaluate(
     seed: int,
     teacher: Teacher | None = None,  # for soft labels
     device: str | None = None,
-    mixed_precision: bool
-    | None = None,  # bfloat16 autocast; None: where the processor multiplies bfloat16 natively
+    mixed_precision: bool | None = None,  # bfloat16 autocast; None: as the protocol has it
     folder: str | Path | None = None,  # where the training state and the score are kept
 ) -> Score:
     """Train `network` on `distilled` under `protocol`, test on `dataset`; both best and last accuracy.
 
-    With a `folder`, an interrupted run goes on after its last state and a finished one is read; a folder of
-    other settings is refused. The teacher is checked first (`check_teacher`). Raises ValueError when the two
+    Images of another size than the protocol's are made from their originals where they have any. With a
+    `folder`, an interrupted run goes on after its last state and a finished one is read; a folder of other
+    settings is refused. The teacher is checked first (`check_teacher`). Raises ValueError when the two
     class orders differ (naming the first difference) or a teacher is missing, and FloatingPointError on a
     non-finite loss.
     """
     cell = Cell.of(distilled, dataset, network, protocol, seed, teacher, device, mixed_precision)
     if teacher is not None:
         teacher = replace(teacher, model=teacher.model.to(cell.device).eval())
-        check_teacher(teacher, dataset, protocol)
+        check_teacher(teacher, cell.test, protocol)
         cell = replace(cell, teacher=teacher)
     if folder is None:
-        return _run(cell, None)
+        return train_network(cell)[1]
     folder = Path(folder)
     if (score := _finished(folder, cell.settings)) is None:
-        score = _run(cell, folder / "training.safetensors")
+        _, score = train_network(cell, folder / "training.safetensors")
         files.write(folder / "score.json", json.dumps(asdict(score), sort_keys=True) + "\n")
         (folder / "training.safetensors").unlink(missing_ok=True)
     return score
@@ -105,20 +108,17 @@ class Cell:
         device: str | None = None,
         mixed_precision: bool | None = None,
     ) -> Cell:
-        """The cell of `evaluate`'s arguments.
+        """The cell of `evaluate`'s arguments, its images at the protocol's sizes.
 
         Raises ValueError for other class orders, or a teacher too many or too few.
         """
-        train = in_memory(distilled)
-        check_class_order(train.classes, dataset.classes)
         if (protocol.labels == "soft") != (teacher is not None):
             needs = "it needs" if teacher is None else "it takes no"
             raise ValueError(f"protocol {protocol.name!r} has {protocol.labels} labels: {needs} teacher")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        mixed = has_bfloat16(device) if mixed_precision is None else mixed_precision
-        return cls(
-            train, dataset, network, protocol, seed, teacher, device, "bfloat16" if mixed else "float32"
-        )
+        precision = _precision(device, protocol, mixed_precision)
+        train, test = at_sizes(distilled, dataset, protocol)
+        return cls(train, test, network, protocol, seed, teacher, device, precision)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -146,14 +146,16 @@ def evaluate_all(
     *,
     networks: Sequence[str],
     seeds: Sequence[int],
+    protocol: Protocol,
     folder: str | Path | None = None,  # gets a folder a cell, named by its key
     ray: bool | str = False,  # cells as tasks of a Ray cluster, as in `distill`
     workers: int | None = None,
-    **options: Any,  # `evaluate`'s
+    **options: Any,  # `evaluate`'s other ones
 ) -> list[Score]:
     """`evaluate` for every network and training seed of a set, its images read once."""
     cells = [(name, seed) for name in networks for seed in seeds]
-    shared = _Shared(in_memory(distilled), dataset, folder, options)
+    train, test = at_sizes(distilled, dataset, protocol)
+    shared = _Shared(train, test, folder, options | {"protocol": protocol})
     if not ray:
         return [shared.run(cell) for cell in cells]
     with cluster.cluster(ray) as connected:
@@ -182,14 +184,35 @@ class _Shared:
         return evaluate(self.train, self.test, folder=own, **options)
 
 
-@torch.random.fork_rng()
-def _run(cell: Cell, state: Path | None) -> Score:
-    """Train and test.
+def at_sizes(
+    distilled: DistilledSet | ImageData, dataset: ImageData, protocol: Protocol
+) -> tuple[ImageData, ImageData]:
+    """Training and test images at the sides that the protocol resizes them to.
 
-    Initialisation, dropout and the like draw from the global generators: seeded here, restored afterwards.
+    Raises ValueError at the first label whose class differs.
     """
-    torch.manual_seed(cell.seed)
-    run = _Training(cell)
+    train = in_memory(distilled)
+    check_class_order(train.classes, dataset.classes)
+    side = protocol.image_size if protocol.train_resize is None else protocol.train_resize
+    return train.at(side) if side else train, dataset.at(protocol.test_resize or protocol.image_size)
+
+
+def train_network(cell: Cell, state: Path | None = None) -> tuple[nn.Module, Score]:
+    """The network of a cell as its training ends, and its score.
+
+    With a `state` file an interrupted training goes on from there. Initialisation, dropout and the like draw
+    from the global generators: seeded here, restored afterwards, as is what the GPU's products are made in.
+    Raises FloatingPointError on a non-finite loss.
+    """
+    with torch.random.fork_rng(), _tf32(cell):
+        torch.manual_seed(cell.seed)
+        run = _Training(cell)
+        return run.model, _trained(run, state)
+
+
+def _trained(run: _Training, state: Path | None) -> Score:
+    """Train to the end, from `state` on if there is one."""
+    cell = run.cell
     if state is not None and state.is_file():
         run.load(state)
     saved = time.monotonic()
@@ -223,13 +246,17 @@ class _Training:
         protocol, classes = cell.protocol, len(cell.test.classes)
         ipc = max(1, round(len(cell.train) / len(cell.train.labels.unique())))
         self.plan = protocol.training(cell.network, ipc, classes)
-        model = make_network(cell.network, num_classes=classes, image_size=protocol.image_size).to(
-            cell.device
-        )
+        made_for = max(classes, protocol.made_for or 0)
+        model = make_network(cell.network, num_classes=made_for, image_size=protocol.image_size)
+        if made_for != classes:
+            keep_outputs(model, made_for, classes)
+        model = model.to(cell.device)
         if torch.device(cell.device).type == "cuda":
             model = model.to(memory_format=torch.channels_last)
         self.model = model
         self.generator = torch.Generator().manual_seed(cell.seed)
+        # Nothing but running statistics notices a pass without gradient.
+        self.double = protocol.double_pass and any(isinstance(m, _BatchNorm) for m in model.modules())
         self.optimizer = make_optimizer(model, protocol, lr=self.plan.lr, weight_decay=self.plan.weight_decay)
         self.tests = protocol.tests(self.plan.epochs)
         self.train, self.held = resident(cell.train, cell.device), resident(cell.test, cell.device)
@@ -265,17 +292,28 @@ class _Training:
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """The loss of one augmented and mixed batch."""
         protocol, teacher = self.cell.protocol, self.cell.teacher
-        side = protocol.image_size if protocol.train_resize is None else protocol.train_resize
-        pixels = augment(resize(images.to(self.cell.device), side), protocol, self.generator)
-        pixels, other, share = cutmix(pixels, labels, protocol.cutmix, self.generator)
+        plain = augment(images.to(self.cell.device).float() / 255, protocol, self.generator)
+        mixed, other, share = self.mix(plain, labels)
+        inputs = normalise(mixed, protocol.mean, protocol.std)
         with _autocast(self.cell.device, self.cell.precision):
-            logits = self.model(normalise(pixels, protocol.mean, protocol.std)).float()
-            if teacher is not None:
-                with torch.no_grad():
-                    target = teacher.model(normalise(pixels, teacher.mean, teacher.std)).float()
+            with torch.no_grad():
+                if self.double:  # RDED's CutMix has written into the batch by then, its mixup has not
+                    self.model(normalise(plain, protocol.mean, protocol.std) if protocol.mixup else inputs)
+                if teacher is not None:
+                    target = teacher.model(normalise(mixed, teacher.mean, teacher.std)).float()
+            logits = self.model(inputs).float()
         if teacher is not None:
             return soft_label_loss(logits, target, protocol.temperature)
         return share * F.cross_entropy(logits, labels) + (1 - share) * F.cross_entropy(logits, other)
+
+    def mix(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:
+        """A batch mixed with itself: (images, second labels, share of the first)."""
+        protocol, generator = self.cell.protocol, self.generator
+        if protocol.mixup:
+            return mixup(pixels, labels, protocol.mixup, generator)
+        if float(torch.rand((), generator=generator)) >= protocol.cutmix_probability:
+            return pixels, labels, 1.0
+        return cutmix(pixels, labels, protocol.cutmix, generator)
 
     def test(self, epoch: int) -> None:
         """Measure accuracies; the best top-1 is kept beside the last."""
@@ -327,6 +365,32 @@ def _set_global_state(state: dict[str, list[int]], device: str) -> None:
         torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8), device)
 
 
+def _precision(device: str, protocol: Protocol, mixed: bool | None) -> str:
+    """What products are made in there: see `Score.precision`."""
+    if (protocol.mixed_precision and has_bfloat16(device)) if mixed is None else mixed:
+        return "bfloat16"
+    has_tf32 = torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "tf32" if has_tf32 and protocol.tf32 != "off" else "float32"
+
+
+@contextmanager
+def _tf32(cell: Cell) -> Iterator[None]:
+    """TF32 where the cell's protocol has it, and afterwards where it was before."""
+    if torch.device(cell.device).type != "cuda":
+        yield
+        return
+    # Written through the older switches too: the older and the newer must agree wherever one is read.
+    products: Any = torch.backends.cuda.matmul
+    layers: Any = torch.backends.cudnn
+    before = products.fp32_precision, layers.conv.fp32_precision, layers.rnn.fp32_precision
+    products.allow_tf32, layers.allow_tf32 = cell.protocol.tf32 == "all", cell.protocol.tf32 != "off"
+    try:
+        yield
+    finally:
+        products.allow_tf32, layers.allow_tf32 = before[0] == "tf32", before[1] == "tf32"
+        products.fp32_precision, layers.conv.fp32_precision, layers.rnn.fp32_precision = before
+
+
 def _autocast(device: str, precision: str) -> torch.autocast:
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
 
@@ -348,6 +412,21 @@ def resident(data: ImageData, device: str) -> ImageData:
         return data
     pixels = torch.cat([images.to(device) for images, _ in data.batches(500)])
     return replace(data, fetch=lambda indices: pixels[indices.to(device)])
+
+
+def keep_outputs(model: nn.Module, outputs: int, count: int) -> None:
+    """Cut a network of so many outputs to the first `count`; its last two parameters are its classifier's.
+
+    So RDED has its students, made for 1,000 classes: an EfficientNet's last layer starts the smaller the more
+    classes it is made for. Raises ValueError where the last two parameters are of another size.
+    """
+    for parameter in list(model.parameters())[-2:]:
+        if len(parameter) != outputs:
+            raise ValueError(
+                f"{type(model).__name__} does not end with a weight and a bias of {outputs} outputs; set "
+                "made_for=None in the protocol"
+            )
+        parameter.data = parameter.data[:count].clone()
 
 
 def make_optimizer(

@@ -19,9 +19,10 @@ def sample_gradients(model: nn.Module, state: dict[str, Tensor], images: Tensor,
 
     P runs in `model.parameters()` order.
 
-    images: (B, 3, H, W) in [-1, 1]; targets: (B,) labels of `model`; state: a state dict of `model`.
-    Raises ValueError for a model in training mode with batch normalisation: there a sample's gradient
-    depends on the other samples, and has no meaning of its own.
+    images: (B, 3, H, W) in [-1, 1], or (B, K, 3, H, W) for the gradient of the mean over a sample's K images;
+    targets: (B,) labels of `model`; state: a state dict of `model`. Raises ValueError for a model in training
+    mode with batch normalisation: there a sample's gradient depends on the other samples, and has no meaning
+    of its own.
     """
     return torch.cat(_by_parameter(model, state, images, targets), dim=1)
 
@@ -39,13 +40,15 @@ def _by_parameter(
             "call .eval()"
         )
 
-    def loss(parameters: dict[str, Tensor], image: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(model, (parameters, buffers), (image[None],)), target[None])
+    def loss(parameters: dict[str, Tensor], own: Tensor, target: Tensor) -> Tensor:  # own: (K, 3, H, W)
+        logits = functional_call(model, (parameters, buffers), (own,))
+        return F.cross_entropy(logits, target.expand(len(own)))
 
     names = [name for name, _ in model.named_parameters()]
     parameters = {name: state[name] for name in names}
     buffers = {name: state[name] for name, _ in model.named_buffers()}
-    per_sample = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, images, targets)
+    own = images if images.ndim == 5 else images[:, None]
+    per_sample = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, own, targets)
     return [per_sample[name].flatten(1) for name in names]
 
 
@@ -56,12 +59,15 @@ def influence_loss(
     gradients: Tensor,
     *,
     weights: Sequence[float] | None = None,
+    floor: float = 0.0,
 ) -> Tensor:
     """G_I (Eq. 7): one minus the cosine of a sample's and its class's gradients, averaged over checkpoints.
 
-    images: (B, 3, H, W) in [-1, 1]; targets: (B,) surrogate labels; gradients: (E, B, P), each sample's
-    own class average; weights: one a checkpoint (Eq. 7's learning rates), 1 by default. Returns (B,),
-    in [0, 2] for weights of mean 1. Raises ValueError when E differs between the arguments.
+    images: (B, 3, H, W) in [-1, 1], or (B, K, 3, H, W): the gradient of the mean cross-entropy over a
+    sample's K images; targets: (B,) surrogate labels; gradients: (E, B, P), each sample's own class average;
+    weights: one a checkpoint (Eq. 7's learning rates), 1 by default; floor: added to the cosine's
+    denominator (`Fidelity.cosine_floor`). Returns (B,), in [0, 2] for weights of mean 1. Raises ValueError
+    when E differs between the arguments.
     """
     if len(gradients) != len(checkpoints.states):
         raise ValueError(f"{len(checkpoints.states)} checkpoints, but class gradients of {len(gradients)}")
@@ -69,11 +75,11 @@ def influence_loss(
     for index, state in enumerate(checkpoints.states):
         own = _by_parameter(checkpoints.model, state, images, targets)
         weight = 1.0 if weights is None else weights[index]
-        total = total + weight * (1 - _cosine(own, gradients[index]))
+        total = total + weight * (1 - _cosine(own, gradients[index], floor))
     return total / len(checkpoints.states)
 
 
-def _cosine(pieces: Sequence[Tensor], whole: Tensor) -> Tensor:
+def _cosine(pieces: Sequence[Tensor], whole: Tensor, floor: float) -> Tensor:
     """The cosine of vectors in pieces, (B, size) each, and whole ones (B, P); 0 where either is 0.
 
     As `F.cosine_similarity` on the joined pieces, in a quarter less of a guided step's time: nothing of P
@@ -83,7 +89,7 @@ def _cosine(pieces: Sequence[Tensor], whole: Tensor) -> Tensor:
     product = sum(torch.linalg.vecdot(piece, part) for piece, part in zip(pieces, parts, strict=True))
     squares = [sum(torch.linalg.vecdot(piece, piece) for piece in pieces), torch.linalg.vecdot(whole, whole)]
     one, other = (square.clamp_min(1e-16).sqrt() for square in squares)
-    return product / (one * other)
+    return product / (one * other + floor)
 
 
 def predicted_clean(noisy: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -94,18 +100,24 @@ def predicted_clean(noisy: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
     return (noisy - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
 
 
-def deviation_loss(latents: Tensor, memory: Sequence[Tensor]) -> Tensor:
+def deviation_loss(latents: Tensor, memory: Sequence[Tensor], *, floor: float = 0.0) -> Tensor:
     """G_D (Eq. 8): cosine to the most similar earlier latent of the class; 0 for an empty memory.
 
-    latents: (B, C, h, w); memory: B tensors (M_b, C, h, w). Returns (B,) in [-1, 1].
+    latents: (B, C, h, w); memory: B tensors (M_b, C, h, w); floor: added to the denominator of the most
+    similar one's cosine (`Fidelity.cosine_floor`). Returns (B,) in [-1, 1].
     """
     losses = [
-        F.cosine_similarity(latent.flatten()[None], earlier.flatten(1), dim=1).max()
-        if len(earlier)
-        else latent.sum() * 0
+        _nearest(latent.flatten(), earlier.flatten(1), floor) if len(earlier) else latent.sum() * 0
         for latent, earlier in zip(latents, memory, strict=True)
     ]
     return torch.stack(losses)
+
+
+def _nearest(latent: Tensor, earlier: Tensor, floor: float) -> Tensor:
+    """The cosine of a latent (D,) and the most similar of (M, D)."""
+    nearest = earlier[F.cosine_similarity(latent.detach()[None], earlier, dim=1).argmax()]
+    denominator = (latent.norm() * nearest.norm()).clamp_min(1e-8) + floor
+    return torch.dot(latent, nearest) / denominator
 
 
 def influence_scale(

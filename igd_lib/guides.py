@@ -6,6 +6,9 @@ paper's guidance is one more class here.
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,9 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from igd_lib.config import RELEASED, Fidelity, Guidance
+from igd_lib.config import STANDARD, Fidelity, Guidance
 from igd_lib.guidance import deviation_loss, influence_loss, influence_scale, predicted_clean
 from igd_lib.surrogate import Checkpoints
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,54 @@ class Shortcuts:
             )
 
 
+class SecondChain:
+    """The released sampler's second latent of every sample, which its G_I looks at too.
+
+    It starts from the sample's own initial noise and is never guided. At every step the transformer is asked
+    about the sample alone; the second latent is moved by the other half of that answer (mixed by CFG on the
+    guided channels, unconditional on the rest, its own learned variance; without CFG the only answer), with
+    step noise of its own. So the clean latent that it seems to imply is far from any image's. Source: the
+    released code's p_sample, of which DiT's forward_with_cfg is a part.
+    """
+
+    def __init__(self, scheduler: Any, generators: Generators = None):
+        """scheduler: the sampler's, copied; generators: the samples', from which its own are derived.
+
+        Without generators its noise is drawn from the global one.
+        """
+        self.scheduler = copy.deepcopy(scheduler)
+        self.latents: Tensor | None = None  # (B, C, h, w), from the first step on
+        takes = "generator" in inspect.signature(scheduler.step).parameters
+        self.options = {"generator": other_noise(generators)} if takes else {}
+
+    def clean(self, step: Step) -> Tensor:
+        """The clean latents (B, C, h, w) that it seems to imply; differentiable by the sample's z."""
+        latents = step.z.detach() if self.latents is None else self.latents  # both start from the same noise
+        return predicted_clean(latents, step.other, step.alpha_bar)
+
+    @torch.no_grad()
+    def move(self, step: Step) -> None:
+        """One step of the second latent."""
+        if self.latents is None:
+            self.latents = step.z.detach()
+            self.scheduler.set_timesteps(step.num_steps, device=step.z.device)
+        output, variance = step.other.detach(), step.other_variance
+        if variance is not None:
+            output = torch.cat([output, variance.detach()], dim=1)
+        timestep = torch.tensor(step.timestep, device=step.z.device)
+        self.latents = self.scheduler.step(output, timestep, self.latents, **self.options).prev_sample
+
+
+def other_noise(generators: Generators) -> Generators:
+    """Generators of other noise, each a function of what a given one is about to draw, and leaves it that."""
+    if generators is None:
+        return None
+    if isinstance(generators, torch.Generator):
+        state = hashlib.sha256(generators.get_state().numpy().tobytes()).digest()
+        return torch.Generator(generators.device).manual_seed(int.from_bytes(state[:8], "big") >> 1)
+    return [other_noise(generator) for generator in generators]  # type: ignore[misc]
+
+
 @dataclass
 class Influence(Guide):
     """The influence guidance G_I (Eq. 7), scaled by rho_t (Eq. 9).
@@ -121,8 +174,9 @@ class Influence(Guide):
     gradients: Tensor  # (E, B, P): each sample's own class average
     targets: Tensor  # (B,): the surrogate's labels
     decoder: Any  # AutoencoderKL, or a small one such as AutoencoderTiny
-    fidelity: Fidelity = RELEASED
+    fidelity: Fidelity = STANDARD
     shortcuts: Shortcuts = field(default_factory=Shortcuts)
+    second_chain: SecondChain | None = None  # the released code's
     _steered: int = field(default=0, init=False)  # guided steps so far
     _gradient: Tensor | None = field(default=None, init=False)  # the last one computed
 
@@ -162,6 +216,10 @@ class Influence(Guide):
         shift = scale * self._gradient
         return Update(shift, report=report | {"influence_shift": shift})
 
+    def after(self, step: Step) -> None:
+        if self.second_chain is not None:
+            self.second_chain.move(step)
+
     def _in_turn(self) -> list[int]:
         """Which checkpoints enter this step."""
         count = min(self.shortcuts.checkpoints_per_step or len(self.checkpoints), len(self.checkpoints))
@@ -180,26 +238,25 @@ class Influence(Guide):
                 part, weights = self.checkpoints.keep(piece), [self.checkpoints.weights[e] for e in piece]
                 # Indexing copies, so not where all are taken.
                 own = self.gradients if len(piece) == len(self.checkpoints) else self.gradients[piece]
-                values = [influence_loss(image, self.targets, part, own, weights=weights) for image in images]
-                term = torch.stack(values).mean(0) * len(piece) / len(subset)
+                value = influence_loss(
+                    images, self.targets, part, own, weights=weights, floor=self.fidelity.cosine_floor
+                )
+                term = value * len(piece) / len(subset)
                 loss = loss + term.detach()
                 gradient = gradient + step.gradient(term, again=number < len(pieces))
         return loss, gradient
 
-    def _images(self, step: Step) -> list[Tensor]:
-        """The decoded images (B, 3, H, W) that G_I looks at."""
-        found = []
-        for clean in self._latents(step):
-            latents = clean.to(self.decoder.dtype) / self.decoder.config.scaling_factor
-            image = self.decoder.decode(latents).sample.to(step.z.dtype)
-            found.append(image.clamp(-1, 1) if self.fidelity.clamp_images else image)
-        return found
+    def _images(self, step: Step) -> Tensor:
+        """The decoded images that G_I looks at, (B, 3, H, W), or (B, 2, 3, H, W) with a second chain."""
+        image = self._decoded(step.clean)
+        if self.second_chain is None:
+            return image
+        return torch.stack([image, self._decoded(self.second_chain.clean(step))], dim=1)
 
-    def _latents(self, step: Step) -> list[Tensor]:
-        """The predicted clean latents that are decoded."""
-        if not self.fidelity.both_halves:
-            return [step.clean]
-        return [step.clean, predicted_clean(step.z, step.other, step.alpha_bar)]
+    def _decoded(self, clean: Tensor) -> Tensor:
+        latents = clean.to(self.decoder.dtype) / self.decoder.config.scaling_factor
+        image = self.decoder.decode(latents).sample.to(clean.dtype)
+        return image.clamp(-1, 1) if self.fidelity.clamp_images else image
 
 
 @dataclass
@@ -210,6 +267,7 @@ class Deviation(Guide):
     # B tensors (M_b, C, h, w) of earlier final latents of the same class, oldest first
     memory: Sequence[Tensor]
     size: int | None = None  # how many of the last latents count; None: all
+    floor: float = 0.0  # of the cosine's denominator
 
     def __post_init__(self) -> None:
         self.memory = [latents[-self.size :] if self.size else latents for latents in self.memory]
@@ -220,6 +278,6 @@ class Deviation(Guide):
     def __call__(self, step: Step) -> Update:
         with torch.enable_grad():
             z = step.z.detach().requires_grad_()
-            loss = deviation_loss(z, self.memory)
+            loss = deviation_loss(z, self.memory, floor=self.floor)
             (gradient,) = torch.autograd.grad(loss.sum(), z)
         return Update(self.guidance.gamma * gradient, report={"deviation_loss": loss.detach()})

@@ -12,7 +12,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from igd_lib.config import RELEASED, Fidelity
+from igd_lib.config import STANDARD, Fidelity
 from igd_lib.models.dit import match_original
 from igd_lib.sampler import Generators, sample_igd
 from igd_lib.schedulers import make_scheduler
@@ -79,7 +79,7 @@ class IGDPipeline(DiTPipeline):
         output_type: str | None = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
-        fidelity: Fidelity = RELEASED,
+        fidelity: Fidelity = STANDARD,
         **guided: Any,
     ) -> ImagePipelineOutput | tuple:
         """As `DiTPipeline`, with `sample_igd`'s keywords.

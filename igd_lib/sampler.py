@@ -12,12 +12,11 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
 from torch import Tensor, nn
 
-from igd_lib.config import RELEASED, Fidelity, Guidance
+from igd_lib.config import STANDARD, Fidelity, Guidance
 from igd_lib.guidance import predicted_clean
-from igd_lib.guides import Deviation, Guide, Influence, Shortcuts, Step, Update
+from igd_lib.guides import Deviation, Generators, Guide, Influence, SecondChain, Shortcuts, Step, Update
 from igd_lib.surrogate import Checkpoints
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
 Callback = Callable[[int, int, dict[str, Any]], dict[str, Any] | None]
 
 
@@ -203,7 +202,7 @@ def sample_igd(
     | None = None,  # B tensors (M_b, C, h, w) of earlier final latents, oldest first, for gamma > 0
     num_steps: int = 50,
     cfg_scale: float = 4.0,
-    fidelity: Fidelity = RELEASED,
+    fidelity: Fidelity = STANDARD,
     jacobian: Literal["full", "decoder"] = "full",  # this and the next three: `Shortcuts`
     guidance_decoder: nn.Module
     | None = None,  # decodes for G_I in the vae's place, such as `AutoencoderTiny`
@@ -231,14 +230,17 @@ def sample_igd(
             raise ValueError("k > 0 needs checkpoints, gradients and targets")
         _check_batch("targets", targets, len(latents))
         decoder = vae if guidance_decoder is None else guidance_decoder
-        guides.append(Influence(guidance, checkpoints, gradients, targets, decoder, fidelity, shortcuts))
+        chain = SecondChain(scheduler, generator) if fidelity.second_chain else None
+        guides.append(
+            Influence(guidance, checkpoints, gradients, targets, decoder, fidelity, shortcuts, chain)
+        )
     if guidance is not None and guidance.gamma > 0:
         if memory is None or len(memory) != len(latents):
             raise ValueError(
                 "gamma > 0 needs memory, one tensor (M, C, h, w) a sample (M = 0 at first): "
                 f"{len(latents)}, got {memory and len(memory)}"
             )
-        guides.append(Deviation(guidance, memory, fidelity.memory_size))
+        guides.append(Deviation(guidance, memory, fidelity.memory_size, fidelity.cosine_floor))
     return sample(
         denoiser,
         scheduler,

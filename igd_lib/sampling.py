@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from igd_lib.config import RELEASED, Fidelity, Guidance
+from igd_lib.config import STANDARD, Fidelity, Guidance
 from igd_lib.data.images import ImageData
-from igd_lib.guides import Deviation, Guide, GuideFactory, Influence, Shortcuts
+from igd_lib.guides import Deviation, Guide, GuideFactory, Influence, SecondChain, Shortcuts
 from igd_lib.pipeline import IGDPipeline
 from igd_lib.sampler import Denoiser, check_range, sample
 from igd_lib.surrogate import Checkpoints, class_gradients
@@ -36,7 +36,7 @@ class Sampling:
     gradients: Gradients | None = None  # of the checkpoints; None: computed a batch of classes at a time
     cfg_scale: float = 4.0
     num_steps: int = 50
-    fidelity: Fidelity = RELEASED
+    fidelity: Fidelity = STANDARD
     shortcuts: Shortcuts = field(default_factory=Shortcuts)
     guidance_decoder: nn.Module | None = None  # decodes for G_I in the autoencoder's place
 
@@ -110,6 +110,7 @@ class Sampling:
         indices: Sequence[int],
         memory: Sequence[Tensor],
         gradients: Mapping[int, Tensor],
+        generators: Sequence[torch.Generator],
     ) -> list[Guide]:
         """The guides of one batch: image `indices[b]` of the data set's class `labels[b]`."""
         device = self.pipe._execution_device
@@ -118,11 +119,13 @@ class Sampling:
         if self.guidance is not None and self._guiding is not None:
             own = torch.stack([gradients[label] for label in labels], dim=1).to(device)
             decoder = self.guidance_decoder or self.pipe.vae
-            found.append(
-                Influence(self.guidance, self._guiding, own, targets, decoder, self.fidelity, self.shortcuts)
-            )
+            scheduler = self.pipe.scheduler_for(self.fidelity)
+            chain = SecondChain(scheduler, generators) if self.fidelity.second_chain else None
+            settings = (self.fidelity, self.shortcuts, chain)
+            found.append(Influence(self.guidance, self._guiding, own, targets, decoder, *settings))
         if self.guidance is not None and self.guidance.gamma > 0:
-            found.append(Deviation(self.guidance, memory, self.fidelity.memory_size))
+            size, floor = self.fidelity.memory_size, self.fidelity.cosine_floor
+            found.append(Deviation(self.guidance, memory, size, floor))
         return [*found, *(factory(targets, indices, memory) for factory in self.others)]
 
     def sample(

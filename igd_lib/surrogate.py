@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from igd_lib.config import Augment
+from igd_lib.data.augment import augment, normalise
 from igd_lib.data.images import ImageData, to_float
 from igd_lib.tools import files, keys
 from igd_lib.tools.progress import progress
@@ -64,6 +66,7 @@ class SurrogateTraining:
     saves_in_first_epoch: int = 1  # checkpoints of the first epoch, evenly spaced
     seed: int = 0
     keep_epochs: Sequence[float] | None = None  # keep these checkpoints alone; None: all
+    augment: Augment | None = None  # what the training images go through; None: nothing
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.saves_in_first_epoch < 1:
@@ -78,6 +81,7 @@ class SurrogateTraining:
         keep = self.keep_epochs and [float(epoch) for epoch in sorted(set(self.keep_epochs))]
         return own | {
             "keep_epochs": keep,
+            "augment": self.augment and asdict(self.augment),
             "data": data.name,
             "split": data.split,
             "images": len(data),
@@ -117,6 +121,7 @@ def train_surrogate(
     saves_in_first_epoch: int = 1,  # on easy data the informative early phase lies within the first epoch
     seed: int = 0,
     keep_epochs: Sequence[float] | None = None,  # where the retained ones are known beforehand (fixed lists)
+    augment: Augment | None = None,  # the released code's: `config.AUGMENTATION`; None: images as they are
     folder: str | Path | None = None,  # where every checkpoint is written as it is reached
 ) -> Checkpoints:
     """Train by SGD at a constant rate and keep the trajectory, initialisation (epoch 0) included.
@@ -127,7 +132,7 @@ def train_surrogate(
     epoch of `keep_epochs` has no checkpoint.
     """
     training = SurrogateTraining(
-        epochs, lr, momentum, weight_decay, batch_size, saves_in_first_epoch, seed, keep_epochs
+        epochs, lr, momentum, weight_decay, batch_size, saves_in_first_epoch, seed, keep_epochs, augment
     )
     return run_training(model, data, training, folder)
 
@@ -155,7 +160,8 @@ def run_training(
     model.train()
     for epoch in progress(range(done, training.epochs), "surrogate, epoch"):
         for step, (images, labels) in enumerate(data.batches(training.batch_size, generator), start=1):
-            _train_step(model, optimizer, images, labels, f"epoch {epoch + 1}; lower lr ({training.lr})")
+            inputs = _inputs(images, training.augment, generator)
+            _train_step(model, optimizer, inputs, labels, f"epoch {epoch + 1}; lower lr ({training.lr})")
             now = epoch + 1.0 if step == steps else epoch + step / steps
             if now in chosen and (step == steps or (epoch == 0 and step in saves)):
                 trajectory.add(now)
@@ -165,11 +171,27 @@ def run_training(
     )
 
 
+@dataclass(frozen=True)
+class _Recipe(Augment):
+    """An augmentation with what else `augment` asks for."""
+
+    image_size: int = 256  # px
+    patch_factor: int = 1
+
+
+def _inputs(images: Tensor, augmentation: Augment | None, generator: torch.Generator) -> Tensor:
+    """What a surrogate is trained on, float (B, 3, H, W), of uint8 images: in [-1, 1], or a little beyond."""
+    if augmentation is None:
+        return to_float(images)
+    recipe = _Recipe(**asdict(augmentation), image_size=images.shape[-1])
+    return normalise(augment(images.float() / 255, recipe, generator), (0.5,) * 3, (0.5,) * 3)
+
+
 def _train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, where: str
+    model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor, where: str
 ) -> None:
     device = next(model.parameters()).device
-    loss = F.cross_entropy(model(to_float(images).to(device)), labels.to(device))
+    loss = F.cross_entropy(model(inputs.to(device)), labels.to(device))
     if not torch.isfinite(loss):
         raise FloatingPointError(f"surrogate: loss is {loss.item()} in {where}")
     optimizer.zero_grad()
@@ -255,6 +277,20 @@ def class_gradients(
                 sum_ += part
         rows.append(torch.cat([sum_.flatten() for sum_ in total]) / len(images_of_one_class))
     return torch.stack(rows)
+
+
+def filter_images(data: ImageData, label: int, images: tuple[int, int] | None) -> Tensor:
+    """The images of a class whose gradients Algorithm 2 compares, uint8 (n, 3, H, W): the same every time.
+
+    images: (n, of the first m), drawn at random as the released filter does, all of the m where they are
+    fewer than n; None: all of the class (the paper).
+    """
+    if images is None:
+        return data.of_class(label)
+    count, first = images
+    indices = data.class_indices(label)[:first]
+    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(label))
+    return data.fetch(indices[order[:count].sort().values])
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,39 @@
-"""Who gives soft labels, and the checks before it does; what a network predicts on real images."""
+"""Who gives soft labels, and the checks before it does; what a network predicts on real images.
+
+RDED's teacher of ImageNet-1K is torchvision's ResNet-18. Those of other data sets, ImageNet's parts included,
+are networks trained from scratch on the data set itself, by torchvision's reference code as SRe2L's were: so
+RDED's README, which says no more of how. `teacher_from_file` reads such a network,
+`teacher_training.train_teacher` trains one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import argparse
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights
 
-from igd_lib.data.augment import centre, normalise, resize
+from igd_lib.data.augment import centre, normalise
 from igd_lib.data.images import ImageData
 from igd_lib.models.networks import network
 from igd_lib.protocols import RDED_SOFT, Protocol
+from igd_lib.tools import files
+
+# Top-1, in percent, that RDED's README gives for its ResNet-18 teachers ("modified" for CIFAR).
+RDED_TEACHERS: Mapping[str, float] = {
+    "imagenette": 90.0,
+    "imagewoof": 75.0,
+    "cifar-10": 93.86,
+    "cifar-100": 72.27,
+}
+SHORT = 10.0  # points that a teacher of the same data may be below RDED's before it is refused
 
 
 @dataclass(frozen=True)
@@ -28,6 +47,11 @@ class Teacher:
     mean: tuple[float, float, float]  # what it was trained with, of [0, 1] images
     std: tuple[float, float, float]
     least: float = 50.0  # percent of real images that it must get right before it labels anything
+    top1: float | None = None  # percent of the real test images, where it is known
+
+    def __str__(self) -> str:
+        share = "" if self.top1 is None else f", {self.top1:.1f} % of the test images"
+        return f"labels by {self.architecture} ({self.weights}){share}"
 
 
 def check_teacher(teacher: Teacher, dataset: ImageData, protocol: Protocol, *, images: int = 200) -> float:
@@ -83,9 +107,12 @@ def predict(model: nn.Module, dataset: ImageData, protocol: Protocol, batch_size
 def test_inputs(
     dataset: ImageData, protocol: Protocol, device: torch.device | str, batch_size: int = 250
 ) -> Iterator[Tensor]:
-    """What a network sees of every image in a test: resized, its centre cut out, normalised."""
-    for images, _ in dataset.batches(batch_size):
-        pixels = resize(images.to(device), protocol.test_resize or protocol.image_size)
+    """What a network sees of every image in a test: resized, its centre cut out, normalised.
+
+    Images that have the protocol's size already are not resized, so whoever tests often gives those.
+    """
+    for images, _ in dataset.at(protocol.test_resize or protocol.image_size).batches(batch_size):
+        pixels = images.to(device).float() / 255
         yield normalise(centre(pixels, protocol.image_size), protocol.mean, protocol.std)
 
 
@@ -100,12 +127,23 @@ def topk(logits: Tensor, labels: Tensor, k: int) -> float:
     return 100 * (logits.topk(k, dim=1).indices == labels[:, None]).any(1).double().mean().item()
 
 
+def least_for(dataset: str) -> float:
+    """Percent of real images that a teacher of a data set must get right: SHORT below RDED's, else 50."""
+    return RDED_TEACHERS[dataset] - SHORT if dataset in RDED_TEACHERS else Teacher.least
+
+
 def imagenet_teacher(classes: Sequence[str], label_ids: Sequence[int]) -> Teacher:
     """torchvision's ResNet-18 of ImageNet-1K (RDED's teacher), with `classes`' logits at `label_ids` only.
 
-    Its file is checked against the hash in its name and read as weights only. Raises FileNotFoundError where
-    it can neither be found nor downloaded.
+    Its file is checked against the hash in its name and read as weights only. Raises ValueError where the
+    classes have no ids in ImageNet-1K, FileNotFoundError where the file can neither be found nor downloaded.
     """
+    if len(label_ids) != len(classes) or not set(label_ids) <= set(range(1000)):
+        raise ValueError(
+            f"ImageNet's teacher knows classes by their ids 0 ... 999 there, and {len(classes)} classes came "
+            f"with {len(label_ids)}, {list(label_ids)[:3]} ...; name a teacher of these classes "
+            "(teacher_from_file), or train one (train_teacher)"
+        )
     weights = ResNet18_Weights.IMAGENET1K_V1
     try:
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
@@ -114,15 +152,57 @@ def imagenet_teacher(classes: Sequence[str], label_ids: Sequence[int]) -> Teache
         raise FileNotFoundError(
             f"the teacher's weights could not be had ({error}); download {weights.url} to {place}"
         ) from error
-    model: Any = network("timm/resnet18", num_classes=1000, image_size=224)
+    model: Any = network("torchvision/resnet18", num_classes=1000, image_size=224)
     model.load_state_dict(state)
     ids = torch.tensor(list(label_ids))
     model.fc.weight, model.fc.bias = (
         torch.nn.Parameter(value.detach()[ids]) for value in (model.fc.weight, model.fc.bias)
     )
-    return Teacher(
-        model, "resnet18", weights.url.rsplit("/", 1)[-1], tuple(classes), RDED_SOFT.mean, RDED_SOFT.std
-    )
+    name = weights.url.rsplit("/", 1)[-1]
+    return Teacher(model, "torchvision/resnet18", name, tuple(classes), RDED_SOFT.mean, RDED_SOFT.std)
+
+
+def teacher_from_file(
+    path: str | Path,
+    classes: Sequence[str],
+    *,
+    architecture: str = "torchvision/resnet18",  # a name of `network`; "resnet18_modified" up to 64 px
+    image_size: int = 224,
+    mean: tuple[float, float, float] = RDED_SOFT.mean,  # RDED's, CIFAR included
+    std: tuple[float, float, float] = RDED_SOFT.std,
+    least: float = Teacher.least,
+) -> Teacher:
+    """A teacher from its state dict in a safetensors file, or in a .pt or .pth file read as weights only.
+
+    `classes` in the order of its logits; `check_teacher` sees whether they are. A state dict may lie under
+    "model" or "state_dict", as torchvision's reference code (and so RDED) saves it, and have been trained in
+    parallel. Raises FileNotFoundError, or ValueError for a file that holds more than weights, or another
+    network's.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no teacher in {path}; put its state dict there")
+    model = network(architecture, num_classes=len(classes), image_size=image_size)
+    try:
+        model.load_state_dict(_state(path))
+    except (RuntimeError, pickle.UnpicklingError, ValueError, TypeError, AttributeError) as error:
+        wanted = f"{architecture} for {len(classes)} classes at {image_size} px"
+        raise ValueError(f"{path} is no state dict of {wanted}: {error}") from error
+    weights = f"{path.name}, sha256 {files.sha256(path)[:12]}"
+    return Teacher(model, architecture, weights, tuple(classes), mean, std, least)
+
+
+def _state(path: Path) -> dict[str, Tensor]:
+    """A file's state dict, by the names that the network has for itself."""
+    if path.suffix == ".safetensors":
+        found: Any = load_file(path)
+    else:
+        # The reference code saves its settings beside the weights: plain values in a Namespace.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("model", "state_dict"):
+        found = found.get(key, found)
+    return {name.removeprefix("module."): value for name, value in found.items()}
 
 
 test_inputs.__test__ = False  # type: ignore[attr-defined]  # for pytest, which collects imported names

@@ -82,10 +82,24 @@ class Artefact:
 
 SENSITIVITY = curves(("k", "top1"), ("gamma", "top1"))
 RDED_HARD = (
-    "RDED's images are grids of 2 x 2 patches, made for soft labels and shuffled patches (Tables 2 and "
-    "9). With hard labels a network "
-    "learns them and not the garments, which are twice as large in a test image: chance, most of them "
-    "taken for the class with the most black."
+    "RDED's row here is not RDED's: version 0.2 set its images together from 2 x 2 patches, and RDED's own "
+    "code makes no grids of images this small, but one patch an image."
+)
+# What made the rows that are from before version 0.3, whose CHANGELOG says what it corrected.
+BEFORE_0_3 = frozenset(
+    {
+        "1d9b27a67f90+",
+        "4a92d5e16444",
+        "62fedadfcfb1",
+        "a3ee91cef7ea",
+        "b448c221a2ed+",
+        "d22bbe31409a",
+        "e08ea825b3e5",
+        "eaa8528ac899",
+        "f8a0fe90dac0",
+        "fc0580c87398",
+        "fc0580c87398+",
+    }
 )
 ARTEFACTS = (
     Artefact("00_quickstart", "Quickstart", "quickstart"),
@@ -121,6 +135,8 @@ ARTEFACTS = (
         "paper_vs_code",
         against(GUIDED, varies="fidelity"),
         figure=curves(("cfg", "top1")),
+        note="The row both_halves=True is not the released code's direction: version 0.2 decoded the other "
+        "half of classifier-free guidance from the sample's own latent, the released code from a second one.",
     ),
     Artefact("14_shortcuts", "Faster guidance{where}", "shortcuts", against(GUIDED)),
     Artefact("21_influence", "Figure 1{where}", "fig01", figure=influence, all_networks=True, note=RDED_HARD),
@@ -257,7 +273,7 @@ def draw(artefact: Artefact, data: Path, out: Path) -> None:
     trained = " and ".join(dict.fromkeys(accuracy.device))
     parts = [f"# {artefact.heading.format(where=' on the stand-in' if small else '')}"]
     parts += [
-        f"{whole_title}. Means ± sd over n generation seeds; trained on {trained}.",
+        f"{whole_title}. Means ± sd over n generation seeds; trained on {trained}. {_origin(rows)}",
         *(results.markdown(table, 3) for table in whole),
     ]
     parts += [artefact.note] if small else []
@@ -281,6 +297,15 @@ def draw(artefact: Artefact, data: Path, out: Path) -> None:
             )
         ]
     files.write(out / f"{artefact.name}.md", "\n\n".join(part.strip() for part in parts if part) + "\n")
+
+
+def _origin(rows: pd.DataFrame) -> str:
+    """What made the rows' sets, and whether it has been corrected since."""
+    revisions = sorted(set(rows.git_revision))
+    made = f"Sets made by revision {', '.join(revisions)}"
+    if BEFORE_0_3.isdisjoint(revisions):
+        return f"{made}."
+    return f"{made}, before the corrections of version 0.3 (CHANGELOG.md); they are still to be made anew."
 
 
 def draw_all(base: Path, out: Path) -> dict[str, dict[str, str]]:

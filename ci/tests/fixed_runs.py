@@ -23,15 +23,15 @@ from torch import Tensor
 # The one place that knows where the code is.
 from igd_lib.baselines.minimax import Minimax, finetune
 from igd_lib.baselines.rded import rded
-from igd_lib.config import PAPER, RELEASED, Guidance
+from igd_lib.config import AUGMENTATION, PAPER, RELEASED, STANDARD, Guidance
 from igd_lib.data.images import ImageData, from_tensors
 from igd_lib.distillation import distill
 from igd_lib.evaluation import evaluate
 from igd_lib.models.networks import network
 from igd_lib.pipeline import IGDPipeline
-from igd_lib.protocols import IGD_HARD, MINIMAX_HARD, RDED_SOFT, SMALL_HARD, SMALL_SOFT
+from igd_lib.protocols import PROTOCOLS
 from igd_lib.sampler import sample_igd
-from igd_lib.surrogate import class_gradients, select_checkpoints, train_surrogate
+from igd_lib.surrogate import Checkpoints, class_gradients, select_checkpoints, train_surrogate
 from igd_lib.teachers import Teacher
 from igd_lib.tools.keys import SCHEMA
 
@@ -92,7 +92,7 @@ def models() -> SimpleNamespace:
     )
 
 
-def latents(made: SimpleNamespace, *, guidance=None, fidelity=RELEASED, cfg_scale=4.0, **shortcuts) -> Tensor:
+def latents(made: SimpleNamespace, *, guidance=None, fidelity=STANDARD, cfg_scale=4.0, **shortcuts) -> Tensor:
     """Two images of each class at once, with earlier latents of unequal number."""
     noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     earlier = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(4))
@@ -174,7 +174,7 @@ def tuned(made: SimpleNamespace) -> Tensor:
 
 
 def _flag(name: str, value: object):
-    return replace(RELEASED, **{name: value})
+    return replace(STANDARD, **{name: value})
 
 
 SAMPLES: dict[str, dict] = {
@@ -193,20 +193,35 @@ SAMPLES: dict[str, dict] = {
     "both, decoder Jacobian": {"guidance": GUIDED, "jacobian": "decoder"},
     "both, every 2": {"guidance": GUIDED, "every": 2},
     "both, one checkpoint": {"guidance": GUIDED, "checkpoints_per_step": 1},
-    "both, both halves": {"guidance": GUIDED, "fidelity": _flag("both_halves", True)},
+    "both, released": {"guidance": GUIDED, "fidelity": RELEASED},
+    "both, second chain, DDIM": {
+        "guidance": GUIDED,
+        "fidelity": replace(STANDARD, second_chain=True, solver="ddim"),
+    },
     "both, per checkpoint": {"guidance": GUIDED, "fidelity": _flag("backward", "per_checkpoint")},
     "both, clamped": {"guidance": GUIDED, "fidelity": _flag("clamp_images", True)},
     "both, memory of 2": {"guidance": GUIDED, "fidelity": _flag("memory_size", 2)},
 }
-PROTOCOLS = (MINIMAX_HARD, IGD_HARD, RDED_SOFT, SMALL_HARD, SMALL_SOFT)
+
+
+def norms(checkpoints: Checkpoints) -> Tensor:
+    """The norm of all parameters at each checkpoint."""
+    flat = [torch.cat([value.flatten() for value in state.values()]) for state in checkpoints.states]
+    return torch.stack([one.double().norm() for one in flat])
+
+
+def augmented(made: SimpleNamespace) -> Tensor:
+    """A trajectory on augmented images."""
+    torch.manual_seed(1)
+    model = network("convnet2", num_classes=3, image_size=16)
+    return norms(train_surrogate(model, made.data, epochs=3, batch_size=6, augment=AUGMENTATION))
 
 
 def runs() -> dict[str, Callable[[SimpleNamespace], Tensor]]:
     """Every fixed run by its name, "KIND: what": from the models to a tensor."""
     found: dict[str, Callable[[SimpleNamespace], Tensor]] = {
-        "surrogate: trajectory": lambda made: torch.stack(
-            [torch.cat([v.flatten() for v in s.values()]).double().norm() for s in made.checkpoints.states]
-        ),
+        "surrogate: trajectory": lambda made: norms(made.checkpoints),
+        "surrogate: augmented": augmented,
         "gradients: norms": lambda made: made.gradients.double().norm(dim=2),
         "gradients: kept, mean": lambda made: torch.tensor(
             select_checkpoints(made.gradients, threshold=0.1, similarity="mean")
@@ -226,7 +241,7 @@ def runs() -> dict[str, Callable[[SimpleNamespace], Tensor]]:
     }
     return found | {
         f"evaluation: {protocol.name}": lambda made, protocol=protocol: score(made, protocol)
-        for protocol in PROTOCOLS
+        for protocol in PROTOCOLS.values()
     }
 
 

@@ -18,29 +18,35 @@ def class_gradient(model, state: dict[str, Tensor], images: Tensor, label: int) 
     return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.parameters()))])
 
 
-def cosine(a: Tensor, b: Tensor) -> Tensor:
+def cosine(a: Tensor, b: Tensor, floor: float = 0.0) -> Tensor:
     a, b = a.flatten(), b.flatten()
-    return (a * b).sum() / ((a * a).sum().sqrt() * (b * b).sum().sqrt())
+    return (a * b).sum() / ((a * a).sum().sqrt() * (b * b).sum().sqrt() + floor)
 
 
-def influence(image: Tensor, target: int, checkpoints, gradients: Tensor, weights=None) -> Tensor:
-    """Eq. 7 for one image (3, H, W); gradients (E, P). Differentiable in the image."""
+def influence(
+    images, target: int, checkpoints, gradients: Tensor, weights=None, floor: float = 0.0
+) -> Tensor:
+    """Eq. 7 for one sample: an image (3, H, W), or a list of them whose mean cross-entropy is meant.
+
+    gradients: (E, P). Differentiable in the images.
+    """
+    images = images if isinstance(images, list) else [images]
     total = 0.0
     for e, state in enumerate(checkpoints.states):
         model = copy.deepcopy(checkpoints.model).requires_grad_(True)
         model.load_state_dict(state)
-        loss = F.cross_entropy(model(image[None]), torch.tensor([target]))
+        loss = sum(F.cross_entropy(model(one[None]), torch.tensor([target])) for one in images) / len(images)
         parts = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
         own = torch.cat([part.flatten() for part in parts])
-        total = total + (1.0 if weights is None else weights[e]) * (1 - cosine(own, gradients[e]))
+        total = total + (1.0 if weights is None else weights[e]) * (1 - cosine(own, gradients[e], floor))
     return total / len(checkpoints.states)
 
 
-def deviation(latent: Tensor, memory: Tensor) -> Tensor:
+def deviation(latent: Tensor, memory: Tensor, floor: float = 0.0) -> Tensor:
     """Eq. 8 for one latent (C, h, w); memory (M, C, h, w)."""
     best = latent.sum() * 0
     for index, earlier in enumerate(memory):
-        value = cosine(latent, earlier)
+        value = cosine(latent, earlier, floor)
         best = value if index == 0 or value > best else best
     return best
 
@@ -61,11 +67,15 @@ def trajectory(
     steps: int,
     jacobian: str = "full",
     generator=None,
+    second_generator=None,
 ) -> Tensor:
     """Algorithm 1 for one image, with the update rules of DDPM (Ho et al., Eq. 7) or DDIM (Song et al.,
     Eq. 12).
 
-    noise: (C, h, w). Returns the final latent (C, h, w). Only the noise schedule is the scheduler's.
+    noise: (C, h, w). Returns the final latent (C, h, w). Only the noise schedule is the scheduler's. With
+    `fidelity.second_chain`, the released sampler's second latent is carried along: it has the same start,
+    the other half's prediction and variance, which are of the first latent, noise from `second_generator`,
+    and no guidance; G_I is of the mean cross-entropy of both decoded images, its derivative by the first.
     """
     transformer, vae = models.transformer, models.vae
     scheduler.set_timesteps(steps)
@@ -76,7 +86,7 @@ def trajectory(
         memory = memory[-fidelity.memory_size :]
     mean_rate = sum(checkpoints.learning_rates) / len(checkpoints.learning_rates)
     weights = [rate / mean_rate for rate in checkpoints.learning_rates]
-    z = noise
+    z, z_2 = noise, noise
     for step, t in enumerate(timesteps):
         guided = (
             guidance.guided_range[0]
@@ -102,13 +112,14 @@ def trajectory(
         # Guidance terms.
         shift = torch.zeros_like(noise)
         if guided:
-            losses = []
-            for prediction in [eps, eps_other] if fidelity.both_halves else [eps]:
-                clean = (z - math.sqrt(1 - a) * prediction) / math.sqrt(a)
+            latents = [(z, eps), (z_2, eps_other)] if fidelity.second_chain else [(z, eps)]
+            images = []
+            for latent, prediction in latents:
+                clean = (latent - math.sqrt(1 - a) * prediction) / math.sqrt(a)
                 image = vae.decode(clean[None] / vae.config.scaling_factor).sample[0]
-                image = image.clamp(-1, 1) if fidelity.clamp_images else image
-                losses.append(influence(image, target, checkpoints, gradients, weights))
-            (gradient,) = torch.autograd.grad(sum(losses) / len(losses), z)
+                images.append(image.clamp(-1, 1) if fidelity.clamp_images else image)
+            loss = influence(images, target, checkpoints, gradients, weights, fidelity.cosine_floor)
+            (gradient,) = torch.autograd.grad(loss, z)
             scaled = (conditional if fidelity.eps == "conditional" else eps).detach()
             rho = (
                 guidance.k
@@ -119,27 +130,30 @@ def trajectory(
             )
             shift = shift + rho * gradient
             if len(memory):
-                (gradient,) = torch.autograd.grad(deviation(z, memory), z)
+                (gradient,) = torch.autograd.grad(deviation(z, memory, fidelity.cosine_floor), z)
                 shift = shift + guidance.gamma * gradient
 
-        # The solver's own step.
+        # The solver's own step, of each chain with its own half.
         with torch.no_grad():
-            clean = (z - math.sqrt(1 - a) * eps) / math.sqrt(a)
-            if fidelity.solver == "ddim":
-                z_next = math.sqrt(a_next) * clean + math.sqrt(1 - a_next) * eps
-            else:
-                beta = 1 - a / a_next
-                z_next = (math.sqrt(a_next) * beta * clean + math.sqrt(1 - beta) * (1 - a_next) * z) / (1 - a)
-                if t > 0:
-                    small = torch.tensor(max(beta * (1 - a_next) / (1 - a), 1e-20))
-                    share = torch.tensor(0.0)
-                    if len(outputs[0]) == 2 * channels:  # learned range: between log(small) and log(beta)
-                        share = (outputs[0][channels:] + 1) / 2
-                    variance = torch.exp(share * math.log(beta) + (1 - share) * small.log())
-                    z_next = (
-                        z_next
-                        + variance.sqrt()
-                        * torch.randn(1, *noise.shape, generator=generator, dtype=noise.dtype)[0]
-                    )
-            z = z_next - shift
+            rest = [output[channels:] for output in outputs]
+            moved = _solver_step(fidelity.solver, z, eps, rest[0], a, a_next, t, generator)
+            z_2 = _solver_step(fidelity.solver, z_2, eps_other, rest[1], a, a_next, t, second_generator)
+            z = moved - shift
     return z.detach()
+
+
+def _solver_step(
+    solver: str, z: Tensor, eps: Tensor, rest: Tensor, a: float, a_next: float, t: int, generator
+):
+    """z_{t-1} by DDIM, or by DDPM with a learned range of variances where the model gives one (`rest`)."""
+    clean = (z - math.sqrt(1 - a) * eps) / math.sqrt(a)
+    if solver == "ddim":
+        return math.sqrt(a_next) * clean + math.sqrt(1 - a_next) * eps
+    beta = 1 - a / a_next
+    mean = (math.sqrt(a_next) * beta * clean + math.sqrt(1 - beta) * (1 - a_next) * z) / (1 - a)
+    if t == 0:
+        return mean
+    small = torch.tensor(max(beta * (1 - a_next) / (1 - a), 1e-20), dtype=z.dtype)
+    share = (rest + 1) / 2 if len(rest) else torch.zeros((), dtype=z.dtype)  # between log(small), log(beta)
+    variance = torch.exp(share * math.log(beta) + (1 - share) * small.log())
+    return mean + variance.sqrt() * torch.randn(1, *z.shape, generator=generator, dtype=z.dtype)[0]

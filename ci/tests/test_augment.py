@@ -1,13 +1,31 @@
-"""The protocols' augmentation: crops, colours, CutMix and the patch shuffle."""
+"""The protocols' augmentation: crops, colours, CutMix, mixup and the patch shuffle."""
 
+import itertools
+import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from scipy import integrate, stats
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import functional as TF
 
 from igd_lib.data import augment as module
-from igd_lib.data.augment import augment, centre, cutmix, normalise, resize, shuffle_patches
-from igd_lib.protocols import Protocol
+from igd_lib.data.augment import (
+    augment,
+    centre,
+    change_colours,
+    crop_boxes,
+    cutmix,
+    light,
+    mixup,
+    normalise,
+    resize,
+    resized_crop,
+    shuffle_patches,
+)
+from igd_lib.protocols import IGD_HARD, SMALL_HARD, SMALL_SOFT, Protocol
 
 HALF = (0.5, 0.5, 0.5)
 PLAIN = Protocol(
@@ -52,23 +70,85 @@ def test_flip_mirrors_about_half_of_the_images(pixels):
     assert 16 <= mirrored.sum() <= 48
 
 
-def test_crop_keeps_its_share_of_the_area(pixels):
-    """On a ramp in x and y the crop's extent can be read off: its area share is the drawn one."""
-    ramp = torch.linspace(0, 1, 64)
-    protocol = replace(PLAIN, image_size=64, crop_scale=(0.5, 1.0))
-    images = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64), torch.zeros(64, 64)]).expand(
-        500, -1, -1, -1
+def mean_area(least):
+    """Of boxes drawn until they fit: a share a fits a log-uniform ratio r where |log r| <= -log a."""
+
+    def fits(area):
+        return min(1.0, -math.log(area) / math.log(4 / 3))
+
+    ends = sorted({least, max(least, 3 / 4), 1.0})
+    above, below = (
+        sum(integrate.quad(f, a, b)[0] for a, b in itertools.pairwise(ends))
+        for f in (lambda a: a * fits(a), fits)
     )
-    found = augment(images, protocol, generator())
-    width = (found[:, 0].amax((1, 2)) - found[:, 0].amin((1, 2))).double()
-    height = (found[:, 1].amax((1, 2)) - found[:, 1].amin((1, 2))).double()
-    area, ratio = width * height, width / height
-    assert area.min() > 0.47 and area.max() <= 1 + 1e-6
-    assert area.mean().item() == pytest.approx(0.75, abs=0.03)
-    assert ratio.min() > 3 / 4 - 0.02 and ratio.max() < 4 / 3 + 0.02
-    # The crop's centre moves over everything that is left.
-    left = found[:, 0].amin((1, 2))
-    assert left.min() < 0.02 and ((1 - width - left) < 0.02).any()
+    return above / below
+
+
+@pytest.mark.parametrize(("least", "mean"), [(0.5, 0.693), (0.25, None), (0.08, None)])
+def test_the_mean_area_of_crops(least, mean):
+    boxes = crop_boxes(60_000, 224, (least, 1.0), generator()).double()
+    found = (boxes[:, 2] * boxes[:, 3] / 224**2).mean().item()
+    assert found == pytest.approx(mean_area(least), abs=0.003)
+    assert mean is None or found == pytest.approx(mean, abs=0.003)
+
+
+def test_crops_are_distributed_as_torchvisions():
+    """Areas, ratios, sides and places of 4,000 boxes each, at a size where rounding to px matters."""
+    image = torch.zeros(3, 32, 32)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = torch.tensor(
+            [RandomResizedCrop.get_params(image, [0.3, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)]
+        ).double()
+    ours = crop_boxes(4000, 32, (0.3, 1.0), generator()).double()
+    for value in (
+        lambda box: box[:, 2] * box[:, 3],
+        lambda box: box[:, 3] / box[:, 2],
+        lambda box: box[:, 3],
+        lambda box: box[:, 2],
+        lambda box: box[:, 0] / (33 - box[:, 2]),
+        lambda box: box[:, 1] / (33 - box[:, 3]),
+    ):
+        assert stats.ks_2samp(value(ours), value(theirs)).pvalue > 1e-3
+    assert ours.min() == 0 and ours[:, 2:].min() >= 1
+    assert (ours[:, :2] + ours[:, 2:]).max() == 32
+
+
+def test_a_crop_that_never_fits_is_the_whole_image():
+    whole = torch.tensor([0, 0, 20, 20]).expand(50, 4)
+    assert torch.equal(crop_boxes(50, 20, (1.5, 2.0), generator()), whole)
+    assert torch.equal(crop_boxes(50, 20, (1.0, 1.0), generator()), whole)
+
+
+@pytest.mark.parametrize("size", [24, 32, 40])
+def test_a_crop_is_resized_as_torchvisions(size):
+    """Antialiased, as where crops are larger than the network's input; elsewhere that changes nothing."""
+    pixels = torch.rand(30, 3, 32, 32, generator=generator(), dtype=torch.float64)
+    boxes = crop_boxes(30, 32, (0.08, 1.0), generator(1))
+    found, shape = resized_crop(pixels, boxes, size), [size, size]
+    for image, box, ours in zip(pixels, boxes.tolist(), found, strict=True):
+        theirs = TF.resized_crop(image, *box, shape, antialias=True)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+        if max(box[2:]) <= size:
+            plain = TF.resized_crop(image, *box, shape, antialias=False)
+            torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
+    single = resized_crop(pixels.float(), boxes, size)
+    torch.testing.assert_close(single.double(), found, rtol=0, atol=1e-6)
+
+
+def test_augment_crops_and_flips_each_image_by_its_own_draw(monkeypatch):
+    """With what was drawn, torchvision's functions give the same images."""
+    drawn, real = [], module.crop_boxes
+    monkeypatch.setattr(module, "crop_boxes", lambda *args: drawn.append(real(*args)) or drawn[-1])
+    pixels = torch.rand(20, 3, 32, 32, generator=generator())
+    found = augment(pixels, replace(PLAIN, image_size=28, crop_scale=(0.5, 1.0), flip=True), generator())
+    mirrored = 0
+    for image, box, ours in zip(pixels, drawn[0].tolist(), found, strict=True):
+        theirs = TF.resized_crop(image, *box, [28, 28], antialias=True)
+        straight, turned = ((ours - x).abs().max().item() < 1e-4 for x in (theirs, theirs.flip(2)))
+        assert straight != turned
+        mirrored += turned
+    assert 3 <= mirrored <= 17
 
 
 def test_crop_is_filled_from_inside_the_image(pixels):
@@ -78,25 +158,78 @@ def test_crop_is_filled_from_inside_the_image(pixels):
     )
 
 
-def test_jitter_by_hand(pixels):
-    """Grey images have nothing to saturate: brightness and contrast map x to a growing function in [0, 1]."""
-    found = augment(pixels, replace(PLAIN, jitter=0.4), generator())
-    assert found.min() >= 0 and found.max() <= 1
-    assert (found - pixels).abs().amax((1, 2, 3)).min() > 1e-3  # every image changes
-    flat = augment(torch.full((200, 3, 8, 8), 0.5), replace(PLAIN, jitter=0.4), generator())
-    # A flat grey image only feels brightness: 0.5 times a factor in [0.6, 1.4].
-    assert flat.std((1, 2, 3)).max() < 1e-5
-    assert 0.3 - 1e-5 <= flat.min() < 0.33 and 0.67 < flat.max() <= 0.7 + 1e-5
+def test_colours_against_a_float64_reference():
+    """Minimax's jitter: x + a (base - x) with a = 1 - factor; base black, the mean of grey, grey."""
+    pixels = torch.rand(12, 3, 5, 7, generator=generator())
+    factors = 0.6 + 0.8 * torch.rand(12, 3, generator=generator(1))
+    order = torch.tensor(list(itertools.permutations(range(3))) * 2)
+    found = change_colours(pixels, factors, order).double().numpy()
+    for image, own, kinds, ours in zip(pixels, factors, order.tolist(), found, strict=True):
+        x = image.double().numpy()
+        for kind in kinds:
+            grey = 0.299 * x[0] + 0.587 * x[1] + 0.114 * x[2]
+            base = (0.0, grey.mean(), grey)[kind]
+            x = x + (1 - float(own[kind])) * (base - x)
+        np.testing.assert_allclose(ours, x, rtol=0, atol=1e-6)
+    assert found.min() < -0.01 and found.max() > 1.01  # nothing is clamped
 
 
-def test_lighting_shifts_along_the_principal_components():
+def test_colours_are_drawn_for_each_image(monkeypatch):
+    """Factors uniform in [0.6, 1.4], independent of each other; each of the six orders equally often."""
+    drawn = []
+    monkeypatch.setattr(module, "change_colours", lambda pixels, *rest: drawn.append(rest) or pixels)
+    augment(torch.zeros(6000, 3, 1, 1), replace(PLAIN, image_size=1, jitter=0.4), generator())
+    ((factors, order),) = drawn
+    for column in factors.double().T:
+        assert stats.kstest(column, stats.uniform(0.6, 0.8).cdf).pvalue > 1e-3
+    assert factors.T.corrcoef().fill_diagonal_(0).abs().max() < 0.05
+    assert (order.sort(dim=1).values == torch.arange(3)).all()
+    counts = (order @ torch.tensor([9, 3, 1])).unique(return_counts=True)[1]
+    assert len(counts) == 6 and stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_colours_leave_the_unit_range_as_often_as_minimaxs(pixels):
+    """Uniform noise: about an eighth of the values (0.118 in their code, on 200 images)."""
+    noise = torch.rand(400, 3, 32, 32, generator=generator())
+    found = augment(noise, replace(PLAIN, jitter=0.4), generator())
+    assert ((found < 0) | (found > 1)).double().mean().item() == pytest.approx(0.12, abs=0.015)
+
+
+@pytest.mark.parametrize(
+    "protocol",
+    [SMALL_HARD, SMALL_SOFT, replace(SMALL_HARD, jitter=0.4)],
+    ids=["hard", "soft", "with jitter"],
+)
+def test_grey_images_stay_grey_in_the_stand_ins_protocols(pixels, protocol):
+    grey = pixels[:, :1].expand(-1, 3, -1, -1).contiguous()
+    found = augment(grey, protocol, generator())
+    assert torch.equal(found, found[:, :1].expand_as(found))
+    coloured = augment(grey, replace(protocol, lighting=IGD_HARD.lighting), generator())
+    assert (coloured - coloured[:, :1]).abs().max() > 1e-3
+
+
+def test_lighting_against_a_float64_reference():
+    """The shift of channel c: the sum over components j of vector[c][j] value[j] strength[j]."""
+    values = np.array([0.2175, 0.0188, 0.0045])
+    vectors = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+    strengths = 0.1 * torch.randn(50, 3, generator=generator())
+    pixels = torch.rand(50, 3, 4, 4, generator=generator(1))
+    expected = np.einsum("cj,j,nj->nc", vectors, values, strengths.double().numpy())
+    found = (light(pixels, strengths).double() - pixels.double()).numpy()
+    np.testing.assert_allclose(found, expected[:, :, None, None] + np.zeros((4, 4)), rtol=0, atol=2e-7)
+
+
+def test_lighting_is_drawn_with_its_deviation():
     """The shift of flat images has the covariance V diag(0.1 lambda)^2 V^T."""
-    found = augment(torch.full((20_000, 3, 4, 4), 0.5), replace(PLAIN, lighting=0.1), generator()) - 0.5
-    assert found.std((2, 3)).max() < 1e-5
-    vectors, values = module._EIGENVECTORS, module._EIGENVALUES
+    found = augment(
+        torch.full((20_000, 3, 4, 4), 0.5), replace(PLAIN, image_size=4, lighting=0.1), generator()
+    )
+    shift = found - 0.5
+    assert shift.std((2, 3)).max() < 1e-5
+    vectors, values = torch.tensor(module.EIGENVECTORS), torch.tensor(module.EIGENVALUES)
     torch.testing.assert_close(vectors.T @ vectors, torch.eye(3), rtol=0, atol=2e-3)  # orthonormal
     expected = vectors @ torch.diag((0.1 * values) ** 2) @ vectors.T
-    torch.testing.assert_close(found[:, :, 0, 0].T.cov(), expected, rtol=0.1, atol=1e-5)
+    torch.testing.assert_close(shift[:, :, 0, 0].T.cov(), expected, rtol=0.1, atol=1e-5)
 
 
 def test_augmentation_is_drawn_a_sample(pixels):
@@ -129,6 +262,18 @@ def test_cutmix_share_is_the_area_that_is_left():
     assert (inputs[3] == 3).all()  # the inputs themselves are left alone
 
 
+def test_mixup_is_a_weighted_mean():
+    labels = torch.arange(16)
+    inputs = torch.rand(16, 3, 4, 4, generator=generator())
+    shares = []
+    for seed in range(300):
+        mixed, other, share = mixup(inputs, labels, 0.8, generator(seed))
+        assert sorted(other.tolist()) == labels.tolist()
+        torch.testing.assert_close(mixed, share * inputs + (1 - share) * inputs[other])
+        shares.append(share)
+    assert stats.kstest(shares, stats.beta(0.8, 0.8).cdf).pvalue > 1e-3
+
+
 def test_cutmix_off():
     inputs, labels = torch.rand(4, 3, 8, 8), torch.arange(4)
     mixed, other, share = cutmix(inputs, labels, 0.0, generator())
@@ -159,13 +304,16 @@ def test_patch_shuffle_permutes_whole_patches():
     assert min(seen.values()) > 60
 
 
-def test_patch_shuffle_keeps_every_pixel_of_sizes_that_do_not_divide():
-    image = torch.arange(3 * 7 * 7.0).reshape(1, 3, 7, 7)
+def test_patch_shuffle_drops_what_does_not_divide():
+    """As RDED's: 11 px in 3 strips of 3 px, the last two rows and columns gone."""
+    image = torch.arange(3 * 11 * 11.0).reshape(1, 3, 11, 11)
     found = shuffle_patches(image.expand(20, -1, -1, -1), 3, generator())
-    assert all(sorted(each.flatten().tolist()) == image.flatten().tolist() for each in found)
+    assert found.shape == (20, 3, 9, 9)
+    kept = sorted(image[..., :9, :9].flatten().tolist())
+    assert all(sorted(each.flatten().tolist()) == kept for each in found)
     assert len({each.numpy().tobytes() for each in found}) > 5
-    with pytest.raises(ValueError, match="7 px into 8 strips"):
-        shuffle_patches(image, 8, generator())
+    with pytest.raises(ValueError, match="11 px into 12 strips"):
+        shuffle_patches(image, 12, generator())
 
 
 def test_augment_shuffles_patches_when_asked(pixels):

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from igd_lib.config import (
+    AUGMENTATION,
     PAPER,
     RELEASED,
+    STANDARD,
     Fidelity,
     Guidance,
     fixed_checkpoints,
@@ -67,8 +69,8 @@ def test_misspelt_choices_raise():
 
 
 def test_paper_and_released_code():
-    """The table of differences, by hand: field, released code, paper."""
-    assert Fidelity() == RELEASED
+    """The table of differences, by hand: field, standard, paper, and what else the released code has."""
+    assert Fidelity() == STANDARD
     table = {
         "solver": ("ddpm", "ddim"),
         "timestep_spacing": ("linspace", "leading"),
@@ -77,17 +79,22 @@ def test_paper_and_released_code():
         "range_counts_from": (0, 1),
         "rho_factor": (0.0015, 1.0),
         "eps": ("combined", "conditional"),
-        "both_halves": (False, False),
+        "second_chain": (False, False),
+        "cosine_floor": (1e-6, 0.0),
         "backward": ("once", "once"),
         "clamp_images": (False, False),
         "memory_size": (64, None),
         "gradient_images": (200, None),
+        "filter_images": ((80, 500), None),
         "checkpoints": ("fixed", "similarity"),
         "similarity": ("per_class", "mean"),
         "surrogate": ("released", "paper"),
+        "surrogate_augmentation": (True, False),
         "vae": ("stabilityai/sd-vae-ft-mse",) * 2,
     }
-    assert asdict(RELEASED) == {field: values[0] for field, values in table.items()}
+    standard = {field: values[0] for field, values in table.items()}
+    assert asdict(STANDARD) == standard
+    assert asdict(RELEASED) == standard | {"second_chain": True, "backward": "per_checkpoint"}
     assert asdict(PAPER) == {field: values[1] for field, values in table.items()}
 
 
@@ -100,16 +107,19 @@ def test_flips_change_one_field_each():
         "range_counts_from=1",
         "rho_factor=1.0",
         "eps=conditional",
+        "cosine_floor=0.0",
         "memory_size=None",
         "gradient_images=None",
+        "filter_images=None",
         "checkpoints=similarity",
         "similarity=mean",
         "surrogate=paper",
-        "both_halves=True",
+        "surrogate_augmentation=False",
+        "second_chain=True",
         "clamp_images=True",
     ]
     for name, fidelity in found.items():
-        changed = [field for field, value in asdict(fidelity).items() if value != asdict(RELEASED)[field]]
+        changed = [field for field, value in asdict(fidelity).items() if value != asdict(STANDARD)[field]]
         assert changed == [name.split("=")[0]]
 
 
@@ -117,19 +127,19 @@ def test_fixed_checkpoints():
     assert fixed_checkpoints("imagenette", "convnet6") == (0, 2, 11, 40)
     assert fixed_checkpoints("imagewoof", "resnet18") == (0, 16, 33)
     assert fixed_checkpoints("fashion-mnist", "convnet3") is None
+    assert fixed_checkpoints("imagewoof", "convnet6", cutmix=True) == (0, 10, 26, 60)
+    assert fixed_checkpoints("imagenette", "convnet6", cutmix=True) is None
 
 
 def test_surrogate_training():
     ten = dict(epochs=50, lr=0.01, momentum=0.9, weight_decay=5e-4, batch_size=64)
-    assert (
-        surrogate_training(RELEASED, 10)
-        == surrogate_training(PAPER, 10)
-        == surrogate_training(PAPER, 1000)
-        == ten
-    )
+    assert surrogate_training(PAPER, 10) == surrogate_training(PAPER, 1000) == ten | {"augment": None}
+    assert surrogate_training(STANDARD, 10) == surrogate_training(RELEASED, 10)
+    assert surrogate_training(STANDARD, 10) == ten | {"augment": AUGMENTATION}
+    assert asdict(AUGMENTATION) == dict(crop_scale=(0.5, 1.0), flip=True, jitter=0.4, lighting=0.1)
     # The released list for ImageNet-1K asks for epoch 52.
     assert surrogate_training(RELEASED, 1000) == dict(
-        epochs=52, lr=0.1, momentum=0.9, weight_decay=1e-4, batch_size=128
+        epochs=52, lr=0.1, momentum=0.9, weight_decay=1e-4, batch_size=128, augment=AUGMENTATION
     )
 
 
@@ -264,13 +274,13 @@ def test_soft_label_protocol_by_hand():
 @pytest.mark.parametrize(
     ("network", "lr"),
     [
-        ("timm/resnet18", 1e-3),
+        ("torchvision/resnet18", 1e-3),
         ("resnet50", 1e-3),
         ("resnet101", 1e-3),
         ("convnet5", 1e-3),
         ("efficientnet_b0", 2e-3),
-        ("mobilenetv2_100", 2.5e-3),
-        ("swinv2_tiny_window8_256", 1e-4),
+        ("mobilenet_v2", 2.5e-3),
+        ("swin_v2_t", 1e-4),
     ],
 )
 def test_soft_label_rates_by_network(network, lr):
@@ -298,7 +308,7 @@ def test_minimax_rates_for_many_classes():
     )
     assert replace(MINIMAX_HARD, batch_size=256).training("resnet18", 10, 1000).batch_size == 256
     assert IGD_HARD.training("resnet18", 50, 1000) == Training(
-        epochs=1500, batch_size=64, lr=1e-3, weight_decay=0.01
+        epochs=1500, batch_size=128, lr=1e-3, weight_decay=0.01
     )
 
 

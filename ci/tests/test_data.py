@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
+from torchvision.datasets.folder import default_loader
 
 from igd_lib.data import images as data
 from igd_lib.data.datasets import DATASETS, DataSpec
@@ -351,8 +353,6 @@ def test_transparency_is_dropped_without_a_warning(tmp_path, case, recwarn):
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_exif_orientation_is_not_applied(tmp_path, mode):
     """As ImageFolder has it: its loader is the reference."""
-    from torchvision.datasets.folder import default_loader
-
     halves = np.zeros((16, 16, 3), np.uint8)
     halves[:8] = 200
     exif = Image.Exif()
@@ -383,3 +383,144 @@ def test_resize_keeps_proportions_and_crops_the_centre(tmp_path):
     assert image[:, 4, 1].tolist() == pytest.approx([200, 0, 0], abs=30)
     assert image[:, 4, 6].tolist() == pytest.approx([0, 200, 0], abs=30)
     assert read_image(tmp_path / "x.png", 32).shape == (3, 32, 32)  # also upwards
+
+
+# --- resizing
+
+SHAPES = [(333, 500), (500, 375), (127, 301), (64, 65), (40, 31), (257, 256), (33, 700)]  # height, width
+
+
+def noise(shape, seed=0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("size", [32, 64, 101])
+def test_images_are_resized_by_torchvision(tmp_path, shape, size):
+    """Its classes of a data loader are the reference, bit for bit, down and up."""
+    noise(shape).save(tmp_path / "x.png")
+    expected = transforms.Compose(
+        [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()]
+    )
+    assert torch.equal(read_image(tmp_path / "x.png", size), expected(default_loader(tmp_path / "x.png")))
+
+
+def weights(before: int, after: int, kernel, support: float) -> np.ndarray:
+    """(after, before): a resampling kernel stretched to the source's pixels when it shrinks, normalised."""
+    stretch = max(1.0, before / after)
+    centres = (np.arange(after) + 0.5) * before / after
+    low = np.floor(centres - support * stretch + 0.5).clip(0)
+    high = np.floor(centres + support * stretch + 0.5).clip(max=before)
+    source = np.arange(before)
+    inside = (source >= low[:, None]) & (source < high[:, None])
+    found = inside * kernel((source + 0.5 - centres[:, None]) / stretch)
+    return found / found.sum(1, keepdims=True)
+
+
+def box(x):
+    return ((x > -0.5) & (x <= 0.5)).astype(float)
+
+
+def cubic(x, a=-0.5):
+    x = np.abs(x)
+    near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * (x**3 - 5 * x**2 + 8 * x - 4)
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+
+def halved(image: np.ndarray, size: int) -> np.ndarray:
+    """ADM's way in float64: (H, W, 3) in 0 ... 255."""
+
+    def resample(pixels, sides, kernel, support):
+        for axis in (1, 0):  # as PIL: along rows first, eight bits in between, halves up
+            along = weights(pixels.shape[axis], sides[axis], kernel, support)
+            pixels = np.moveaxis(np.tensordot(along, pixels, (1, axis)), 0, axis).clip(0, 255)
+            pixels = np.floor(pixels + 0.5)
+        return pixels
+
+    image = image.astype(float)
+    while min(image.shape[:2]) >= 2 * size:
+        image = resample(image, [side // 2 for side in image.shape[:2]], box, 0.5)
+    scale = size / min(image.shape[:2])
+    image = resample(image, [round(side * scale) for side in image.shape[:2]], cubic, 2.0)
+    top, left = ((side - size) // 2 for side in image.shape[:2])
+    return image[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_way_of_adm_halves_first(tmp_path, shape):
+    """Against resampling in float64; torchvision's way is tens of levels away."""
+    noise(shape).save(tmp_path / "x.png")
+    found = read_image(tmp_path / "x.png", 64, "bicubic-halving").permute(1, 2, 0).double()
+    expected = torch.from_numpy(halved(np.asarray(noise(shape)), 64))
+    assert (found - expected).abs().max() <= 2 and (found - expected).abs().mean() < 0.2
+    other = read_image(tmp_path / "x.png", 64).permute(1, 2, 0).double()
+    assert shape == (64, 65) or (other - expected).abs().mean() > 3
+
+
+# --- at another size
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Six noisy photographs of different shapes in each of three classes."""
+    for split in ("train", "val"):
+        for label, name in enumerate(COLOURS):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(6):
+                noise((50 + 7 * i, 61 - 3 * label), seed=10 * label + i).save(
+                    tmp_path / split / name / f"{i}.png"
+                )
+    return tmp_path
+
+
+@pytest.mark.parametrize("limit", [0, data.MEMORY_LIMIT])
+def test_another_size_is_made_from_the_files(photographs, monkeypatch, limit):
+    monkeypatch.setattr(data, "MEMORY_LIMIT", limit)
+    every = torch.arange(18)
+    stored, direct = (load(replace(SPEC, image_size=size), "train", photographs) for size in (16, 24))
+    found = stored.at(24)
+    assert stored.at(16) is stored and found.at(24) is found
+    assert found.image_size == 24 and (found.name, found.split) == (stored.name, stored.split)
+    assert torch.equal(found.fetch(every), direct.fetch(every)) and torch.equal(found.labels, direct.labels)
+    # Never twice: by way of a smaller size it is the same.
+    assert torch.equal(stored.at(4).at(24).fetch(every), direct.fetch(every))
+    # Views are taken before or after.
+    for view in (
+        lambda images: images.subset(torch.tensor([17, 3, 3, 0])),
+        lambda images: images.per_class(2, seed=1),
+        lambda images: images.first(3).per_class(2, seed=1).subset(torch.tensor([5, 0])),
+    ):
+        before, after = view(stored).at(24), view(direct)
+        assert torch.equal(before.fetch(torch.arange(len(before))), after.fetch(torch.arange(len(after))))
+    chosen = stored.subset(torch.tensor([17, 3])).subset(torch.tensor([1])).photograph(0)
+    assert chosen.tobytes() == Image.open(photographs / "train" / "cat" / "3.png").tobytes()
+    with pytest.raises(ValueError, match="at least 1 px, got 0"):
+        stored.at(0)
+
+
+def test_another_size_is_made_from_the_stored_tensor(toy_data):
+    """Through PIL, as files are: the stored 16 px, whatever sizes lie between."""
+    every = torch.arange(18)
+    stored = [Image.fromarray(image.numpy()) for image in toy_data.fetch(every).permute(0, 2, 3, 1)]
+    to_tensor = transforms.PILToTensor()
+    expected = torch.stack([to_tensor(transforms.Resize(24)(image)) for image in stored])
+    assert toy_data.at(16) is toy_data and toy_data.at(16, "bicubic-halving") is toy_data
+    assert torch.equal(toy_data.at(24).fetch(every), expected)
+    assert torch.equal(toy_data.at(5).at(24).fetch(every), expected)
+    assert toy_data.photograph(4).tobytes() == stored[4].tobytes()
+
+
+def test_images_of_another_resize_are_another_split(photographs):
+    """What names data on disk is the split: another resize is another piece of work."""
+    usual = load(SPEC, "train", photographs)
+    spec = replace(SPEC, resize="bicubic-halving")
+    other, every = load(spec, "train", photographs), torch.arange(18)
+    assert (usual.split, other.split) == ("train", "train, bicubic-halving")
+    assert load(replace(spec, holdout=0.5), "validation", photographs).split == "validation, bicubic-halving"
+    again = usual.at(16, "bicubic-halving")
+    assert again.split == other.split and torch.equal(again.fetch(every), other.fetch(every))
+    assert (again.fetch(every).float() - usual.fetch(every).float()).abs().mean() > 3
+    assert again.at(16).split == again.split and again.at(24).resize == "bicubic-halving"
+    assert "train, bicubic-halving" in other.per_class(2, seed=0).split
+    with pytest.raises(ValueError, match="resize is one of bilinear, bicubic-halving, got 'bicubic'"):
+        replace(SPEC, resize="bicubic")

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from igd_lib import distillation as module
-from igd_lib.config import RELEASED, Guidance
+from igd_lib.config import STANDARD, Guidance
 from igd_lib.data.images import to_uint8
 from igd_lib.distillation import distill, image_generator
 from igd_lib.sets.store import DistilledSet
@@ -105,7 +105,7 @@ def test_the_manifest_says_how_it_was_made(run):
         and manifest["seed"] == 3
     )
     assert manifest["settings"]["guidance"] == {"k": 5.0, "gamma": 30.0, "guided_range": [1, 4]}
-    assert manifest["settings"]["fidelity"]["rho_factor"] == RELEASED.rho_factor
+    assert manifest["settings"]["fidelity"]["rho_factor"] == STANDARD.rho_factor
     assert manifest["versions"].keys() == {"igd_lib", "torch", "diffusers", "python"}
     assert manifest["revision"] == git_revision()
 
@@ -273,7 +273,7 @@ def test_classes_do_not_share_their_memory(run, tiny_pipe, toy_data):
         (dict(seed=1), "seed = 0, wanted 1"),
         (dict(guidance=replace(GUIDANCE, gamma=31.0)), r"guidance\.gamma = 30, wanted 31"),
         (dict(guidance=None), r"guidance = \{.*\}, wanted None"),
-        (dict(fidelity=replace(RELEASED, memory_size=None)), r"fidelity\.memory_size = 64, wanted None"),
+        (dict(fidelity=replace(STANDARD, memory_size=None)), r"fidelity\.memory_size = 64, wanted None"),
         (dict(cfg_scale=1.5), r"cfg_scale = 4, wanted 1\.5"),
         (dict(num_steps=7), "num_steps = 6, wanted 7"),
         (dict(jacobian="decoder"), r"shortcuts\.jacobian = full, wanted decoder"),
@@ -338,8 +338,10 @@ def test_the_key_is_that_of_the_settings(run):
 
 def test_another_schema_s_set_is_refused(run, monkeypatch):
     run()
-    monkeypatch.setitem(keys.SCHEMA, "set", keys.SCHEMA["set"] + 1)
-    with pytest.raises(ValueError, match="it was made under schema 1 of 'set', results now are of schema 2"):
+    now = keys.SCHEMA["set"] + 1
+    monkeypatch.setitem(keys.SCHEMA, "set", now)
+    said = f"it was made under schema {now - 1} of 'set', results now are of schema {now}"
+    with pytest.raises(ValueError, match=said):
         run()
 
 

@@ -9,12 +9,29 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torchvision
 
 from igd_lib import evaluation as module
+from igd_lib.config import STANDARD
 from igd_lib.data.images import from_tensors
-from igd_lib.evaluation import evaluate, evaluate_all, make_optimizer, schedule, soft_label_loss
+from igd_lib.evaluation import Cell, evaluate, evaluate_all, make_optimizer, schedule, soft_label_loss
+from igd_lib.experiment.scales import paper_scale
 from igd_lib.models.networks import network
-from igd_lib.protocols import IGD_HARD, MINIMAX_HARD, RDED_SOFT, Protocol
+from igd_lib.protocols import (
+    IGD_CIFAR,
+    IGD_HARD,
+    MINIMAX_HARD,
+    PROTOCOLS,
+    RDED_MIXUP,
+    RDED_SOFT,
+    RDED_SOFT_32,
+    RDED_SOFT_64,
+    RDED_SOFT_128,
+    SMALL_HARD,
+    SMALL_SOFT,
+    Protocol,
+    Training,
+)
 from igd_lib.teachers import Teacher, accuracy, check_class_order, check_teacher, predict, test_inputs
 
 HALF = (0.5, 0.5, 0.5)
@@ -34,6 +51,95 @@ PLAIN = Protocol(
     cutmix=0.0,
     evaluations=3,
 )
+
+
+# --- the numbers of each protocol
+
+
+def test_cifars_protocol_is_the_released_codes():
+    """1,000 epochs at every IPC and number of classes, nothing but CutMix on every other batch, one test."""
+    assert IGD_CIFAR.image_size == 32 and IGD_CIFAR.labels == "hard"
+    assert IGD_CIFAR.mean == (0.4914, 0.4822, 0.4465) and IGD_CIFAR.std == (0.2023, 0.1994, 0.2010)
+    assert (IGD_CIFAR.crop_scale, IGD_CIFAR.flip) == ((1.0, 1.0), False)
+    assert (IGD_CIFAR.jitter, IGD_CIFAR.lighting) == (0, 0)
+    assert (IGD_CIFAR.cutmix, IGD_CIFAR.cutmix_probability) == (1.0, 0.5)
+    for ipc, classes in ((10, 10), (1000, 10), (10, 100), (50, 101)):
+        assert IGD_CIFAR.training("convnet3", ipc, classes) == Training(1000, 64, 1e-3, 0.01)
+    assert IGD_CIFAR.tests(1000) == [1000]
+    assert (IGD_CIFAR.optimizer, IGD_CIFAR.schedule, IGD_CIFAR.milestones) == (
+        "adamw",
+        "multistep",
+        (2 / 3, 5 / 6),
+    )
+
+
+def test_cifar_is_evaluated_by_its_own_protocol_at_the_papers_scale():
+    def protocol(dataset, classes, side):
+        made = paper_scale(
+            dataset, fidelity=STANDARD, ipc=10, labels="hard", num_classes=classes, image_size=side
+        )
+        return made.protocol
+
+    assert protocol("cifar-10", 10, 32) == protocol("cifar-100", 100, 32) == IGD_CIFAR
+    assert protocol("food-101", 101, 256) == IGD_HARD
+
+
+def test_over_100_classes_batches_are_128_at_least():
+    """IGD's AdamW keeps its rate and decay there, Minimax's SGD does not."""
+    assert IGD_HARD.training("resnet18", 10, 1000) == Training(2000, 128, 1e-3, 0.01)
+    assert IGD_HARD.training("resnet18", 10, 100) == Training(1300, 64, 1e-3, 0.01)
+    assert MINIMAX_HARD.training("resnet18", 10, 101) == Training(2000, 128, 0.1, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "size", "resized", "factor", "batches"),
+    [
+        (RDED_SOFT, 224, 256, 2, [10, 50, 100]),
+        (RDED_SOFT_128, 128, 144, 2, [10, 50, 100]),
+        (RDED_SOFT_64, 64, 72, 1, [100, 100, 100]),
+        (RDED_SOFT_32, 32, 32, 1, [10, 50, 100]),
+    ],
+)
+def test_rdeds_sizes(protocol, size, resized, factor, batches):
+    """Test images are resized to size // 7 * 8; Tiny-ImageNet's batch is 100 at any IPC."""
+    assert (protocol.image_size, protocol.test_resize, size // 7 * 8) == (size, resized, resized)
+    assert protocol.patch_factor == factor and protocol.crop_scale == (1 / factor, 1.0)
+    found = [protocol.training("convnet4-bn", ipc, 200).batch_size for ipc in (1, 10, 50)]
+    assert found == batches
+    assert protocol.double_pass and protocol.made_for == 1000 and not protocol.mixed_precision
+
+
+@pytest.mark.parametrize(
+    ("network", "lr"),
+    [
+        ("vgg11", 5e-4),
+        ("alexnet", 1e-4),
+        ("vit_b_16", 1e-4),
+        ("torchvision/swin_v2_t", 1e-4),
+        ("mobilenet_v2", 2.5e-3),
+        ("torchvision/efficientnet_b0", 2e-3),
+        ("timm/mobilenetv2_100", 2.5e-3),
+        ("convnet5-bn", 1e-3),
+        ("resnet18_modified", 1e-3),
+        ("torchvision/resnet18", 1e-3),
+        ("torchvision/resnet101", 1e-3),
+    ],
+)
+def test_rdeds_rates(network, lr):
+    assert RDED_SOFT.training(network, 10, 1000).lr == lr
+
+
+def test_rdeds_mixup_variant():
+    assert (RDED_MIXUP.mixup, RDED_MIXUP.temperature, RDED_MIXUP.cutmix) == (0.8, 4.0, 0.0)
+    assert replace(RDED_MIXUP, mixup=0.0, temperature=20.0, cutmix=1.0, name="rded-soft") == RDED_SOFT
+
+
+def test_only_the_stand_ins_protocols_are_in_mixed_precision():
+    assert {name for name, found in PROTOCOLS.items() if found.mixed_precision} == {
+        "small-hard",
+        "small-soft",
+    }
+    assert {found.tf32 for found in PROTOCOLS.values()} == {"convolutions"}  # torch's default
 
 
 # --- the optimiser and the schedule
@@ -58,7 +164,7 @@ def test_optimizers():
 
 def test_soft_labels_decay_weight_matrices_alone():
     """RDED: no decay on biases and normalisations; the hard-label protocols decay everything."""
-    model = network("timm/resnet18", num_classes=3, image_size=32)
+    model = network("torchvision/resnet18", num_classes=3, image_size=32)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed, spared = make_optimizer(model, RDED_SOFT, lr=1e-3, weight_decay=0.01).param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0.0)
@@ -230,7 +336,7 @@ def test_a_network_learns_from_real_images(fashion_train, fashion_test):
         few,
         test,
         network="convnet3",
-        protocol=replace(PLAIN, flip=True, epochs=10, evaluations=2),
+        protocol=replace(PLAIN, flip=True, epochs=10, evaluations=2, mixed_precision=True),
         seed=0,
         device="cpu",
     )
@@ -290,7 +396,7 @@ def test_a_non_finite_loss_raises(toy_data):
         evaluate(toy_data, toy_data, network="convnet2", protocol=protocol, seed=0)
 
 
-@pytest.mark.parametrize("name", ["timm/resnet18", "mobilenetv3_small_050"])
+@pytest.mark.parametrize("name", ["convnet2-bn", "mobilenetv3_small_050"])
 def test_networks_with_dropout_or_batch_statistics_are_deterministic_too(toy_data, name):
     """Drop-out draws from the global generator, which a run seeds for itself."""
     options = dict(
@@ -305,6 +411,192 @@ def test_networks_with_dropout_or_batch_statistics_are_deterministic_too(toy_dat
         torch.manual_seed(other)
         finals.append(evaluate(toy_data, toy_data, **options))
     assert replace(finals[0], seconds=0) == replace(finals[1], seconds=0)
+
+
+# --- mixing
+
+
+@pytest.mark.parametrize(("probability", "low", "high"), [(1.0, 200, 200), (0.5, 75, 125), (0.0, 0, 0)])
+def test_cutmix_comes_with_its_probability(toy_data, probability, low, high):
+    protocol = replace(PLAIN, image_size=16, cutmix=1.0, cutmix_probability=probability)
+    run = module._Training(Cell.of(toy_data, toy_data, "convnet2", protocol, 0, device="cpu"))
+    pixels, labels = torch.rand(8, 3, 16, 16), torch.arange(8)
+    found = [run.mix(pixels, labels) for _ in range(200)]
+    mixed = sum(images is not pixels for images, *_ in found)
+    assert low <= mixed <= high
+    assert all(share == 1.0 and other is labels for images, other, share in found if images is pixels)
+
+
+def test_mixup_takes_cutmixs_place(toy_data):
+    protocol = replace(PLAIN, image_size=16, cutmix=1.0, mixup=0.8)
+    run = module._Training(Cell.of(toy_data, toy_data, "convnet2", protocol, 0, device="cpu"))
+    pixels = torch.rand(8, 3, 16, 16)
+    for _ in range(5):
+        mixed, other, share = run.mix(pixels, torch.arange(8))
+        torch.testing.assert_close(mixed, share * pixels + (1 - share) * pixels[other])
+
+
+# --- the second pass, the outputs, the precision
+
+
+def after_one_batch(data, monkeypatch, mixed, **changes):
+    """The network as it is tested after one batch of the whole set, mixed to `mixed`, and as it began."""
+    finals = []
+    monkeypatch.setattr(
+        module, "accuracy", lambda model, *_: finals.append(copy.deepcopy(model)) or (0.0, 0.0)
+    )
+    for name in ("cutmix", "mixup"):
+        monkeypatch.setattr(module, name, lambda pixels, labels, *_: (mixed(pixels), labels, 0.5))
+    options = dict(image_size=16, epochs=1, batch_size=len(data), double_pass=True, made_for=None)
+    protocol = replace(PLAIN, **(options | changes))
+    evaluate(data, data, network="convnet2-bn", protocol=protocol, seed=3, device="cpu")
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        first = network("convnet2-bn", num_classes=len(data.classes), image_size=16)
+    return finals[0], first
+
+
+def statistics(model, pixels):
+    """Mean and unbiased variance of the first convolution's maps, in float64, of pixels in [0, 1]."""
+    inputs = (pixels.double() - 0.5) / 0.5
+    maps = torch.nn.functional.conv2d(
+        inputs, model.features[0].weight.double(), model.features[0].bias.double(), padding=1
+    )
+    return maps.mean((0, 2, 3)).detach(), maps.transpose(0, 1).flatten(1).var(1).detach()
+
+
+@pytest.mark.parametrize("variant", ["cutmix", "mixup", "single"])
+def test_running_statistics_move_twice_a_batch(toy_data, monkeypatch, variant):
+    """RDED passes the batch first: as CutMix left it, but as it was before mixup. Momentum 0.1 each time."""
+    order = torch.randperm(18, generator=torch.Generator().manual_seed(3))
+    pixels = toy_data.fetch(order).double() / 255
+    change = dict(mixup=0.8) if variant == "mixup" else dict(double_pass=variant == "cutmix")
+    found, first = after_one_batch(toy_data, monkeypatch, lambda images: 0.5 * images, **change)
+    passes = {"cutmix": [0.5, 0.5], "mixup": [1.0, 0.5], "single": [0.5]}[variant]
+    mean, variance = torch.zeros(128, dtype=torch.float64), torch.ones(128, dtype=torch.float64)
+    for factor in passes:
+        own_mean, own_variance = statistics(first, factor * pixels)
+        mean, variance = 0.9 * mean + 0.1 * own_mean, 0.9 * variance + 0.1 * own_variance
+    norm = found.features[1]
+    assert norm.num_batches_tracked == len(passes)
+    torch.testing.assert_close(norm.running_mean.double(), mean, rtol=0, atol=1e-6)
+    torch.testing.assert_close(norm.running_var.double(), variance, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "bfloat16"])
+def test_the_first_pass_leaves_the_step_alone(toy_data, monkeypatch, mixed):
+    """In bfloat16 too, where the casts of the first pass, which has no gradient, must not be used again."""
+    monkeypatch.setattr(module, "has_bfloat16", lambda _: True)
+    (single, first), (double, _) = (
+        after_one_batch(toy_data, monkeypatch, lambda x: x, double_pass=double, mixed_precision=mixed)
+        for double in (False, True)
+    )
+    for a, b, before in zip(*(model.parameters() for model in (single, double, first)), strict=True):
+        assert torch.equal(a, b) and not torch.equal(a, before)
+
+
+def test_networks_without_running_statistics_are_passed_once(toy_data):
+    protocol = replace(PLAIN, image_size=16, double_pass=True)
+    for name, double in (("convnet2", False), ("convnet2-bn", True)):
+        run = module._Training(Cell.of(toy_data, toy_data, name, protocol, 0, device="cpu"))
+        assert run.double == double
+
+
+def test_students_are_cut_from_networks_of_1000_classes(toy_data):
+    """RDED's EfficientNet-B0 starts with a last layer in +- 1 / sqrt(1000), not +- 1 / sqrt(3)."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        expected = torchvision.models.efficientnet_b0(num_classes=1000)
+        torch.manual_seed(0)
+        teacher, protocol = perfect(toy_data), replace(RDED_SOFT_32, patch_factor=1)
+        cell = Cell.of(toy_data, toy_data, "efficientnet_b0", protocol, 0, teacher, "cpu")
+        model = module._Training(cell).model
+    last = model.classifier[1]
+    assert torch.equal(last.weight, expected.classifier[1].weight[:3]) and last.bias.shape == (3,)
+    assert torch.equal(model.features[0][0].weight, expected.features[0][0].weight)
+    assert last.weight.abs().max() <= 1000**-0.5
+    assert model.eval()(torch.rand(2, 3, 32, 32)).shape == (2, 3)
+    with pytest.raises(ValueError, match="does not end with a weight and a bias of 9 outputs"):
+        module.keep_outputs(model, 9, 2)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "mixed", "native", "precision"),
+    [
+        (IGD_HARD, None, True, "float32"),
+        (RDED_SOFT, None, True, "float32"),
+        (IGD_HARD, True, True, "bfloat16"),
+        (IGD_HARD, True, False, "bfloat16"),
+        (SMALL_HARD, None, True, "bfloat16"),
+        (SMALL_SOFT, None, False, "float32"),
+        (SMALL_HARD, False, True, "float32"),
+    ],
+)
+def test_precision_is_the_protocols_unless_it_is_chosen(
+    toy_data, monkeypatch, protocol, mixed, native, precision
+):
+    monkeypatch.setattr(module, "has_bfloat16", lambda _: native)
+    teacher = perfect(toy_data) if protocol.labels == "soft" else None
+    protocol = replace(protocol, image_size=16, test_resize=None)
+    cell = Cell.of(toy_data, toy_data, "convnet2", protocol, 0, teacher, "cpu", mixed)
+    assert cell.precision == cell.settings["precision"] == precision
+
+
+@pytest.mark.parametrize(
+    ("tf32", "capability", "precision"),
+    [("convolutions", (8, 0), "tf32"), ("convolutions", (7, 5), "float32"), ("off", (9, 0), "float32")],
+)
+def test_a_score_says_where_a_gpu_uses_tf32(monkeypatch, tf32, capability, precision):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(module, "has_bfloat16", lambda _: True)
+    assert module._precision("cuda", replace(IGD_HARD, tf32=tf32), None) == precision
+    assert module._precision("cuda", replace(SMALL_HARD, tf32=tf32), None) == "bfloat16"
+    assert module._precision("cpu", IGD_HARD, None) == "float32"
+
+
+def gpu_products():
+    """Where the processor of CUDA's products and convolutions may use TF32."""
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize(
+    ("tf32", "inside"),
+    [("off", (False, False)), ("convolutions", (False, True)), ("all", (True, True))],
+)
+@pytest.mark.parametrize("before", [(False, True), (True, True), (True, False)])
+def test_tf32_is_set_for_the_evaluation_alone(toy_data, monkeypatch, tf32, inside, before):
+    cell = Cell.of(toy_data, toy_data, "convnet2", replace(PLAIN, image_size=16, tf32=tf32), 0, device="cpu")
+    own = gpu_products()
+    try:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        with pytest.raises(KeyboardInterrupt), module._tf32(replace(cell, device="cuda")):
+            assert gpu_products() == inside
+            raise KeyboardInterrupt
+        assert gpu_products() == before
+        with module._tf32(cell):  # nothing to set on a CPU
+            assert gpu_products() == before
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = own
+
+
+# --- sizes
+
+
+def test_images_are_resized_once_from_their_originals(toy_data):
+    """To the protocol's sizes, for training and tests, though both were loaded at another one."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (18, 3, 60, 60), generator=generator, dtype=torch.uint8)
+    originals = from_tensors("toy", "train", toy_data.classes, pixels, toy_data.labels)
+    loaded = originals.at(44)
+    everything = torch.arange(18)
+    protocol = replace(PLAIN, image_size=28, test_resize=32)
+    cell = Cell.of(loaded, loaded, "convnet2", protocol, 0, device="cpu")
+    assert torch.equal(cell.train.fetch(everything), originals.at(28).fetch(everything))
+    assert torch.equal(cell.test.fetch(everything), originals.at(32).fetch(everything))
+    twice = from_tensors("toy", "train", toy_data.classes, loaded.fetch(everything), toy_data.labels)
+    assert not torch.equal(cell.train.fetch(everything), twice.at(28).fetch(everything))
+    stored = Cell.of(loaded, loaded, "convnet2", replace(protocol, train_resize=0), 0, device="cpu")
+    assert stored.train is loaded
 
 
 # --- soft labels
@@ -408,7 +700,7 @@ def test_soft_labels_teach_real_classes(fashion_train, fashion_test):
         unlabelled,
         test,
         network="convnet3",
-        protocol=replace(SOFT, image_size=32, epochs=5),
+        protocol=replace(SOFT, image_size=32, epochs=5, mixed_precision=True),
         seed=0,
         teacher=teacher,
         device="cpu",

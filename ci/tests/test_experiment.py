@@ -10,7 +10,7 @@ import torch
 
 from igd_lib import distillation, teachers
 from igd_lib.analysis import plotting, results, statistics, tables
-from igd_lib.config import PAPER, RELEASED, Guidance, preset
+from igd_lib.config import AUGMENTATION, PAPER, STANDARD, Guidance, preset, surrogate_training
 from igd_lib.data.datasets import DATASETS
 from igd_lib.experiment import experiment as module
 from igd_lib.experiment import measures, pictures, registry
@@ -34,12 +34,13 @@ from igd_lib.experiment.experiment import Sets, prepare
 from igd_lib.experiment.methods import Method, Selection
 from igd_lib.experiment.overview import overview, shown_steps, trace
 from igd_lib.experiment.plan import missing_for_paper
-from igd_lib.experiment.scales import STAND_INS
+from igd_lib.experiment.scales import STAND_INS, paper_scale
 from igd_lib.guidance import influence_loss
 from igd_lib.guides import Shortcuts
 from igd_lib.models.networks import network
 from igd_lib.pipeline import IGDPipeline
 from igd_lib.sets.store import DistilledSet
+from igd_lib.surrogate import SurrogateTraining
 from igd_lib.tools import files
 from igd_lib.tools.machine import cache_dir
 
@@ -151,7 +152,7 @@ def test_smoke_is_short(small_loads):
     assert scale.limit(50, 5) == (2, 2) and scale.limit(1, 1) == (1, 1)
     assert scale.grid_values("1,2,3", "4,5,6") == ([2.0, 3.0], [5.0, 6.0])
     assert prepare("01", "imagenet", "small").scale.limit(50, 5) == (50, 5)
-    assert scale.fidelity == replace(PAPER, gradient_images=10)
+    assert scale.fidelity == replace(PAPER, gradient_images=10, filter_images=(10, 20))
     assert "mean nothing" in found.banner and "not imagenet results" in found.banner
 
 
@@ -208,7 +209,7 @@ def test_the_steps_of_a_notebook(smoke, monkeypatch):
     assert accuracy.value.between(0, 100).all() and set(accuracy.scale) == {"smoke"} and len(accuracy) == 10
     assert set(accuracy.metric) == {"top1", "top1_last", "top1_best", "top5_last", "top5_best"}
     assert tables.accuracy_table(accuracy, influence).shape == (2, 5)
-    monkeypatch.setattr("igd_lib.evaluation._run", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("igd_lib.evaluation.train_network", lambda *_: pytest.fail("trained again"))
     assert measures.accuracy_rows(smoke, sets, ["convnet3"]).equals(accuracy)  # read from disk
 
     measures.save(influence, accuracy, folder=str(cache_dir() / "notebook"))
@@ -278,8 +279,8 @@ def test_methods_of_the_tables(small):
     assert labels(by_cfg(small, (1.0, 4.0))) == [
         f"{kind}, cfg {cfg}" for kind in ("DiT", "DiT + G_D", "DiT-IGD") for cfg in (1, 4)
     ]
-    released, *others = flipped(small)
-    assert released.fidelity is None and released.label == "DiT-IGD"
+    standard, *others = flipped(small, 10)
+    assert standard.fidelity is None and standard.label == "DiT-IGD"
     assert all(method.guidance == strong for method in others)
     assert labels(others) == [
         "solver=ddim",
@@ -288,14 +289,56 @@ def test_methods_of_the_tables(small):
         "range_counts_from=1",
         "rho_factor=1.0",
         "eps=conditional",
+        "cosine_floor=0.0",
         "gradient_images=1000",
+        "filter_images=1000",
         "similarity=mean",
-        "both_halves=True",
+        "surrogate_augmentation=False",
+        "second_chain=True",
         "clamp_images=True",
     ]
     for method in others:  # the label names the field that differs, and no other does
         field = method.label.split("=")[0]
-        assert replace(method.fidelity, **{field: getattr(RELEASED, field)}) == RELEASED != method.fidelity
+        assert replace(method.fidelity, **{field: getattr(STANDARD, field)}) == STANDARD != method.fidelity
+    assert "memory_size=None" in labels(flipped(small, 65)) and "memory_size=None" not in labels(
+        flipped(small, 64)
+    )
+
+
+def test_fields_have_a_row_where_they_can_change_a_set(small):
+    """At the paper's scale: with a fixed list not what filters; above 100 classes how surrogates train."""
+
+    def fields(dataset, num_classes, ipc=10, **changes):
+        about = dict(ipc=ipc, labels="hard", num_classes=num_classes, image_size=256)
+        scale = paper_scale(dataset, fidelity=replace(STANDARD, **changes), **about)
+        train = replace(small.train, name=dataset, classes=tuple(map(str, range(num_classes))))
+        surrogates = replace(small.surrogates, scale=scale, train=train)
+        made = replace(small, scale=scale, surrogates=surrogates, train=train)
+        return {method.change.split("=")[0] for method in flipped(made, ipc)[1:]}
+
+    woof, whole = fields("imagewoof", 10), fields("imagenet", 1000, ipc=100)
+    assert "checkpoints" in woof and not {"similarity", "filter_images", "surrogate", "memory_size"} & woof
+    assert {"checkpoints", "surrogate", "memory_size"} <= whole and not {
+        "similarity",
+        "filter_images",
+    } & whole
+    assert {"surrogate_augmentation", "second_chain", "gradient_images", "cosine_floor"} <= woof & whole
+    unlisted = fields("food-101", 101)
+    assert {"similarity", "filter_images", "surrogate"} <= unlisted and "checkpoints" not in unlisted
+    assert {"similarity", "filter_images"} <= fields("imagewoof", 10, checkpoints="similarity")
+
+
+def test_a_surrogate_follows_its_fidelity(small):
+    """Augmentation on the stand-in without colours; at the paper's scale the whole training."""
+    scale = small.scale
+    assert scale.training.augment == replace(AUGMENTATION, jitter=0.0, lighting=0.0)
+    assert scale.with_fidelity(replace(STANDARD, surrogate_augmentation=False), 10).training.augment is None
+    assert replace(scale, papers=True).with_fidelity(STANDARD, 1000).training == SurrogateTraining(
+        **surrogate_training(STANDARD, 1000)
+    )
+    other = small.surrogates.of(replace(STANDARD, surrogate_augmentation=False))
+    assert other.scale.guiding != scale.guiding
+    assert small.surrogates.of(replace(STANDARD, solver="ddim")).scale.guiding == scale.guiding
 
 
 def test_labels_say_what_a_table_s_rows_differ_in(small):
@@ -319,7 +362,7 @@ def test_labels_say_what_a_table_s_rows_differ_in(small):
     assert Method(shortcuts=Shortcuts(every=4, jacobian="decoder"), varies=("shortcuts",)) in [
         replace(method, guidance=None) for method in shortcuts(small)
     ]
-    for rows in (ablation(small), solvers(small), sensitivity(small, [0.0, 1.0], [2.0]), flipped(small)):
+    for rows in (ablation(small), solvers(small), sensitivity(small, [0.0, 1.0], [2.0]), flipped(small, 10)):
         assert len(set(labels(rows))) == len(set(rows)) == len(rows)
     with pytest.raises(ValueError, match="backbone is 'dit' or 'minimax', got 'unet'"):
         plain_and_guided(small, "unet")
@@ -525,7 +568,7 @@ def test_the_minimax_model_of_a_folder(own_paper, tiny_pipe):
 
 def test_rded_s_images_are_kept(smoke, monkeypatch):
     first = smoke.set(RDED, 0, 1)
-    assert first.labels.tolist() == list(range(10)) and "RDED, ipc 1, factor 2, seed 0" in first.split
+    assert first.labels.tolist() == list(range(10)) and "RDED, ipc 1, factor 1, seed 0" in first.split
     monkeypatch.setattr(registry.rded, "rded", None)
     again = smoke.set(RDED, 0, 1)
     assert torch.equal(again.fetch(torch.arange(10)), first.fetch(torch.arange(10)))
@@ -588,7 +631,7 @@ def test_claims_of_selections_and_solvers(small):
 
 def test_what_a_method_is_called_is_read_from_its_row_again(small):
     """A row carries every field that its label is made of."""
-    for rows in (baselines(small), ablation(small), solvers(small), shortcuts(small), flipped(small)):
+    for rows in (baselines(small), ablation(small), solvers(small), shortcuts(small), flipped(small, 10)):
         table = columns(rows)
         assert results.labels(table).tolist() == table.method.tolist()
         assert results.looks(table) == {method.label: method.look for method in rows}
@@ -614,7 +657,7 @@ def test_methods_of_figures_2_and_6(small, small_loads):
     assert statistics.early_stage_claims(columns([plain, rows[1], rows[3]])) == [
         (early[0], "DiT"), (late[0], "DiT"), (late[0], early[0]),
     ]  # fmt: skip
-    counted = prepare("22", "fashion-mnist", "small", fidelity=replace(RELEASED, range_counts_from=1))
+    counted = prepare("22", "fashion-mnist", "small", fidelity=replace(STANDARD, range_counts_from=1))
     assert early_stage(counted, [10.0])[2].guidance.guided_range == (1, 25)
 
     by_label = {method.label: method.guidance for method in sensitivity(small, [0.0, 100.0], [480.0, 4096.0])}
@@ -658,7 +701,7 @@ def test_a_trace_ends_where_the_set_did_and_parts_from_the_plain_one_when_guided
         )
     conditional, null = predicted.sample[:, :4]
     eps = null + 4 * (conditional - null)
-    eps[3] = conditional[3]  # RELEASED guides three channels
+    eps[3] = conditional[3]  # STANDARD guides three channels
     expected = (noise[0] - (1 - alpha).sqrt() * eps) / alpha.sqrt()
     torch.testing.assert_close(ways[plain].clean[0], expected, rtol=1e-3, atol=1e-3)
 

@@ -51,6 +51,44 @@ def test_influence_gradient_equals_naive_double_backward(case):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9 * expected.abs().max().item())
 
 
+def test_influence_of_several_images_is_of_their_mean_loss(case):
+    """Against the naive loop, value and gradient; not the mean of the images' own influences."""
+    images = torch.stack(
+        [case.images, case.images.roll(1, 0), case.images.flip(-1)], dim=1
+    )  # (4, 3, 3, 16, 16)
+    own = images.clone().requires_grad_()
+    losses = influence_loss(own, TARGETS, case.checkpoints, case.own)
+    (found,) = torch.autograd.grad(losses.sum(), own)
+    naive = images.clone().requires_grad_()
+    expected = naive_losses(case, [list(one) for one in naive])
+    torch.testing.assert_close(losses, expected, rtol=1e-8, atol=0)
+    torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), naive)[0], rtol=1e-6, atol=1e-12)
+    single = torch.stack([naive_losses(case, images[:, k]) for k in range(3)]).mean(0)
+    assert (losses - single).abs().min() > 1e-3
+    repeated = images[:, :1].expand(-1, 2, -1, -1, -1)  # twice the same image is that image
+    alone = influence_loss(case.images, TARGETS, case.checkpoints, case.own)
+    torch.testing.assert_close(
+        influence_loss(repeated, TARGETS, case.checkpoints, case.own), alone, rtol=1e-8, atol=0
+    )
+
+
+@pytest.mark.parametrize("floor", [1e-6, 0.5])
+def test_a_floor_is_added_to_the_cosine_s_denominator(case, floor):
+    found = influence_loss(case.images, TARGETS, case.checkpoints, case.own, floor=floor)
+    pairs = list(enumerate(zip(case.images, TARGETS, strict=True)))
+    expected = torch.stack(
+        [reference.influence(x, int(y), case.checkpoints, case.own[:, b], None, floor) for b, (x, y) in pairs]
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+    assert (found - naive_losses(case, case.images)).abs().min() > 1e-4 * floor
+    latents, earlier = case.images, [case.images.flip(0)[:n] for n in (1, 2, 3, 4)]
+    deviation = torch.stack(
+        [reference.deviation(one, memory, floor) for one, memory in zip(latents, earlier, strict=True)]
+    )
+    torch.testing.assert_close(deviation_loss(latents, earlier, floor=floor), deviation, rtol=1e-12, atol=0)
+    assert (deviation - deviation_loss(latents, earlier)).abs().min() > 1e-12
+
+
 def test_influence_gradient_equals_finite_differences(case):
     gradient = image_gradient(case)
     generator = torch.Generator().manual_seed(1)

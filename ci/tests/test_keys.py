@@ -10,7 +10,7 @@ import torch
 from igd_lib import evaluation
 from igd_lib.baselines import minimax
 from igd_lib.baselines.minimax import Minimax
-from igd_lib.config import RELEASED, Fidelity, Guidance
+from igd_lib.config import AUGMENTATION, STANDARD, Fidelity, Guidance
 from igd_lib.distillation import Wanted
 from igd_lib.evaluation import Cell, evaluate_all
 from igd_lib.guides import Shortcuts
@@ -54,6 +54,7 @@ def settings(tiny_pipe, toy, toy_data):
 
 def test_a_key_by_hand(monkeypatch):
     """Kind, schema and the settings that are not at their default, the nested ones too."""
+    monkeypatch.setitem(keys.SCHEMA, "set", 1)
     monkeypatch.setitem(keys.FROZEN, "set", {"steps": 50, "fidelity": {"eps": "a", "clamp": False}})
     found = {"name": "x", "steps": 50, "fidelity": {"eps": "b", "clamp": False}}
     changed = {"name": "x", "fidelity": {"eps": "b"}}
@@ -104,7 +105,7 @@ def test_a_new_setting_that_is_not_frozen_changes_the_key(settings):
 # --- every field that changes the result
 
 RESULTS = {  # the value that is changed field by field, and the kind of work that it is a setting of
-    "Fidelity": (RELEASED, "set"),
+    "Fidelity": (STANDARD, "set"),
     "Guidance": (GUIDANCE, "set"),
     "Shortcuts": (Shortcuts(), "set"),
     "Protocol": (SMALL, "evaluation"),
@@ -113,6 +114,8 @@ RESULTS = {  # the value that is changed field by field, and the kind of work th
 }
 CHANGED = {  # where a number, a string or a choice more will not do
     "guided_range": (1, 3),
+    "filter_images": (40, 500),
+    "augment": AUGMENTATION,
     "keep_epochs": (0.0, 1.0),
     "lr_by_network": (("convnet", 0.1),),
     "batch_by_ipc": ((10, 32),),
@@ -254,8 +257,8 @@ def test_new_work_is_noted_and_compared(tmp_path):
         b"[1]",
         b'"text"',
         b"\xff\xfe",
-        b'{"schema": 1, "settings": [1]}',
-        b'{"schema": 1, "settings": 3}',
+        b'{"schema": %d, "settings": [1]}' % keys.SCHEMA["surrogate"],
+        b'{"schema": %d, "settings": 3}' % keys.SCHEMA["surrogate"],
     ],
 )
 def test_a_damaged_manifest_says_what_to_delete(tmp_path, damage):
@@ -346,6 +349,6 @@ def test_evaluations_in_either_precision_share_a_folder(toy_data, tmp_path, monk
         for mixed in (False, True)
     }
     assert len(names) == 2 and {path.name for path in tmp_path.iterdir()} == names
-    monkeypatch.setattr(evaluation, "_run", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(evaluation, "train_network", lambda *_: pytest.fail("trained again"))
     again = [evaluate_all(toy_data, toy_data, mixed_precision=mixed, **options)[0] for mixed in (False, True)]
     assert again == found

@@ -1,7 +1,9 @@
-"""The protocol's networks: sizes known from the released code, shapes, names."""
+"""The protocols' networks: sizes known from the released code, shapes, names."""
 
 import pytest
+import timm
 import torch
+import torchvision
 
 from igd_lib.models.networks import ConvNet, network
 
@@ -16,7 +18,12 @@ def test_convnet6_has_2048_features_at_256_pixels():
 
 @pytest.mark.parametrize(
     ("name", "blocks", "stem"),
-    [("resnetap10", 1, "average"), ("resnetap18", 2, "average"), ("resnet18", 2, "max")],
+    [
+        ("resnetap10", 1, "average"),
+        ("resnetap18", 2, "average"),
+        ("resnet10", 1, "max"),
+        ("resnet18", 2, "max"),
+    ],
 )
 def test_resnets_have_the_size_worked_out_by_hand(name, blocks, stem):
     """Convolutions without bias, two numbers a channel for each normalisation, one linear layer."""
@@ -53,33 +60,167 @@ def test_resnets_start_as_he_initialised():
     assert weight.abs().max().item() <= (1 / (128 * 9)) ** 0.5  # uniform in +- 1 / sqrt(fan-in)
 
 
+def largest_maps(model, size):
+    """Sides of the maps that the stem and each stage of a ResNet give."""
+    sides, hooks = [], []
+    for module in [model.stem, *(b for b in model.body)]:
+        hooks.append(module.register_forward_hook(lambda _, __, out: sides.append(out.shape[-1])))
+    model(torch.rand(1, 3, size, size))
+    for hook in hooks:
+        hook.remove()
+    return sides
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "kernel", "sides"),
+    [
+        ("resnetap10", 32, 3, [32, 32, 16, 8, 4]),
+        ("resnetap10", 64, 3, [64, 64, 32, 16, 8]),
+        ("resnetap10", 128, 3, [64, 64, 32, 16, 8]),
+        ("resnetap10", 130, 7, [32, 32, 16, 8, 4]),
+        ("resnet10", 32, 3, [32, 32, 16, 8, 4]),
+        ("resnet10", 66, 3, [33, 33, 17, 9, 5]),
+        ("resnet10", 130, 7, [33, 33, 17, 9, 5]),
+        ("resnet10-cifar", 32, 3, [32, 32, 16, 8, 4]),
+    ],
+)
+def test_stems_follow_the_image_size(name, size, kernel, sides):
+    """Minimax's: 3x3 unpooled up to 64 px, pooled by 2 up to 128, 7x7 down to a quarter beyond."""
+    model = network(name, num_classes=10, image_size=size).eval()
+    assert model.stem[0].kernel_size == (kernel, kernel)
+    assert largest_maps(model, size) == sides
+
+
+def test_cifar_resnets_are_half_as_wide():
+    """Minimax's for CIFAR: 32 to 256 channels; two blocks a stage at depth 18."""
+    model = network("resnet18-cifar", num_classes=10, image_size=32)
+    assert [block.body[4].out_channels for block in model.body] == [32, 32, 64, 64, 128, 128, 256, 256]
+    assert model.classifier.in_features == 256
+    wide = network("resnet18", num_classes=10, image_size=32)
+    assert [block.body[4].out_channels for block in wide.body] == [64, 64, 128, 128, 256, 256, 512, 512]
+
+
+TORCHVISION = {
+    "mobilenet_v2": torchvision.models.mobilenet_v2,
+    "efficientnet_b0": torchvision.models.efficientnet_b0,
+    "swin_v2_t": torchvision.models.swin_v2_t,
+    "torchvision/resnet18": torchvision.models.resnet18,
+}
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvisions_networks_are_its_own(name):
+    """Every value of the state, made from the same seed, and every module's settings."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        expected = TORCHVISION[name](num_classes=7)
+        torch.manual_seed(5)
+        found = network(name, num_classes=7, image_size=224)
+    assert repr(found) == repr(expected)  # drop-out and stochastic depth too
+    assert found.state_dict().keys() == expected.state_dict().keys()
+    for key, value in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[key], value), key
+
+
+def test_torchvisions_networks_start_and_drop_as_rded_has_them():
+    """Where timm's differ: a block's last normalisation at 1, drop-out 0.2, stochastic depth up to 0.2."""
+    own = network("torchvision/resnet18", num_classes=7, image_size=224)
+    assert torch.equal(own.layer1[0].bn2.weight, torch.ones(64))
+    timms = network("timm/resnet18", num_classes=7, image_size=224)
+    assert torch.equal(timms.layer1[0].bn2.weight, torch.zeros(64))
+
+    def rates(name, kind):
+        modules = network(name, num_classes=7, image_size=224).modules()
+        return [module.p for module in modules if isinstance(module, kind)]
+
+    depth = torchvision.ops.StochasticDepth
+    assert rates("mobilenet_v2", torch.nn.Dropout) == rates("efficientnet_b0", torch.nn.Dropout) == [0.2]
+    assert max(rates("efficientnet_b0", depth)) == pytest.approx(0.2, abs=0.02)
+    assert max(rates("swin_v2_t", depth)) == pytest.approx(0.2)
+
+
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("mobilenetv2_100", 2_236_682), ("efficientnet_b0", 4_020_358), ("timm/resnet18", 11_181_642)],
+    [
+        ("mobilenet_v2", 2_236_682),
+        ("efficientnet_b0", 4_020_358),
+        ("torchvision/resnet18", 11_181_642),
+        ("timm/resnet18", 11_181_642),
+        ("timm/mobilenetv2_100", 2_236_682),
+    ],
 )
-def test_timms_networks_have_their_published_size(name, count):
+def test_the_libraries_networks_have_their_published_size(name, count):
     assert sum(p.numel() for p in network(name, num_classes=10, image_size=224).parameters()) == count
 
 
-def test_timms_resnet18_is_the_one_with_batch_normalisation():
-    assert any(
-        isinstance(module, torch.nn.BatchNorm2d)
-        for module in network("timm/resnet18", num_classes=2, image_size=64).modules()
-    )
-    assert not any(
-        isinstance(module, torch.nn.BatchNorm2d)
-        for module in network("resnet18", num_classes=2, image_size=64).modules()
-    )
+def test_a_name_says_whose_network_it_is():
+    """Bare: this project's, else torchvision's, else timm's."""
+    made = {
+        name: network(name, num_classes=2, image_size=64)
+        for name in ("resnet18", "torchvision/resnet18", "timm/resnet18", "resnet34", "mobilenetv3_small_050")
+    }
+    modules = {name: type(model).__module__.split(".")[0] for name, model in made.items()}
+    assert modules == {
+        "resnet18": "igd_lib",
+        "torchvision/resnet18": "torchvision",
+        "timm/resnet18": "timm",
+        "resnet34": "torchvision",
+        "mobilenetv3_small_050": "timm",
+    }
+    batch = {
+        n: any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()) for n, model in made.items()
+    }
+    assert [name for name, has in batch.items() if not has] == ["resnet18"]
+
+
+@pytest.mark.parametrize(("depth", "size"), [(3, 32), (4, 64), (5, 128), (6, 128)])
+def test_rdeds_convnets_are_batch_normalised(depth, size):
+    """The convolutions and the classifier of ConvNet-N, from the same seed; the batch's statistics inside."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        found = network(f"convnet{depth}-bn", num_classes=10, image_size=size)
+        torch.manual_seed(1)
+        plain = network(f"convnet{depth}", num_classes=10, image_size=size)
+    kinds = [type(module).__name__ for module in found.features]
+    assert kinds == ["Conv2d", "BatchNorm2d", "ReLU", "AvgPool2d"] * depth
+    for key, value in plain.state_dict().items():
+        assert torch.equal(found.state_dict()[key], value), key
+    images = torch.rand(3, 3, size, size)
+    x = torch.nn.functional.conv2d(
+        images, found.features[0].weight, found.features[0].bias, padding=1
+    ).double()
+    x = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), keepdim=True, unbiased=False) + 1e-5).sqrt()
+    found.train()
+    torch.testing.assert_close(found.features[:2](images).double(), x, rtol=0, atol=1e-5)
+
+
+def test_rdeds_modified_resnet():
+    """torchvision's with a 3x3 stem that leaves the image's size."""
+    model = network("resnet18_modified", num_classes=10, image_size=32).eval()
+    assert model.conv1.kernel_size == (3, 3) and model.conv1.bias is None
+    with torch.no_grad():
+        images = torch.rand(1, 3, 32, 32)
+        assert model.layer1(model.maxpool(model.conv1(images))).shape[-2:] == (32, 32)
+        assert model(images).shape == (1, 10)
 
 
 def test_transformers_are_built_for_the_image_size():
-    model = network("swinv2_tiny_window8_256", num_classes=2, image_size=64).eval()
-    with torch.no_grad():
-        assert model(torch.rand(1, 3, 64, 64)).shape == (1, 2)
+    for name in ("timm/swinv2_tiny_window8_256", "vit_b_16"):
+        model = network(name, num_classes=2, image_size=64).eval()
+        with torch.no_grad():
+            assert model(torch.rand(1, 3, 64, 64)).shape == (1, 2)
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("convnet3", 32), ("resnetap10", 64), ("resnet18", 64), ("mobilenetv3_small_050", 64)]
+    ("name", "size"),
+    [
+        ("convnet3", 32),
+        ("resnetap10", 16),
+        ("resnetap10", 32),
+        ("resnet18", 9),
+        ("resnet18", 96),
+        ("mobilenetv3_small_050", 64),
+    ],
 )
 def test_logits_depend_on_the_image(name, size):
     torch.manual_seed(0)
@@ -90,7 +231,9 @@ def test_logits_depend_on_the_image(name, size):
     assert (logits[0] - logits[1]).abs().max() > 0
 
 
-@pytest.mark.parametrize(("name", "size"), [("convnet3", 32), ("resnetap10", 64), ("resnet18", 64)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("convnet3", 32), ("resnetap10", 32), ("resnet18", 66), ("resnetap10-cifar", 32)]
+)
 def test_the_protocols_networks_keep_no_batch_statistics(name, size):
     """Instance normalisation: one image's logits do not depend on its batch, in training mode too."""
     torch.manual_seed(0)
@@ -119,9 +262,20 @@ def test_convnet_is_instance_normalised():
     )
 
 
-def test_unknown_network_raises():
-    with pytest.raises(ValueError, match="unknown network 'resnet19'"):
+def test_unknown_network_raises_and_says_what_is_known():
+    with pytest.raises(ValueError, match="unknown network 'resnet19'") as found:
         network("resnet19", num_classes=10, image_size=32)
+    names = "convnetN-bn resnet10 resnetap18-cifar resnet18_modified torchvision/NAME swin_v2_t timm/NAME"
+    assert all(name in str(found.value) for name in [*names.split(), "(resnet"])
+    for name in ("torchvision/mobilenetv2_100", "timm/swin_v2_t", "other/resnet18", "torchvision/convnet3"):
+        with pytest.raises(ValueError, match=f"unknown network '{name}'"):
+            network(name, num_classes=10, image_size=32)
+    assert "mobilenetv2_100" in timm.list_models()  # known there, under its own library's name
+
+
+def test_torchvisions_networks_take_three_channels():
+    with pytest.raises(ValueError, match="takes 3 channels, not 1"):
+        network("mobilenet_v2", num_classes=10, image_size=32, in_channels=1)
 
 
 def test_too_small_images_raise():
@@ -129,8 +283,8 @@ def test_too_small_images_raise():
         network("convnet6", num_classes=10, image_size=32)
 
 
-@pytest.mark.parametrize("name", ["resnetap10", "resnet18"])
-def test_images_that_shrink_to_one_pixel_raise(name):
-    """At 32 px the last normalisation sees one pixel, so the logits would not depend on the image."""
-    with pytest.raises(ValueError, match="32 px are too few"):
-        network(name, num_classes=10, image_size=32)
+@pytest.mark.parametrize(("name", "size"), [("resnetap10", 15), ("resnet18", 8)])
+def test_images_that_shrink_to_one_pixel_raise(name, size):
+    """The last normalisation sees one pixel, so the logits would not depend on the image."""
+    with pytest.raises(ValueError, match=f"{size} px are too few"):
+        network(name, num_classes=10, image_size=size)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import timm
+from torchvision.models import list_models
 
 from igd_lib.config import preset
 
@@ -21,7 +21,7 @@ OTHERS = {"Random", "DM", "IDC-1", "SRe2L", "G-VBSM", "RDED", "Full"}
 
 NETTE, WOOF, ONE_K, FOOD = "imagenette", "imagewoof", "imagenet", "food-101"
 CONV, AP, R18 = "convnet6", "resnetap10", "resnet18"
-R18_BN = "timm/resnet18"  # RDED's protocol; the hard-label protocol's own has instance normalisation
+R18_BN = "torchvision/resnet18"  # RDED's protocol; the hard-label protocol's own has instance normalisation
 # (table, data set, method, surrogate, network, IPC): as printed, IPC "" for the whole data set.
 CELLS = {
     (1, NETTE, "Random", "", CONV, "10"): "46.0 ± 0.5",
@@ -135,15 +135,15 @@ def test_types_as_read(reported):
 
 
 def test_names(text):
-    """Data sets, networks and backbones by this project's names; timm's where it has none of its own."""
+    """Data sets, networks and backbones by this project's names; torchvision's where it has none."""
     tables = text.groupby(text.table.astype(int))
     assert tables.dataset.unique().map(set).to_dict() == {
         1: {NETTE, WOOF}, 2: {ONE_K}, 4: {NETTE, WOOF}, 5: {NETTE}, 6: {NETTE}, 7: {FOOD}, 10: {NETTE, WOOF},
         11: {WOOF}, 12: {NETTE, WOOF, ONE_K},
     }  # fmt: skip
     for network in {*text.network, *text.surrogate} - {""}:
-        own = re.fullmatch(r"convnet\d+|resnetap10", network)
-        assert own or network.removeprefix("timm/") in timm.list_models()
+        own = re.fullmatch(r"convnet\d+|resnetap10|resnet18", network)
+        assert own or network.removeprefix("torchvision/") in list_models()
     assert ((text.network == R18_BN) == (text.table == "2")).all()
     assert (text.surrogate != "").equals(text.table == "4")
     base = text.method.str.partition(", ")[0]

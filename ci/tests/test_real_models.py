@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler
 from torch.utils.flop_counter import FlopCounterMode
 
 from ci.bench.shapes import convnet6, dit_xl_2, sd_vae
-from igd_lib.config import PAPER, RELEASED, Guidance
+from igd_lib.config import PAPER, STANDARD, Guidance
 from igd_lib.experiment import plan
 from igd_lib.pipeline import IGDPipeline
 from igd_lib.sampler import sample_igd
@@ -30,7 +30,7 @@ def one_guided_step(transformer, vae, device: str, dtype: torch.dtype) -> tuple[
     found = sample_igd(
         transformer,
         vae,
-        make_scheduler(RELEASED, DDIMScheduler().config, learned_variance=True),
+        make_scheduler(STANDARD, DDIMScheduler().config, learned_variance=True),
         latents,
         torch.tensor([207], device=device),
         targets=torch.tensor([3], device=device),

@@ -17,12 +17,13 @@ from diffusers import (
 )
 
 import reference
-from igd_lib.config import PAPER, RELEASED, Fidelity, Guidance
+from igd_lib.config import PAPER, RELEASED, STANDARD, Fidelity, Guidance
 from igd_lib.distillation import image_generator
 from igd_lib.guidance import influence_loss
+from igd_lib.guides import Guide, Influence, SecondChain, other_noise
 from igd_lib.models.networks import network
 from igd_lib.pipeline import IGDPipeline
-from igd_lib.sampler import sample_igd
+from igd_lib.sampler import Denoiser, sample, sample_igd
 from igd_lib.schedulers import make_scheduler
 from igd_lib.surrogate import class_gradients, train_surrogate
 
@@ -126,7 +127,7 @@ def test_unguided_equals_diffusers_pipeline_on_the_stand_in(standin_pipe):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("fidelity", [RELEASED, DDIM_PAPER], ids=["ddpm", "ddim"])
+@pytest.mark.parametrize("fidelity", [STANDARD, DDIM_PAPER], ids=["ddpm", "ddim"])
 def test_zero_guidance_is_exactly_unguided(tiny, guided, fidelity):
     models = tiny()
     scheduler = scheduler_of(models, fidelity)
@@ -237,20 +238,18 @@ def test_ddpm_noise_comes_from_each_sample_own_generator(tiny):
 # --- the whole guided trajectory
 
 CASES = {
-    "released": (RELEASED, 4, "full"),
+    "standard": (STANDARD, 4, "full"),
     "paper, small factor": (DDIM_PAPER, 4, "full"),
-    "learned variance": (RELEASED, 8, "full"),
-    "both halves, short memory": (replace(RELEASED, both_halves=True, memory_size=2), 4, "full"),
+    "learned variance": (STANDARD, 8, "full"),
+    "released": (RELEASED, 8, "full"),
+    "second chain, short memory": (replace(STANDARD, second_chain=True, memory_size=2), 4, "full"),
+    "second chain, decoder Jacobian": (replace(STANDARD, second_chain=True, solver="ddim"), 8, "decoder"),
     "decoder Jacobian": (DDIM_PAPER, 4, "decoder"),
-    "conditional eps, all channels": (replace(RELEASED, eps="conditional", cfg_channels=None), 4, "full"),
-    "a backward pass a checkpoint, both halves": (
-        replace(RELEASED, backward="per_checkpoint", both_halves=True),
-        4,
-        "full",
-    ),
-    "clamped images": (replace(RELEASED, clamp_images=True), 4, "full"),
-    "DDIM on the released code's timesteps": (replace(RELEASED, solver="ddim"), 4, "full"),
-    "the range counted from 1": (replace(RELEASED, range_counts_from=1), 4, "full"),
+    "conditional eps, all channels": (replace(STANDARD, eps="conditional", cfg_channels=None), 4, "full"),
+    "a backward pass a checkpoint": (replace(STANDARD, backward="per_checkpoint"), 4, "full"),
+    "clamped images": (replace(STANDARD, clamp_images=True), 4, "full"),
+    "DDIM on the released code's timesteps": (replace(STANDARD, solver="ddim"), 4, "full"),
+    "the range counted from 1": (replace(STANDARD, range_counts_from=1), 4, "full"),
 }
 
 
@@ -298,6 +297,7 @@ def test_guided_trajectory_equals_the_reference(tiny, guided, name):
             steps=10,
             jacobian=jacobian,
             generator=generators()[b],
+            second_generator=other_noise(generators()[b]),
         )
         torch.testing.assert_close(found[b], expected, rtol=1e-4, atol=1e-5)
         # The guidance is far larger than that tolerance.
@@ -305,30 +305,36 @@ def test_guided_trajectory_equals_the_reference(tiny, guided, name):
         assert effect > 0.02 and (found[b] - expected).abs().max() < 1e-3 * effect
 
 
-@pytest.mark.parametrize("name", ["released", "paper"])
+LETTER = {  # the settings to the letter, the released ones also with DDIM; k makes PAPER's factor of 1 usable
+    "released": (RELEASED, 5.0),
+    "released, DDIM": (replace(RELEASED, solver="ddim"), 5.0),
+    "standard": (STANDARD, 5.0),
+    "paper": (PAPER, 0.0075),
+}
+
+
+@pytest.mark.parametrize("name", LETTER)
 def test_guided_trajectory_of_50_steps_equals_the_reference(tiny, guided, name):
-    """The two settings to the letter, at the paper's steps and range; k makes PAPER's factor of 1 usable."""
-    fidelity = {"released": replace(RELEASED, both_halves=True, backward="per_checkpoint"), "paper": PAPER}[
-        name
-    ]
-    guidance = Guidance(5.0 if name == "released" else 0.0075, 7.5, (30, 45))
-    models, options = (
-        tiny(out_channels=8, dtype=torch.float64),
-        guided(torch.float64) | dict(guidance=guidance, num_steps=50),
-    )
+    """At the paper's steps and range, with a learned variance, to 1e-6."""
+    fidelity, k = LETTER[name]
+    guidance = Guidance(k, 7.5, (30, 45))
+    models = tiny(out_channels=8, dtype=torch.float64)
+    options = guided(torch.float64) | dict(guidance=guidance, num_steps=50)
     scheduler, z = scheduler_of(models, fidelity), noise(dtype=torch.float64)
-    found, plain = (
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()  # diffusers' are single precision
+    others = {"guidance": None} if name in ("standard", "paper") else {}
+    found, other = (
         sample_igd(
             models.transformer,
             models.vae,
             scheduler,
             z,
             LABELS,
-            fidelity=fidelity,
+            fidelity=own,
             generator=generators(),
             **(options | change),
         )
-        for change in ({}, {"guidance": None})
+        for own, change in ((fidelity, {}), (replace(fidelity, second_chain=False), others))
     )
     for b in (0, 1):
         expected = reference.trajectory(
@@ -345,9 +351,81 @@ def test_guided_trajectory_of_50_steps_equals_the_reference(tiny, guided, name):
             cfg=4.0,
             steps=50,
             generator=generators()[b],
+            second_generator=other_noise(generators()[b]),
         )
-        torch.testing.assert_close(found[b], expected, rtol=1e-4, atol=1e-5)
-        assert (found[b] - plain[b]).abs().max() > 0.02
+        torch.testing.assert_close(found[b], expected, rtol=0, atol=1e-6)
+        assert (found[b] - other[b]).abs().max() > 1e-3  # guidance, or the second chain, is far more
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpmsolver++", "unipc"])
+def test_the_second_chain_depends_on_its_sample_alone(tiny, guided, solver):
+    """Whatever the batch and its order, and with schedulers that remember earlier steps."""
+    models, options = tiny(out_channels=8, dtype=torch.float64), guided(torch.float64)
+    fidelity = replace(RELEASED, solver=solver)
+
+    def run(chosen):
+        return sample_igd(
+            models.transformer,
+            models.vae,
+            scheduler_of(models, fidelity),
+            noise(dtype=torch.float64)[chosen],
+            LABELS[chosen],
+            fidelity=fidelity,
+            generator=[generators()[index] for index in chosen],
+            **rows(options, chosen),
+        )
+
+    whole = run([0, 1, 2])
+    torch.testing.assert_close(run([2, 0]), whole[[2, 0]], rtol=0, atol=1e-9)
+    torch.testing.assert_close(run([1]), whole[[1]], rtol=0, atol=1e-9)
+
+
+def test_the_second_chain_is_an_unguided_one_of_its_own(tiny, guided):
+    """It ends where the scheduler alone leads the same noise, given the other half's predictions."""
+    models, options = tiny(out_channels=8, dtype=torch.float64), guided(torch.float64)
+    scheduler = scheduler_of(models, RELEASED)
+    chain = SecondChain(scheduler, generators())
+    guide = Influence(
+        GUIDANCE,
+        options["checkpoints"],
+        options["gradients"],
+        TARGETS,
+        models.vae,
+        RELEASED,
+        second_chain=chain,
+    )
+    seen = []
+
+    class Watch(Guide):
+        def after(self, step):
+            variance = step.other_variance
+            assert variance is not None and not torch.equal(variance, step.variance)
+            seen.append((step.timestep, torch.cat([step.other, variance], dim=1).detach()))
+
+        def covers(self, index):
+            return False
+
+    denoiser = Denoiser(models.transformer, LABELS, 4.0, 3)
+    z = noise(dtype=torch.float64)
+    sample(denoiser, scheduler, z, guides=[guide, Watch()], num_steps=10, generator=generators())
+    again = scheduler_of(models, RELEASED)
+    again.set_timesteps(10)
+    own, latents = [other_noise(generator) for generator in generators()], z
+    for timestep, output in seen:
+        latents = again.step(output, timestep, latents, generator=own).prev_sample
+    torch.testing.assert_close(chain.latents, latents, rtol=0, atol=1e-12)
+    assert (chain.latents - z).abs().max() > 0.1
+
+
+def test_noise_of_the_second_chain_leaves_the_samples_noise_alone():
+    """Derived from what a generator is about to draw: the same each time, other values, nothing drawn."""
+    one, two = image_generator(0, 0, 1), image_generator(0, 0, 1)
+    first = torch.randn(100, generator=other_noise(one))
+    assert torch.equal(first, torch.randn(100, generator=other_noise(one)))
+    assert torch.equal(torch.randn(100, generator=one), own := torch.randn(100, generator=two))
+    assert not torch.equal(first, own)
+    assert not torch.equal(first, torch.randn(100, generator=other_noise(one)))  # it has gone on
+    assert other_noise(None) is None
 
 
 def test_each_fidelity_field_changes_the_result(tiny, guided):
@@ -355,7 +433,7 @@ def test_each_fidelity_field_changes_the_result(tiny, guided):
     models, options = tiny(dtype=torch.float64), guided(torch.float64)
 
     def run(**changes):
-        fidelity = replace(RELEASED, **changes)
+        fidelity = replace(STANDARD, **changes)
         return sample_igd(
             models.transformer,
             models.vae,
@@ -374,7 +452,8 @@ def test_each_fidelity_field_changes_the_result(tiny, guided):
         {"cfg_channels": None},
         {"rho_factor": 0.01},
         {"eps": "conditional"},
-        {"both_halves": True},
+        {"second_chain": True},
+        {"cosine_floor": 0.5},
         {"memory_size": 2},
         {"clamp_images": True},
         {"range_counts_from": 1},
@@ -386,12 +465,12 @@ def test_each_fidelity_field_changes_the_result(tiny, guided):
 
 def test_memory_keeps_the_last_entries(tiny, guided):
     models, options = tiny(), guided()
-    fidelity = replace(RELEASED, memory_size=2)
+    fidelity = replace(STANDARD, memory_size=2)
     runs = [
         sample_igd(
             models.transformer,
             models.vae,
-            scheduler_of(models, RELEASED),
+            scheduler_of(models, STANDARD),
             noise(),
             LABELS,
             fidelity=f,
@@ -400,7 +479,7 @@ def test_memory_keeps_the_last_entries(tiny, guided):
         )
         for f, o in (
             (fidelity, options),
-            (RELEASED, options | dict(memory=[m[-2:] for m in options["memory"]])),
+            (STANDARD, options | dict(memory=[m[-2:] for m in options["memory"]])),
         )
     ]
     assert torch.equal(*runs)
@@ -416,7 +495,7 @@ def test_recomputing_activations_gives_the_same_latents(tiny, guided):
             models.transformer.enable_gradient_checkpointing()
             models.vae.enable_gradient_checkpointing()
         calls.clear()
-        scheduler = scheduler_of(models, RELEASED)
+        scheduler = scheduler_of(models, STANDARD)
         found.append(
             sample_igd(
                 models.transformer, models.vae, scheduler, noise(), LABELS, generator=generators(), **guided()
@@ -462,7 +541,7 @@ def shifts(tiny, guided, **options):
     found = sample_igd(
         models.transformer,
         models.vae,
-        scheduler_of(models, RELEASED),
+        scheduler_of(models, STANDARD),
         noise(dtype=torch.float64),
         LABELS,
         generator=generators(),
@@ -536,7 +615,7 @@ def test_shortcuts_do_not_depend_on_the_batch(tiny, guided, shortcut):
         alone = sample_igd(
             models.transformer,
             models.vae,
-            scheduler_of(models, RELEASED),
+            scheduler_of(models, STANDARD),
             noise(dtype=torch.float64)[[b]],
             LABELS[[b]],
             generator=[generators()[b]],
@@ -551,7 +630,7 @@ def test_impossible_shortcuts_raise(tiny, guided, shortcut):
         shifts(tiny, guided, **shortcut)
 
 
-@pytest.mark.parametrize("fidelity", [RELEASED, DDIM_PAPER], ids=["ddpm", "ddim"])
+@pytest.mark.parametrize("fidelity", [STANDARD, DDIM_PAPER], ids=["ddpm", "ddim"])
 def test_guided_result_does_not_depend_on_the_batch(tiny, guided, fidelity):
     models, options = tiny(), guided()
     scheduler = scheduler_of(models, fidelity)
@@ -617,10 +696,10 @@ def test_batches_of_1_3_and_10_on_the_stand_in(standin_pipe, early_surrogate):
     def difference(found, expected):
         return (found - expected).norm(dim=1) / expected.norm(dim=1)
 
-    whole = (standin_pipe.scheduler_for(RELEASED), 25, (15, 22))
+    whole = (standin_pipe.scheduler_for(STANDARD), 25, (15, 22))
     # A schedule that starts where guidance does, so that its gradient is taken at the very same z_t.
     start = (
-        make_scheduler(RELEASED, {**standin_pipe.scheduler.config, "num_train_timesteps": 300}),
+        make_scheduler(STANDARD, {**standin_pipe.scheduler.config, "num_train_timesteps": 300}),
         2,
         (1, 1),
     )
@@ -696,7 +775,7 @@ def test_more_guidance_lowers_the_influence_loss(standin_pipe, early_surrogate, 
     """Images of one noise come nearer to their class's gradient; the flipped sign would raise the loss."""
     checkpoints, gradients = early_surrogate
     labels = torch.arange(10)
-    fidelity = replace(RELEASED, rho_factor=1.0, solver=solver)
+    fidelity = replace(STANDARD, rho_factor=1.0, solver=solver)
     scheduler = standin_pipe.scheduler_for(fidelity)
 
     def loss(k):
@@ -942,14 +1021,14 @@ def test_unipc_does_not_undo_guidance(tiny, guided):
 
 
 def test_make_scheduler_never_clips_latents():
-    for fidelity in (RELEASED, PAPER):
+    for fidelity in (STANDARD, PAPER):
         scheduler = make_scheduler(fidelity, DDPMScheduler(clip_sample=True, thresholding=True).config)
         assert not scheduler.config.clip_sample and not scheduler.config.thresholding
     assert (
-        make_scheduler(RELEASED, DDPMScheduler().config, learned_variance=True).config.variance_type
+        make_scheduler(STANDARD, DDPMScheduler().config, learned_variance=True).config.variance_type
         == "learned_range"
     )
-    assert make_scheduler(RELEASED, DDPMScheduler().config).config.variance_type == "fixed_small"
+    assert make_scheduler(STANDARD, DDPMScheduler().config).config.variance_type == "fixed_small"
 
 
 # --- the pipeline
@@ -997,14 +1076,14 @@ def test_pipeline_takes_guidance_and_calls_back_each_step(tiny_pipe, guided):
     steps = options.pop("num_steps")
     run = dict(generator=generators(), num_inference_steps=steps, output_type="latent")
     found = tiny_pipe([7, 3, 7], callback_on_step_end=callback, **run, **options).images
-    timesteps = tiny_pipe.scheduler_for(RELEASED)
+    timesteps = tiny_pipe.scheduler_for(STANDARD)
     timesteps.set_timesteps(steps)
     assert seen == [(True, i, t, 3 <= 9 - i <= 6) for i, t in enumerate(timesteps.timesteps.tolist())]
     own = generators()
     expected = sample_igd(
         tiny_pipe.transformer,
         tiny_pipe.vae,
-        tiny_pipe.scheduler_for(RELEASED),
+        tiny_pipe.scheduler_for(STANDARD),
         tiny_pipe.latent_noise(own),
         torch.tensor([7, 3, 7]),
         num_steps=steps,
@@ -1048,6 +1127,6 @@ def test_pipeline_scheduler_follows_the_fidelity(tiny):
     pipe = IGDPipeline(models.transformer, models.vae, models.ddim)
     assert pipe.scheduler_for(Fidelity(solver="configured")) is models.ddim
     assert isinstance(pipe.scheduler_for(PAPER), DDIMScheduler)
-    released = pipe.scheduler_for(RELEASED)
+    released = pipe.scheduler_for(STANDARD)
     assert isinstance(released, DDPMScheduler)
     assert (released.config.variance_type, released.config.timestep_spacing) == ("learned_range", "linspace")

@@ -3,18 +3,21 @@
 import copy
 import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 
 import reference
-from igd_lib.data.images import to_float
+from igd_lib.config import AUGMENTATION
+from igd_lib.data.images import ImageData, from_tensors, to_float
 from igd_lib.models.networks import ConvNet
 from igd_lib.surrogate import (
     Checkpoints,
     ClassGradients,
     checkpoint_similarities,
     class_gradients,
+    filter_images,
     kept,
     regular_checkpoints,
     select_checkpoints,
@@ -189,8 +192,9 @@ class Killed(Exception):
     """Stands for the end of the process."""
 
 
-def test_an_interrupted_training_resumes_to_the_same_trajectory(toy_data, tmp_path, monkeypatch):
-    options = dict(epochs=3, batch_size=4, saves_in_first_epoch=2)
+@pytest.mark.parametrize("augment", [None, AUGMENTATION], ids=["plain", "augmented"])
+def test_an_interrupted_training_resumes_to_the_same_trajectory(toy_data, tmp_path, monkeypatch, augment):
+    options = dict(epochs=3, batch_size=4, saves_in_first_epoch=2, augment=augment)
     whole = train_surrogate(fresh_model(), toy_data, **options)
     batches, calls = toy_data.batches, []
 
@@ -222,6 +226,61 @@ def test_an_interrupted_training_resumes_to_the_same_trajectory(toy_data, tmp_pa
     assert longer.epochs == [*whole.epochs, 4.0]
     with pytest.raises(ValueError, match="lr = 0.01, wanted 0.02"):
         train_surrogate(fresh_model(), toy_data, folder=tmp_path, lr=0.02, **options)
+
+
+class Seen(torch.nn.Module):
+    """A linear model that keeps what it is trained on."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.inputs = torch.nn.Linear(3, 3), []
+
+    def forward(self, images):
+        self.inputs.append(images.detach().clone())
+        return self.linear(images.mean((2, 3)))
+
+
+def test_a_surrogate_is_trained_on_augmented_images(toy_data):
+    """Crops, flips and colours anew in every epoch, normalised by 0.5 as the released code's."""
+    plain, augmented, grey = Seen(), Seen(), Seen()
+    train_surrogate(plain, toy_data, epochs=2, batch_size=18)
+    train_surrogate(augmented, toy_data, epochs=2, batch_size=18, augment=AUGMENTATION)
+    colourless = replace(AUGMENTATION, jitter=0.0, lighting=0.0)
+    train_surrogate(grey, toy_data, epochs=2, batch_size=18, augment=colourless)
+    assert plain.inputs[0].abs().max() <= 1 and len(plain.inputs) == len(augmented.inputs) == 2
+    stored = {image.flatten().tolist()[0] for image in plain.inputs[0]}
+    assert not stored & {image.flatten().tolist()[0] for image in augmented.inputs[0]}
+    assert augmented.inputs[0].shape == (18, 3, 16, 16) and augmented.inputs[0].abs().max() > 1  # unclamped
+    assert grey.inputs[0].abs().max() <= 1 + 1e-6
+    # Contrast and brightness vary far more between epochs than the images' order makes them.
+    spread = [torch.stack(model.inputs).mean((2, 3, 4)).std().item() for model in (plain, augmented, grey)]
+    assert spread[1] > 3 * spread[0] and spread[1] > 3 * spread[2]
+
+
+def test_augmentation_leaves_grey_images_grey_without_colour_operations():
+    pixels = torch.randint(
+        0, 256, (6, 1, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )
+    data = from_tensors("grey", "train", ("a", "b"), pixels.repeat(1, 3, 1, 1), torch.arange(2).repeat(3))
+    model = Seen()
+    colourless = replace(AUGMENTATION, jitter=0.0, lighting=0.0)
+    train_surrogate(model, data, epochs=1, batch_size=6, augment=colourless)
+    (inputs,) = model.inputs
+    assert torch.equal(inputs[:, 0], inputs[:, 1]) and torch.equal(inputs[:, 0], inputs[:, 2])
+
+
+def test_filter_images_are_some_of_the_first_and_the_same_each_time(toy_data):
+    """As many as asked, of the first so many alone, of the class alone; all where there are fewer."""
+    whole = {tuple(image.flatten().tolist()) for image in toy_data.of_class(1, 4)}
+    found = filter_images(toy_data, 1, (3, 4))
+    assert found.shape == (3, 3, 16, 16) and torch.equal(found, filter_images(toy_data, 1, (3, 4)))
+    assert {tuple(image.flatten().tolist()) for image in found} < whole
+    assert torch.equal(filter_images(toy_data, 1, (4, 4)), toy_data.of_class(1, 4))
+    for images in ((80, 500), None):
+        assert torch.equal(filter_images(toy_data, 1, images), toy_data.of_class(1))
+    drawn = ImageData("n", "s", ("a",), torch.zeros(100).long(), 1, lambda indices: indices)
+    chosen = filter_images(drawn, 0, (20, 50))
+    assert len(set(chosen.tolist())) == 20 and chosen.max() < 50 and chosen.tolist() != list(range(20))
 
 
 def test_one_pass_over_the_data_serves_every_threshold_and_both_readings(toy, toy_data):

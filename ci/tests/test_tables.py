@@ -99,7 +99,9 @@ def test_ours_beside_the_paper(rows):
 
 
 def test_a_comparable_cell_has_its_difference(rows):
-    ours = rows.assign(dataset="imagenet", scale="paper", network="timm/resnet18", value=rows.value - 16)
+    ours = rows.assign(
+        dataset="imagenet", scale="paper", network="torchvision/resnet18", value=rows.value - 16
+    )
     found = tables.beside_paper(ours, tables.reported(2, ipc=10)).set_index("method")
     assert found.loc["DiT-IGD"].to_dict() == {
         "paper": "45.5 ± 0.5", "ours (imagenet, paper)": "45.0 ± 0.8", "n": "4", "difference": "-0.5",

@@ -47,6 +47,20 @@ def cross_table(rows: pd.DataFrame, columns: str = "network") -> pd.DataFrame:
     )
 
 
+def best_and_last(rows: pd.DataFrame) -> pd.DataFrame:
+    """A line a method and way of reading it: "mean ± sd" of the best top-1 during training and of the last.
+
+    The ways are test set, protocol and network; n seeds come last.
+    """
+    by = ["method", "dataset", "protocol", "network"]
+    metrics = {"top1_best": "best (%)", "top1_last": "last (%)"}
+    table = results.summary(rows[rows.metric.isin(metrics)], (*by, "metric"))
+    table["shown"] = [_plus_minus(mean, sd) for mean, sd in zip(table["mean"], table.sd, strict=True)]
+    wide = table.pivot_table(index=by, columns="metric", values="shown", aggfunc="first", sort=False)
+    wide = wide[list(metrics)].rename(columns=metrics).assign(n=table.groupby(by, sort=False)["n"].min())
+    return wide.reset_index().rename_axis(columns=None).rename(columns={"dataset": "tested on"})
+
+
 def metric_table(*frames: pd.DataFrame) -> pd.DataFrame:
     """A line a method, a column a metric: "mean ± sd" over n seeds; of the accuracies top-1 alone."""
     rows = pd.concat(

@@ -2,15 +2,16 @@
 
 Few parameters are trained, against two memories.
 
-`accelerate launch -m igd_lib minimax DATASET OUT` trains on one GPU, several or a CPU; an interrupted run
-goes on where it was. DiT-XL/2's weights, and what is fine-tuned from them, are under CC-BY-NC 4.0 (no
-commercial use).
+`accelerate launch -m igd_lib minimax DATASET OUT` trains on one GPU, several or a CPU, a batch of 8 divided
+among them; an interrupted run goes on where it was. DiT-XL/2's weights, and what is fine-tuned from them, are
+under CC-BY-NC 4.0 (no commercial use).
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 import time
 from collections import deque
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from igd_lib.data.datasets import Resize
 from igd_lib.data.images import ImageData, to_float
 from igd_lib.guidance import predicted_clean
 from igd_lib.models.difffit import add_scales, fold_scales, is_trained, share_embedders
@@ -38,10 +40,17 @@ SAVE_SECONDS = 60.0  # at most one training state is written in so much time
 
 @dataclass(frozen=True)
 class Minimax:
-    """How a DiT is fine-tuned; the defaults are the released training script's."""
+    """How a DiT is fine-tuned; the defaults are those of the released training script and its `run.sh`.
+
+    The script is given eight epochs and writes its one checkpoint after 12,000 steps, which is sampled: for
+    ten classes of ImageNet a little before the epochs end (12,448 steps for ImageWoof, 12,888 for
+    ImageNette), for more classes long before. With fewer than 12,000 images it writes none; here it is then
+    all epochs.
+    """
 
     epochs: int = 8
-    batch_size: int = 8  # of one process
+    steps: int | None = 12_000  # of the optimiser, at most; None: all epochs
+    batch_size: int = 8  # images a step, of all processes and accumulated parts together
     lr: float = 1e-3  # AdamW without weight decay, constant
     ema: float = 0.9999  # the averaged weights are what is kept
     real_weight: float = 0.002  # of 1 - the lowest cosine to the class's real latents
@@ -51,12 +60,15 @@ class Minimax:
     flip: bool = True
     # what stands for an image's latents; the mean for a DiT that was trained on means
     posterior: Literal["sample", "mean"] = "sample"
+    resize: Resize = "bicubic-halving"  # DiT's way, not the one of the sets' evaluation; for image files
     images: int | None = None  # a class, the first in file order; None: all
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.posterior not in ("sample", "mean"):
             raise ValueError(f"posterior is 'sample' or 'mean', got {self.posterior!r}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps is at least 1, or None for all epochs, got {self.steps}")
 
     def latents(self, vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> Tensor:
         """Scaled latents, float32 (B, C, h, w), of uint8 images (B, 3, H, W)."""
@@ -119,8 +131,8 @@ def diffusion_loss(
 
     output: (B, C, h, w), or (B, 2C, h, w) with the variance's interpolation coefficient in [-1, 1] behind;
     noise, clean and noisy: (B, C, h, w). The bound is the divergence (bits a value) of the true posterior of
-    z_{t-1} from the model's, whose mean it does not train; at t = 0, where DiT's code takes a likelihood of
-    8-bit pixels, too.
+    z_{t-1} from the model's, whose mean it does not train; at t = 0 minus the log-likelihood of the latents,
+    taken for pixels of 8 bits, as in DiT's code.
     """
     channels = noise.shape[1]
     eps, rest = output[:, :channels], output[:, channels:]
@@ -150,7 +162,25 @@ def diffusion_loss(
         + (low - model_log_variance).exp()
         + difference * (-model_log_variance).exp()
     )
-    return loss + divergence.flatten(1).mean(1) / torch.log(torch.tensor(2.0))
+    at_zero = -eight_bit_log_likelihood(clean, predicted, model_log_variance / 2)
+    bound = torch.where((timesteps == 0).reshape(-1, 1, 1, 1), at_zero, divergence)
+    return loss + bound.flatten(1).mean(1) / math.log(2)
+
+
+def eight_bit_log_likelihood(values: Tensor, mean: Tensor, log_deviation: Tensor) -> Tensor:
+    """Of each value in [-1, 1] under a normal distribution, in nats: its mass on the value's 2 / 255.
+
+    The first and the last value have all that is beyond them; the distribution function is the tanh
+    approximation that DiT's code has, its mass at least 1e-12.
+    """
+
+    def below(x: Tensor) -> Tensor:
+        x = (x - mean) * (-log_deviation).exp()
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    upper, lower = below(values + 1 / 255), below(values - 1 / 255)
+    mass = torch.where(values < -0.999, upper, torch.where(values > 0.999, 1 - lower, upper - lower))
+    return mass.clamp(min=1e-12).log()
 
 
 # --- training
@@ -187,27 +217,32 @@ def finetune(
     classes: Sequence[int] | None = None,  # the labels to train on, e.g. one of `shards`; None: all
     label_ids: Sequence[int] | None = None,  # the transformer's id of every class; None: 0 ... C-1
     mixed_precision: str = "no",  # "no", "bf16" or "fp16"
-    accumulate: int = 1,  # batches a step
+    accumulate: int = 1,  # parts of a batch, one after the other in each process
 ) -> Path:
     """Fine-tune `pipe`'s transformer on `data`; write a pipeline folder, the scales folded into its weights.
 
-    Returns the folder. `pipe` itself stays as it is. Work in progress lies in `out/.work`; a folder of other
-    settings is refused. Raises FloatingPointError on a non-finite loss.
+    Returns the folder, and says how much of the untuned model is left in its averaged weights. `pipe` itself
+    stays as it is. Images are resized as the recipe has it. A step's batch is divided among processes and
+    accumulated parts. Each part's losses see its own predictions alone, as each process's do in the released
+    script; but the memories are common to all, where that has one a process. Work in progress lies in
+    `out/.work`; a folder of other settings is refused. Raises ValueError where a batch cannot be divided
+    evenly or is larger than the data, FloatingPointError on a non-finite loss.
     """
     recipe, out = recipe or Minimax(), Path(out)
     selected = list(range(len(data.classes))) if classes is None else list(classes)
     ids = list(label_ids) if label_ids is not None else list(range(len(data.classes)))
     about = settings(pipe, data, recipe, selected, ids, accumulate, mixed_precision)
+    finished = (out / "model_index.json").is_file()
+    if not finished:
+        accelerator = Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=accumulate)
+        batches = _Batches(data.at(data.image_size, recipe.resize), selected, recipe, accelerator)
     keys.claim(out / "minimax.json", "minimax", about, "a fine-tuned model")
-    if (out / "model_index.json").is_file():
+    if finished:
         return out
-    accelerator = Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=accumulate)
-    training = _Training(pipe, recipe, accelerator, torch.tensor(ids))
-    step, state = training.load(out), out / _STATE
+    training, state = _Training(pipe, recipe, accelerator, torch.tensor(ids)), out / _STATE
+    batches.done = training.load(state)
     saved, said = time.monotonic(), deque[Tensor](maxlen=500)
-    for number, images, labels, generator in progress(
-        _Batches(data, selected, recipe, step, accelerator), "minimax, step"
-    ):
+    for number, images, labels, generator in progress(batches, "minimax, step"):
         said.append(training.step(number, images, labels, generator))
         main = accelerator.sync_gradients and accelerator.is_main_process
         if main and time.monotonic() - saved >= SAVE_SECONDS:
@@ -218,9 +253,15 @@ def finetune(
             means = torch.stack(list(said)).mean(0).tolist()
             parts = ("diffusion {:.4f}", "representativeness {:.4f}", "diversity {:.4f}")
             print(f"minimax: mean of the last {len(said)} steps: {', '.join(parts).format(*means)}")
+        print(_untuned(recipe.ema, batches.steps), flush=True)
         _write(training.model.finished(), pipe, out)
     accelerator.wait_for_everyone()
     return out
+
+
+def _untuned(ema: float, steps: int) -> str:
+    """How much of the averaged weights is still the model as it was."""
+    return f"minimax: {100 * ema**steps:.1f} % of the kept average is the untuned model ({ema} ** {steps:,})"
 
 
 _STATE = Path(".work") / "training.safetensors"  # below the folder that is written
@@ -264,9 +305,9 @@ class _Training:
             "generated": self.generated,
         }
 
-    def load(self, out: Path) -> int:
-        """Go on where a run into `out` was interrupted; how many steps are done."""
-        done = files.load_training(out / _STATE, self.optimizer, **self._kept)["step"]
+    def load(self, path: Path) -> int:
+        """Go on where an interrupted run was saved; how many parts of batches are done."""
+        done = files.load_training(path, self.optimizer, **self._kept)["step"]
         self.wrapped, self.optimizer = self.accelerator.prepare(self.wrapped, self.optimizer)
         return done
 
@@ -350,40 +391,58 @@ class _Trained:
 
 
 class _Batches:
-    """(step, uint8 images, labels, generator) from `start` on; a process's share of each epoch's order."""
+    """(number, uint8 images, labels, generator): a process's parts of the batches of every epoch.
 
-    def __init__(
-        self, data: ImageData, classes: Sequence[int], recipe: Minimax, start: int, accelerator: Accelerator
-    ):
-        self.data, self.recipe, self.start = data, recipe, start
+    `number` counts parts, `accumulate` to a step. A step has the same images however it is divided.
+    """
+
+    done = 0  # parts that an interrupted run has had
+
+    def __init__(self, data: ImageData, classes: Sequence[int], recipe: Minimax, accelerator: Accelerator):
+        self.data, self.recipe = data, recipe
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
-        self.indices = torch.cat([data.class_indices(label)[: recipe.images] for label in classes])
-        self.per_epoch = len(self.indices) // (recipe.batch_size * self.world)
-        if self.per_epoch == 0:
+        self.parts = accelerator.gradient_accumulation_steps
+        self.size, rest = divmod(recipe.batch_size, self.world * self.parts)
+        if rest:
             raise ValueError(
-                f"{len(self.indices)} images are fewer than a batch ({recipe.batch_size} x {self.world} "
-                "processes)"
+                f"a batch of {recipe.batch_size} images cannot be divided among {self.world} processes x "
+                f"{self.parts} accumulated parts; choose numbers that divide it"
             )
+        self.indices = torch.cat([data.class_indices(label)[: recipe.images] for label in classes])
+        self.per_epoch = len(self.indices) // recipe.batch_size
+        if self.per_epoch == 0:
+            raise ValueError(f"{len(self.indices)} images are fewer than a batch of {recipe.batch_size}")
+
+    @property
+    def steps(self) -> int:
+        """Of the whole training."""
+        every = self.per_epoch * self.recipe.epochs
+        return every if self.recipe.steps is None else min(every, self.recipe.steps)
 
     def __len__(self) -> int:
-        return self.per_epoch * self.recipe.epochs - self.start
+        return self.steps * self.parts - self.done
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor, torch.Generator]]:
-        size, seed = self.recipe.batch_size, self.recipe.seed
-        for epoch in range(self.start // self.per_epoch, self.recipe.epochs):
-            order = self.indices[
-                torch.randperm(
-                    len(self.indices), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-                )
-            ]
-            for step in range(max(self.start, epoch * self.per_epoch), (epoch + 1) * self.per_epoch):
-                own = order[(step % self.per_epoch * self.world + self.rank) * size :][:size]
-                generator = torch.Generator().manual_seed(((seed + 1) * 1_000_003 + step) * 1_009 + self.rank)
-                images = self.data.fetch(own)
-                if self.recipe.flip:
-                    flipped = torch.rand(size, generator=generator) < 0.5
-                    images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
-                yield step, images, self.data.labels[own], generator
+        size, seed = self.size, self.recipe.seed
+        epoch, order = -1, self.indices
+        for number in range(self.done, self.steps * self.parts):
+            step, part = divmod(number, self.parts)
+            if step // self.per_epoch != epoch:
+                epoch = step // self.per_epoch
+                order = self._order(epoch)
+            first = step % self.per_epoch * self.recipe.batch_size + (part * self.world + self.rank) * size
+            own = order[first : first + size]
+            generator = torch.Generator().manual_seed(((seed + 1) * 1_000_003 + number) * 1_009 + self.rank)
+            images = self.data.fetch(own)
+            if self.recipe.flip:
+                flipped = torch.rand(size, generator=generator) < 0.5
+                images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+            yield number, images, self.data.labels[own], generator
+
+    def _order(self, epoch: int) -> Tensor:
+        """Where an epoch's images lie in the data."""
+        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
+        return self.indices[torch.randperm(len(self.indices), generator=generator)]
 
 
 def shards(classes: int, count: int) -> list[list[int]]:

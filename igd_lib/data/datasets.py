@@ -14,6 +14,7 @@ from typing import Literal, get_args
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
 
 Layout = Literal["image-folder", "fashion-mnist", "cifar-10", "cifar-100", "food-101"]
+Resize = Literal["bilinear", "bicubic-halving"]
 Triple = tuple[float, float, float]
 Counts = tuple[int | None, int | None]
 
@@ -40,12 +41,13 @@ class DataSpec:
     per_class: Counts = (None, None)  # the same for each class, where all have the same number
     mean: Triple = IMAGENET_DEFAULT_MEAN  # of [0, 1] images, as the field normalises them
     std: Triple = IMAGENET_DEFAULT_STD
+    # How images come to `image_size`: torchvision's way, or ADM's and DiT's (`images.square`).
+    resize: Resize = "bilinear"
 
     def __post_init__(self) -> None:
-        if self.layout not in get_args(Layout):
-            raise ValueError(
-                f"{self.name}: layout is one of {', '.join(get_args(Layout))}, got {self.layout!r}"
-            )
+        for what, given, known in (("layout", self.layout, Layout), ("resize", self.resize, Resize)):
+            if given not in get_args(known):
+                raise ValueError(f"{self.name}: {what} is one of {', '.join(get_args(known))}, got {given!r}")
         if not 0 <= self.holdout < 1 or self.image_size < 1:
             raise ValueError(
                 f"{self.name}: 0 <= holdout < 1 and image_size >= 1, got {self.holdout} and {self.image_size}"

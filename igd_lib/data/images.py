@@ -1,7 +1,8 @@
 """Real images with an explicit class order: the named data sets (`datasets`) and any ImageFolder.
 
 A data set is uint8 images of one size, integer labels, and the tuple of class names whose order
-defines the labels. Small sets live in memory; large ones are decoded when asked for.
+defines the labels. Small sets live in memory; large ones are decoded when asked for. Images of another size
+are made from the originals (`ImageData.at`), so that none is resized twice.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from igd_lib.data import sources
-from igd_lib.data.datasets import DataSpec, spec_of
+from igd_lib.data.datasets import DataSpec, Resize, spec_of
 from igd_lib.data.sources.base import Found
 from igd_lib.data.sources.fashion import fashion_mnist_folder as fashion_mnist_folder
 
@@ -51,6 +53,9 @@ class ImageData:
     labels: Tensor
     image_size: int
     fetch: Callable[[Tensor], Tensor]
+    # An image as it is stored, of any shape, by its position; None: `fetch` has them.
+    original: Callable[[int], Image.Image] | None = None
+    resize: Resize = "bilinear"  # how originals come to `image_size`
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -65,14 +70,35 @@ class ImageData:
 
     def subset(self, indices: Tensor, split: str | None = None) -> ImageData:
         """The images at `indices`, in that order."""
-        return ImageData(
-            self.name,
-            split or self.split,
-            self.classes,
-            self.labels[indices],
-            self.image_size,
-            lambda wanted: self.fetch(indices[wanted]),
+        original = self.original
+        return replace(
+            self,
+            split=split or self.split,
+            labels=self.labels[indices],
+            fetch=lambda wanted: self.fetch(indices[wanted]),
+            original=original and (lambda index: original(int(indices[index]))),
         )
+
+    def photograph(self, index: int) -> Image.Image:
+        """The original of the image at `index`: RGB, of any shape."""
+        if self.original is not None:
+            return self.original(index)
+        return TF.to_pil_image(self.fetch(torch.tensor([index]))[0].cpu())
+
+    def at(self, size: int, resize: Resize | None = None) -> ImageData:
+        """The same images with sides of `size` px, made from the originals; itself where it has them already.
+
+        `resize` is how, by default as now; `split` names another one. In memory up to MEMORY_LIMIT, else made
+        when asked for. Raises ValueError for a size below 1.
+        """
+        if size < 1:
+            raise ValueError(f"an image's side is at least 1 px, got {size}")
+        how = resize or self.resize
+        if size == self.image_size and (how == self.resize or self.original is None):
+            return self
+        split = self.split if how == self.resize else f"{self.split}, {how}"
+        found = replace(self, split=split, image_size=size, resize=how, original=self.photograph)
+        return _held(replace(found, fetch=_maker(self.photograph, size, how)))
 
     def first(self, count: int) -> ImageData:
         """The first `count` images of each class in file order (all where a class has fewer)."""
@@ -132,11 +158,12 @@ def load(
     """Load a data set by name, or any other by its DataSpec (`datasets.image_folder` makes one).
 
     split: "train" (without the held-out part), "validation" (the last `holdout` of each class's
-    training images; settings are chosen here) or "test". `root` overrides the folder; without it CIFAR,
-    Food-101 and Fashion-MNIST are downloaded where they are not found. Raises FileNotFoundError (what is
-    missing and how to get it) or ValueError: unknown name or split, a damaged image, and the first
-    difference between the DataSpec and the disk (a class folder missing, extra or empty, another class
-    order, another number of images; the last is allowed with check_sizes=False).
+    training images; settings are chosen here) or "test"; images are resized once, as the DataSpec's `resize`
+    has it. `root` overrides the folder; without it CIFAR, Food-101 and Fashion-MNIST are downloaded where
+    they are not found. Raises FileNotFoundError (what is missing and how to get it) or ValueError: unknown
+    name or split, a damaged image, and the first difference between the DataSpec and the disk (a class folder
+    missing, extra or empty, another class order, another number of images; the last is allowed with
+    check_sizes=False).
     """
     if split not in ("train", "validation", "test"):
         raise ValueError(f"split is 'train', 'validation' or 'test', got {split!r}")
@@ -156,7 +183,8 @@ def load(
         held.append(indices[len(indices) - round(len(indices) * spec.holdout) :])
     mask = torch.zeros(len(data), dtype=torch.bool)
     mask[torch.cat(held)] = True
-    return data.subset((mask if split == "validation" else ~mask).nonzero().flatten(), split)
+    chosen = (mask if split == "validation" else ~mask).nonzero().flatten()
+    return data.subset(chosen, _split(split, spec))
 
 
 def missing(name: str | DataSpec, root: str | Path | None = None) -> list[str]:
@@ -191,38 +219,82 @@ def _check_sizes(spec: DataSpec, stored: str, found: Found) -> None:
 
 
 def _image_data(spec: DataSpec, stored: str, found: Found) -> ImageData:
-    """In memory up to MEMORY_LIMIT, else decoded (or resized) when asked for."""
-    images, size = found.images, spec.image_size
-    if isinstance(images, Tensor) and images.shape[-1] == size:
-        return from_tensors(spec.name, stored, found.classes, images, found.labels)
+    """What was found, with sides of the DataSpec's `image_size`."""
+    images, size, how, split = found.images, spec.image_size, spec.resize, _split(stored, spec)
+    if isinstance(images, Tensor):
+        data = from_tensors(spec.name, split, found.classes, images, found.labels)
+        return replace(data, resize=how).at(size)
 
-    def fetch(indices: Tensor) -> Tensor:
-        if isinstance(images, Tensor):
-            return TF.resize(images[indices], [size, size], TF.InterpolationMode.BICUBIC, antialias=True)
-        return read_images([images[i] for i in indices.tolist()], size)
+    def original(index: int) -> Image.Image:
+        return read_original(images[index])
 
-    if len(found.labels) * 3 * size**2 <= MEMORY_LIMIT:
-        return from_tensors(
-            spec.name, stored, found.classes, fetch(torch.arange(len(found.labels))), found.labels
-        )
-    return ImageData(spec.name, stored, found.classes, found.labels, size, fetch)
+    fetch = _maker(original, size, how)
+    return _held(ImageData(spec.name, split, found.classes, found.labels, size, fetch, original, how))
 
 
-def read_images(paths: Sequence[str | Path], size: int) -> Tensor:
-    """uint8 (n, 3, size, size): `read_image` of each file, several at once."""
-    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
-    if THREADS == 1 or len(paths) < 2:
-        for image, path in zip(images, paths, strict=True):
-            image.copy_(read_image(path, size))
+def _split(name: str, spec: DataSpec) -> str:
+    """The split's name; it says how its images were resized, where not as usual: keys on disk hold it."""
+    return name if spec.resize == "bilinear" else f"{name}, {spec.resize}"
+
+
+def _maker(original: Callable[[int], Image.Image], size: int, how: Resize) -> Callable[[Tensor], Tensor]:
+    """`ImageData.fetch` of images that are made from their originals when asked for."""
+    return lambda indices: _stacked(lambda index: square(original(index), size, how), indices.tolist(), size)
+
+
+def _held(data: ImageData) -> ImageData:
+    """The same with its images in memory, where they take at most MEMORY_LIMIT."""
+    if len(data) * 3 * data.image_size**2 > MEMORY_LIMIT:
+        return data
+    images = data.fetch(torch.arange(len(data)))
+    return replace(data, fetch=lambda indices: images[indices])
+
+
+def _stacked(make: Callable[[Any], Image.Image], items: Sequence[Any], size: int) -> Tensor:
+    """uint8 (n, 3, size, size): what `make` gives for each, several at once."""
+    images = torch.empty(len(items), 3, size, size, dtype=torch.uint8)
+    if THREADS == 1 or len(items) < 2:
+        for image, item in zip(images, items, strict=True):
+            image.copy_(TF.pil_to_tensor(make(item)))
         return images
     with ThreadPoolExecutor(THREADS) as pool:
-        for image, decoded in zip(images, pool.map(lambda path: read_image(path, size), paths), strict=True):
-            image.copy_(decoded)
+        for image, made in zip(images, pool.map(make, items), strict=True):
+            image.copy_(TF.pil_to_tensor(made))
     return images
 
 
-def read_image(path: str | Path, size: int) -> Tensor:
-    """uint8 (3, size, size): the image as RGB, shorter side resized to `size`, centre-cropped.
+def read_images(paths: Sequence[str | Path], size: int, resize: Resize = "bilinear") -> Tensor:
+    """uint8 (n, 3, size, size): `read_image` of each file, several at once."""
+    return _stacked(lambda path: square(read_original(path), size, resize), paths, size)
+
+
+def read_image(path: str | Path, size: int, resize: Resize = "bilinear") -> Tensor:
+    """uint8 (3, size, size): the file's image, its shorter side resized to `size`, its centre cut out.
+
+    Raises ValueError as `read_original`.
+    """
+    return TF.pil_to_tensor(square(read_original(path), size, resize))
+
+
+def square(image: Image.Image, size: int, resize: Resize = "bilinear") -> Image.Image:
+    """The image with its shorter side resized to `size` px, and its centre cut out.
+
+    "bilinear" is torchvision's Resize and CenterCrop, which every peer's data go through: antialiased, the
+    longer side truncated. "bicubic-halving" is ADM's and DiT's `center_crop_arr`, which Minimax fine-tunes
+    on: halved by box filter while the shorter side is at least twice `size`, then bicubic, sides rounded.
+    """
+    if resize == "bilinear":
+        return TF.center_crop(TF.resize(image, [size], TF.InterpolationMode.BILINEAR), [size, size])
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    sides = (round(image.width * scale), round(image.height * scale))
+    left, top = ((side - size) // 2 for side in sides)
+    return image.resize(sides, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+
+
+def read_original(path: str | Path) -> Image.Image:
+    """The file's image as RGB, in its own size.
 
     16-bit grey keeps its upper 8 bits, transparency is dropped, and an EXIF orientation is not applied,
     as in torchvision's ImageFolder. Raises ValueError naming a file that cannot be read, is cut short, or
@@ -239,12 +311,6 @@ def read_image(path: str | Path, size: int) -> Tensor:
             # Through RGBA: PIL warns of the direct way.
             if image.mode == "P" and "transparency" in image.info:
                 image = image.convert("RGBA")
-            image = image.convert("RGB")
+            return image.convert("RGB")
     except UNREADABLE as error:
         raise ValueError(f"cannot read the image {path}: {error}; replace or remove it") from error
-    scale = size / min(image.size)
-    if scale != 1:
-        image = image.resize(
-            [max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC
-        )
-    return TF.pil_to_tensor(TF.center_crop(image, [size, size]))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from igd_lib.config import Guidance, flips
+from igd_lib.config import Fidelity, Guidance, flips
 from igd_lib.experiment.experiment import Experiment
 from igd_lib.experiment.methods import SAMPLED, Method, Selection
 from igd_lib.guides import Shortcuts
+from igd_lib.protocols import IGD_HARD, MINIMAX_HARD
 
 
 def comparison(experiment: Experiment) -> list[Method]:
@@ -169,34 +170,84 @@ def sensitivity(
     return [plain, *by_k, *by_gamma]
 
 
-# Fields that cannot matter on a stand-in: they concern DiT's weights, fixed lists, many classes, or more
-# images than are drawn.
-_PAPER_ONLY = ("checkpoints", "surrogate", "vae", "timestep_frequencies", "memory_size")
+def flipped(experiment: Experiment, ipc: int, backbone: str = "dit") -> list[Method]:
+    """A backbone's guided row, and that row with one field of `Fidelity` changed at a time, towards the paper
+    or (second_chain) the released code.
 
-
-def flipped(experiment: Experiment) -> list[Method]:
-    """DiT-IGD as released, and with one field of `Fidelity` changed towards the paper at a time.
-
-    On a stand-in without the fields that cannot matter there, and with `Scale.all_images` for "all".
+    Fields that cannot change a set of `ipc` images a class here are left out. "All images of a class" are
+    `Scale.all_images` where the scale says so.
     """
-    scale, guided = experiment.scale, Method(guidance=experiment.scale.guidance)
+    scale, (_, guided) = experiment.scale, plain_and_guided(experiment, backbone)
     found = {}
     for name, fidelity in flips(scale.fidelity).items():
-        field = name.split("=")[0]
-        if not scale.papers and field in _PAPER_ONLY:
+        field, most = name.split("=")[0], scale.all_images
+        if not _matters(experiment, field, fidelity, ipc):
             continue
-        if field == "gradient_images" and scale.all_images is not None:
-            name, fidelity = "gradient_images=1000", replace(fidelity, gradient_images=scale.all_images)
+        if field == "gradient_images" and most is not None:
+            name, fidelity = f"{field}={most}", replace(fidelity, gradient_images=most)
+        if field == "filter_images" and most is not None:
+            name, fidelity = f"{field}={most}", replace(fidelity, filter_images=(most, most))
         found[name] = fidelity
     rows = [replace(guided, fidelity=own, change=name, varies=("fidelity",)) for name, own in found.items()]
     return [guided, *rows]
 
 
-def by_cfg(experiment: Experiment, cfgs: Sequence[float]) -> list[Method]:
-    """DiT, G_D alone and DiT-IGD, each at each cfg."""
-    own = experiment.scale.guidance
-    kinds = (None, replace(own, k=0.0), own)
-    return [Method(guidance=guidance, cfg_scale=cfg, varies=("cfg",)) for guidance in kinds for cfg in cfgs]
+def _matters(experiment: Experiment, field: str, changed: Fidelity, ipc: int) -> bool:
+    """Whether a field of `Fidelity` can change a set of `ipc` images a class at this scale."""
+    scale, listed = experiment.scale, experiment.surrogates.fixed is not None
+    filtered = scale.fidelity.checkpoints == "similarity" or not listed
+    if field in ("vae", "timestep_frequencies"):  # of DiT's own weights
+        return scale.papers
+    if field == "checkpoints":
+        return listed
+    if field in ("similarity", "filter_images"):
+        return filtered
+    if field == "memory_size":
+        return scale.fidelity.memory_size is not None and ipc > scale.fidelity.memory_size
+    if field == "surrogate":
+        classes = len(experiment.train.classes)
+        return scale.with_fidelity(changed, classes).training != scale.training
+    return True
+
+
+def disputed(experiment: Experiment, backbone: str) -> list[Method]:
+    """What others measured below the paper: a backbone without guidance, with it, and with the released
+    direction.
+    """
+    plain, guided = plain_and_guided(experiment, backbone)
+    released = replace(experiment.scale.fidelity, second_chain=True)
+    row = replace(guided, fidelity=released, change="second_chain=True", varies=("fidelity",))
+    return [plain, guided, row]
+
+
+def readings(experiment: Experiment, networks: Sequence[str]) -> list[tuple[Experiment, list[str]]]:
+    """The ways in which a set's accuracy may have been read: an experiment with each protocol and test set,
+    and the networks to train.
+
+    At the paper's scale both hard-label protocols, ResNet-10 beside ResNetAP-10 (the released scripts name
+    either), and fastai's images where they are found. On a stand-in its own protocol with ten tests, so that
+    the best accuracy can differ from the last.
+    """
+    experiment = replace(experiment, artefact=f"{experiment.artefact}_readings")
+    if not experiment.scale.papers:
+        own = experiment.scale.protocol
+        return [
+            (
+                experiment.with_protocol(replace(own, name=f"{own.name}, ten tests", evaluations=10)),
+                list(networks),
+            )
+        ]
+    names = [*networks, *(["resnet10"] if "resnetap10" in networks else [])]
+    ways = [experiment.with_protocol(protocol) for protocol in (IGD_HARD, MINIMAX_HARD)]
+    return [(one, names) for one in [*ways, *experiment.on_fastai()]]
+
+
+def by_cfg(experiment: Experiment, cfgs: Sequence[float], backbone: str = "dit") -> list[Method]:
+    """A backbone, G_D alone and both guidances, each at each cfg."""
+    plain, guided = plain_and_guided(experiment, backbone)
+    assert guided.guidance is not None
+    rows = (plain, replace(guided, guidance=replace(guided.guidance, k=0.0)), guided)
+    return [replace(row, cfg_scale=cfg, varies=("cfg",)) for row in rows for cfg in cfgs]
 
 
 def _tuned(experiment: Experiment, rows: Sequence[Method]) -> list[Method]:

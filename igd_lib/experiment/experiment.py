@@ -10,9 +10,9 @@ import torch
 from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor
 
-from igd_lib.config import RELEASED, Fidelity
+from igd_lib.config import STANDARD, Fidelity
 from igd_lib.data.datasets import DATASETS, DataSpec
-from igd_lib.data.images import ImageData, load
+from igd_lib.data.images import ImageData, load, missing
 from igd_lib.distillation import Wanted, fill
 from igd_lib.experiment.methods import SAMPLED, Method
 from igd_lib.experiment.models import Models, PaperModels, StandInModels
@@ -21,6 +21,7 @@ from igd_lib.experiment.plan import missing_for_paper
 from igd_lib.experiment.registry import BASELINES, GUIDES
 from igd_lib.experiment.scales import STAND_INS, TEST_IMAGES, Scale, paper_scale, small_scale, smoke_scale
 from igd_lib.experiment.surrogates import Surrogates
+from igd_lib.protocols import Protocol
 from igd_lib.sampling import Sampling
 from igd_lib.sets.store import DistilledSet
 from igd_lib.surrogate import Checkpoints
@@ -119,7 +120,7 @@ class Experiment:
     @cached_property
     def retained(self) -> tuple[Checkpoints, Callable[[int], Tensor]]:
         """The checkpoints that the scale's fidelity asks for, and their class gradients (E, P) by label."""
-        return self.surrogates.retained(self.scale.fidelity)
+        return self.surrogates.retained()
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -175,12 +176,27 @@ class Experiment:
 
     def _guiding(self, method: Method, fidelity: Fidelity) -> tuple[Checkpoints, Callable[[int], Tensor]]:
         """The checkpoints that guide a method, and their class gradients."""
-        own = self.scale.fidelity
-        choices = [(f.checkpoints, f.similarity, f.gradient_images) for f in (fidelity, own)]
-        if method.selection is None and method.surrogate is None and choices[0] == choices[1]:
+        surrogates = self.surrogates.of(fidelity)
+        plain = method.selection is None and method.surrogate is None
+        if plain and surrogates.scale.guiding == self.scale.guiding:
             return self.retained
-        keep = method.selection.keep if method.selection else None
-        return self.surrogates.retained(fidelity, keep, method.surrogate)
+        return surrogates.retained(method.selection.keep if method.selection else None, method.surrogate)
+
+    def with_protocol(self, protocol: Protocol) -> Experiment:
+        """The same, evaluated in another way."""
+        return replace(self, scale=replace(self.scale, protocol=protocol))
+
+    def on_fastai(self) -> list[Experiment]:
+        """The same tested on fastai's images of these classes, another division of the same ones.
+
+        Empty where fastai has none of this data set, or its folder is not there.
+        """
+        name = f"fastai-{self.spec.name}2"
+        if name not in DATASETS or missing(name):
+            return []
+        ids = self.spec.label_ids
+        spec = replace(DATASETS[name], classes=self.spec.classes, label_ids=ids, titles=self.spec.titles)
+        return [replace(self, test=load(spec, "test"))]
 
     def on_validation(self) -> Experiment:
         """The same with the training data's validation split as test images: for choosing settings.
@@ -209,7 +225,7 @@ def prepare(
     dataset: str,
     scale: str = "auto",
     *,
-    fidelity: Fidelity = RELEASED,
+    fidelity: Fidelity = STANDARD,
     ipc: int = 10,
     labels: str = "hard",
     stand_in: str = "fashion-mnist",

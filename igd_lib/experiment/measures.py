@@ -14,6 +14,7 @@ from torch import Tensor
 from igd_lib.analysis import features, metrics, results
 from igd_lib.data.images import ImageData
 from igd_lib.evaluation import evaluate_all
+from igd_lib.experiment import comparisons
 from igd_lib.experiment.experiment import Experiment, Images, Sets
 from igd_lib.experiment.methods import Method
 from igd_lib.sets.store import DistilledSet, in_memory
@@ -43,7 +44,7 @@ class About:
         )
         return results.Row(
             artefact=experiment.artefact,
-            dataset=experiment.train.name,
+            dataset=experiment.test.name,
             ipc=self.ipc,
             network=network,
             protocol=scale.protocol.name,
@@ -119,6 +120,13 @@ def accuracy_rows(experiment: Experiment, sets: Sets, networks: str | Sequence[s
                 for metric, value in values.items()
             ]
     return results.frame(rows)
+
+
+def reading_rows(experiment: Experiment, sets: Sets, networks: Sequence[str]) -> pd.DataFrame:
+    """`accuracy_rows` of the same sets in every way of `comparisons.readings`."""
+    found = comparisons.readings(experiment, networks)
+    rows = [accuracy_rows(one, sets, names) for one, names in found]
+    return pd.concat(rows, ignore_index=True)
 
 
 def influence_rows(experiment: Experiment, sets: Sets) -> pd.DataFrame:

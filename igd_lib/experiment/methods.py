@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from igd_lib.analysis import results
-from igd_lib.config import RELEASED, Fidelity, Guidance
+from igd_lib.config import STANDARD, Fidelity, Guidance
 from igd_lib.experiment.registry import BASELINES, GUIDES
 from igd_lib.guides import Shortcuts
 
@@ -90,7 +90,7 @@ class Method:
         return ", ".join(found)
 
     def columns(
-        self, *, fidelity: Fidelity = RELEASED, num_steps: int = 0, surrogate: str = ""
+        self, *, fidelity: Fidelity = STANDARD, num_steps: int = 0, surrogate: str = ""
     ) -> dict[str, Any]:
         """A method's fields as in a result row, with its label; arguments: the experiment's settings."""
         sampled, guidance, own = self.family == SAMPLED, self.guidance, self.fidelity or fidelity

@@ -13,13 +13,15 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from igd_lib.analysis import features
 from igd_lib.baselines import minimax
 from igd_lib.config import Fidelity
-from igd_lib.data.images import ImageData
+from igd_lib.data.datasets import DATASETS, IMAGENET_CLASSES
+from igd_lib.data.images import ImageData, load
 from igd_lib.experiment.plan import dit_of, model_folder, vae_of
 from igd_lib.experiment.surrogates import Surrogates
 from igd_lib.models import standin
 from igd_lib.models.dit import match_original
 from igd_lib.pipeline import IGDPipeline
-from igd_lib.teachers import Teacher, imagenet_teacher
+from igd_lib.teacher_training import teacher_recipe, train_teacher
+from igd_lib.teachers import Teacher, imagenet_teacher, least_for, teacher_from_file
 from igd_lib.tools import files, keys
 from igd_lib.tools.machine import cache_dir
 
@@ -98,8 +100,24 @@ class PaperModels:
         return AutoencoderTiny.from_pretrained(folder).to(self.device).eval()
 
     def teacher(self, classes: Sequence[str], label_ids: Sequence[int]) -> Teacher:
-        """torchvision's ResNet-18 of ImageNet-1K, the logits of the data set's classes alone."""
-        return imagenet_teacher(classes, label_ids)
+        """As RDED has it: torchvision's ResNet-18 of ImageNet-1K, for other data a network trained there."""
+        if DATASETS[self.dataset].classes == IMAGENET_CLASSES:
+            return imagenet_teacher(classes, label_ids)
+        return self._own_teacher
+
+    @cached_property
+    def _own_teacher(self) -> Teacher:
+        """The file `$IGD_CACHE/models/Teacher-DATASET`, else one that is trained here once, then read."""
+        train, least = load(self.dataset, "train"), least_for(self.dataset)
+        architecture, recipe = teacher_recipe(train.image_size)
+        for suffix in (".safetensors", ".pth", ".pt"):
+            path = cache_dir() / "models" / f"Teacher-{self.dataset}{suffix}"
+            if path.is_file():
+                size = recipe.image_size
+                return teacher_from_file(
+                    path, train.classes, architecture=architecture, image_size=size, least=least
+                )
+        return train_teacher(train, load(self.dataset, "test"), least=least, device=self.device)
 
     def extractor(self) -> features.Extractor:
         """Inception-V3's features."""

@@ -45,7 +45,7 @@ def trace(experiment: Experiment, method: Method, images: DistilledSet, label: i
 
     memory = [images.latents(label, index).to(noise.device) if index else noise[:0]]
     gradients = {label: sampling.class_gradients(experiment.train, label)} if sampling.influences else {}
-    guides = sampling.guides([label], [index], memory, gradients)
+    guides = sampling.guides([label], [index], memory, gradients, generators)
     sampling.sample(noise, [identity], guides, generators, callback=record)
     return Trace(torch.cat(latents).cpu(), torch.cat(clean).cpu(), guided)
 

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from igd_lib.config import RELEASED, Fidelity
+from igd_lib.config import STANDARD, Fidelity
 from igd_lib.data.datasets import DATASETS
 from igd_lib.data.images import missing
 from igd_lib.models import standin
@@ -19,7 +19,7 @@ DIT = ("facebook/DiT-XL-2-256", "eab87f77abd5aef071a632f08807fbaab0b704d0")  # C
 SD_VAE = ("stabilityai/sd-vae-ft-mse", "31f26fdeee1355a5c34592e401dd41e45d25a493")
 
 
-def missing_for_paper(dataset: str, fidelity: Fidelity = RELEASED) -> list[str]:
+def missing_for_paper(dataset: str, fidelity: Fidelity = STANDARD) -> list[str]:
     """What the paper's scale still needs here, a line a piece with how to get it; empty if nothing."""
     if dataset in standin.STANDINS:
         return [f"{dataset} is a stand-in's data set and has no paper scale; use scale='small'"]

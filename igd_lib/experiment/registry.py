@@ -7,7 +7,7 @@ BASELINES: other methods, each a file in `igd_lib.baselines`. GUIDES: other guid
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -59,22 +59,20 @@ def random_images(place: Workplace, ipc: int, seed: int) -> ImageData:
 def rded_images(place: Workplace, ipc: int, seed: int) -> ImageData:
     """RDED's images by the teacher of the soft-label protocol; selected once, then read from the cache."""
     teacher = place.any_teacher()
+    grids = asdict(rded.grids_of(place.train.image_size, place.candidates))
     settings = {
         "data": place.train.name,
         "split": place.train.split,
         "images": len(place.train),
         "teacher": [teacher.architecture, teacher.weights],
         "ipc": ipc,
-        "candidates": place.candidates,
         "seed": seed,
     }
 
     def make() -> ImageData:
-        return rded.rded(
-            place.train, teacher, ipc, candidates=place.candidates, seed=seed, device=place.device
-        )
+        return rded.rded(place.train, teacher, ipc, **grids, seed=seed, device=place.device)
 
-    return kept_set("rded", settings, place.train.classes, make)
+    return kept_set("rded", settings | grids, place.train.classes, make)
 
 
 def kept_set(

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from igd_lib.baselines.minimax import Minimax
-from igd_lib.config import RELEASED, Fidelity, Guidance, preset, surrogate_training
-from igd_lib.protocols import IGD_HARD, RDED_SOFT, SMALL_HARD, SMALL_SOFT, Protocol
+from igd_lib.config import AUGMENTATION, STANDARD, Augment, Fidelity, Guidance, preset, surrogate_training
+from igd_lib.protocols import IGD_CIFAR, IGD_HARD, RDED_SOFT, SMALL_HARD, SMALL_SOFT, Protocol
 from igd_lib.surrogate import SurrogateTraining
 
 
@@ -28,8 +28,9 @@ class Scale:
     training: SurrogateTraining
     protocol: Protocol
     num_steps: int
+    augment: Augment = AUGMENTATION  # of the surrogate's training images, where the fidelity asks for it
     train_images: int | None = None  # a class, for the surrogate; None: all
-    fidelity: Fidelity = RELEASED
+    fidelity: Fidelity = STANDARD
     threshold: float = 0.7  # of Algorithm 2
     best_cfg: float = 1.5  # vanilla's, on validation data
     minimax: Minimax = field(default_factory=Minimax)
@@ -46,6 +47,23 @@ class Scale:
     teacher_least: float = 50.0  # percent of real images that a teacher must get right
     from_table_12: bool = False  # whether k and gamma are the paper's for this data set
     figures_mean_something: bool = True
+
+    def with_fidelity(self, fidelity: Fidelity, num_classes: int) -> Scale:
+        """The scale under another fidelity: how the surrogate is trained follows it."""
+        if self.papers:
+            training = SurrogateTraining(**surrogate_training(fidelity, num_classes))
+        else:
+            training = replace(
+                self.training, augment=self.augment if fidelity.surrogate_augmentation else None
+            )
+        return replace(self, fidelity=fidelity, training=training)
+
+    @property
+    def guiding(self) -> tuple[object, ...]:
+        """What decides which checkpoints guide, and their class gradients."""
+        own = self.fidelity
+        chosen = (own.checkpoints, own.similarity, own.filter_images, self.threshold)
+        return self.surrogate, self.training, own.gradient_images, *chosen
 
     def limit(self, ipc: int, seeds: int) -> tuple[int, int]:
         """IPC and number of seeds to run: what was asked for, but no more than the scale allows."""
@@ -73,6 +91,7 @@ def paper_scale(
         guidance, minimax = preset(dataset, "dit", ipc), preset(dataset, "minimax", ipc)
     except KeyError:
         guidance, minimax = Guidance(), None
+    hard = IGD_CIFAR if image_size <= IGD_CIFAR.image_size else IGD_HARD
     return Scale(
         name="paper",
         dataset=dataset,
@@ -80,7 +99,7 @@ def paper_scale(
         minimax_guidance=minimax or Guidance(),
         surrogate="convnet6" if image_size > 64 else "convnet3",
         training=SurrogateTraining(**surrogate_training(fidelity, num_classes)),
-        protocol=RDED_SOFT if labels == "soft" else IGD_HARD,
+        protocol=RDED_SOFT if labels == "soft" else hard,
         num_steps=50,
         fidelity=fidelity,
         papers=True,
@@ -98,6 +117,7 @@ STAND_INS: Mapping[str, Scale] = {
         surrogate="convnet3",
         training=SurrogateTraining(epochs=2, saves_in_first_epoch=6),
         train_images=1000,
+        augment=replace(AUGMENTATION, jitter=0.0, lighting=0.0),  # its images are grey
         protocol=SMALL_HARD,
         num_steps=25,
         minimax=Minimax(images=200, ema=0.999, flip=False, posterior="mean"),  # 2,000 steps: a few minutes
@@ -110,7 +130,8 @@ TEST_IMAGES = {"fashion-mnist": 200}  # a class at "small": the first of the tes
 def small_scale(dataset: str, stand_in: str, *, fidelity: Fidelity, labels: str) -> Scale:
     """A stand-in's settings."""
     protocol = SMALL_SOFT if labels == "soft" else SMALL_HARD
-    return replace(STAND_INS[stand_in], dataset=dataset, fidelity=fidelity, protocol=protocol)
+    own = STAND_INS[stand_in].with_fidelity(fidelity, num_classes=10)
+    return replace(own, dataset=dataset, protocol=protocol)
 
 
 def smoke_scale(dataset: str, stand_in: str, *, fidelity: Fidelity, labels: str) -> Scale:
@@ -126,7 +147,7 @@ def smoke_scale(dataset: str, stand_in: str, *, fidelity: Fidelity, labels: str)
         train_images=20,
         protocol=replace(small.protocol, epochs=2, evaluations=1),
         num_steps=10,
-        fidelity=replace(fidelity, gradient_images=10),
+        fidelity=replace(fidelity, gradient_images=10, filter_images=(10, 20)),
         minimax=replace(small.minimax, epochs=1, images=2),
         few_steps=10,
         few_range=(6, 7),

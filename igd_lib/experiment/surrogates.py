@@ -21,6 +21,7 @@ from igd_lib.surrogate import (
     Checkpoints,
     ClassGradients,
     class_gradients,
+    filter_images,
     kept,
     regular_checkpoints,
     run_training,
@@ -42,6 +43,10 @@ class Surrogates:
     scale: Scale
     train: ImageData
     device: str
+
+    def of(self, fidelity: Fidelity) -> Surrogates:
+        """The surrogates that another fidelity asks for: trained and filtered as it says."""
+        return replace(self, scale=self.scale.with_fidelity(fidelity, len(self.train.classes)))
 
     def trajectory(self, name: str | None = None) -> Checkpoints:
         """A training trajectory, trained once and then read from the cache."""
@@ -74,36 +79,29 @@ class Surrogates:
         model.load_state_dict(trajectory.states[-1])
         return model, trajectory.epochs[-1]
 
-    def class_gradients(
-        self, images: int | None, name: str | None = None, checkpoints: Checkpoints | None = None
-    ) -> ClassGradients:
-        """Class gradients (E, P) by label over each class's first images; by default of the trajectory."""
-        own = checkpoints or self.trajectory(name)
-        settings = {"surrogate": self._key(name), "images": images, "epochs": list(own.epochs)}
-        return ClassGradients(own, self.train, keys.folder("gradients", settings), images)
+    def class_gradients(self, checkpoints: Checkpoints, name: str | None = None) -> ClassGradients:
+        """The gradients (E, P) by label that guide, over each class's first images."""
+        images = self.scale.fidelity.gradient_images
+        settings = {"surrogate": self._key(name), "images": images, "epochs": list(checkpoints.epochs)}
+        return ClassGradients(checkpoints, self.train, keys.folder("gradients", settings), images)
 
-    def similarity_matrices(self, images: int | None, name: str | None = None) -> dict[str, Tensor]:
+    def similarity_matrices(self, name: str | None = None) -> dict[str, Tensor]:
         """Algorithm 2's similarities of all checkpoints, (E, E), in both readings; made once, then read."""
-        trajectory = self.trajectory(name)
+        trajectory, images = self.trajectory(name), self.scale.fidelity.filter_images
         settings = {"surrogate": self._key(name), "images": images, "epochs": list(trajectory.epochs)}
         path = keys.folder("similarities", settings) / "matrices.safetensors"
         if not path.is_file():
             keys.claim(path.parent / "manifest.json", "similarities", settings, "similarities")
-            files.save_tensors(
-                path, similarity_matrices(self._gradients(images, name), len(self.train.classes))
-            )
-        return files.load_tensors(path)[0]
 
-    def _gradients(self, images: int | None, name: str | None) -> Callable[[int], Tensor]:
-        """The trajectory's class gradients, kept on disk unless they would take hundreds of gigabytes."""
-        if not self.scale.many_classes:
-            return self.class_gradients(images, name)
-        trajectory = self.trajectory(name)
-        return lambda label: class_gradients(trajectory, self.train.of_class(label, images), label)
+            def gradients(label: int) -> Tensor:
+                return class_gradients(trajectory, filter_images(self.train, label, images), label)
+
+            files.save_tensors(path, similarity_matrices(gradients, len(self.train.classes)))
+        return files.load_tensors(path)[0]
 
     def similarities(self) -> dict[str, list[float]]:
         """Algorithm 2's similarity to the last kept checkpoint, along the trajectory, in both readings."""
-        matrices = self.similarity_matrices(self.scale.fidelity.gradient_images)
+        matrices = self.similarity_matrices()
         return {
             label: similarities_along(matrices[kind], self.scale.threshold)
             for label, kind in READINGS.items()
@@ -112,8 +110,7 @@ class Surrogates:
     def choices(self, thresholds: Sequence[float]) -> pd.DataFrame:
         """What Algorithm 2 keeps (indices, epochs) by similarity and threshold; as many regular ones."""
         epochs, rows = self.trajectory().epochs, []
-        matrices = self.similarity_matrices(self.scale.fidelity.gradient_images)
-        for kind, matrix in sorted(matrices.items(), reverse=True):
+        for kind, matrix in sorted(self.similarity_matrices().items(), reverse=True):
             for threshold in thresholds:
                 keep = kept(similarities_along(matrix, threshold), threshold)
                 regular = regular_checkpoints(len(epochs) - 1, len(keep)) if len(keep) > 1 else [0]
@@ -121,30 +118,40 @@ class Surrogates:
         return pd.DataFrame(rows, columns=["similarity", "threshold", "kept", "epochs", "regular"])
 
     def retained(
-        self, fidelity: Fidelity, keep: Sequence[int] | None = None, name: str | None = None
+        self, keep: Sequence[int] | None = None, name: str | None = None
     ) -> tuple[Checkpoints, Callable[[int], Tensor]]:
-        """The checkpoints to guide with, `keep` or what `fidelity` chooses, and their class gradients (E, P)
-        by label.
+        """The checkpoints to guide with, `keep` or what the fidelity chooses, and their class gradients
+        (E, P) by label.
         """
-        images, trajectory = fidelity.gradient_images, self.trajectory(name)
-        keep = list(keep) if keep is not None else self._chosen(fidelity, trajectory, name)
+        trajectory = self.trajectory(name)
+        keep = list(keep) if keep is not None else self._chosen(trajectory, name)
         checkpoints = trajectory.keep(keep)
+        gradients_of = self.class_gradients(checkpoints, name)
         if self.scale.many_classes:
-            return checkpoints, self.class_gradients(images, name, checkpoints)
-        # What the filter has made and kept: a few classes, a small network, in memory.
-        whole = self.class_gradients(images, name)
-        labels = range(len(self.train.classes))
-        gradients = torch.stack([whole(label)[keep] for label in labels], dim=1).to(self.device)
+            return checkpoints, gradients_of
+        labels = range(len(self.train.classes))  # a few classes, a small network: in memory
+        gradients = torch.stack([gradients_of(label) for label in labels], dim=1).to(self.device)
         return checkpoints, lambda label: gradients[:, label]
 
-    def _chosen(self, fidelity: Fidelity, trajectory: Checkpoints, name: str | None) -> list[int]:
+    @property
+    def fixed(self) -> tuple[int, ...] | None:
+        """The released code's list of epochs for this data set and surrogate, where it has one."""
+        if self.train.name != self.scale.dataset:  # a stand-in's data
+            return None
+        return fixed_checkpoints(self.scale.dataset, self.scale.surrogate)
+
+    def _chosen(self, trajectory: Checkpoints, name: str | None) -> list[int]:
         """The released code's list where there is one for this data set, else Algorithm 2's choice."""
-        wanted = fidelity.checkpoints == "fixed" and self.train.name == self.scale.dataset
-        fixed = fixed_checkpoints(self.scale.dataset, name or self.scale.surrogate) if wanted else None
+        fidelity = self.scale.fidelity
+        fixed = self.with_network(name).fixed if fidelity.checkpoints == "fixed" else None
         if fixed is not None:
             return [trajectory.epochs.index(epoch) for epoch in fixed]
-        matrix = self.similarity_matrices(fidelity.gradient_images, name)[fidelity.similarity]
+        matrix = self.similarity_matrices(name)[fidelity.similarity]
         return kept(similarities_along(matrix, self.scale.threshold), self.scale.threshold)
+
+    def with_network(self, name: str | None) -> Surrogates:
+        """The same with another network as the scale's own."""
+        return self if name is None else replace(self, scale=replace(self.scale, surrogate=name))
 
     def with_threshold(self, threshold: float) -> Surrogates:
         """The same with another threshold of Algorithm 2."""

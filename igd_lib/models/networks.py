@@ -1,25 +1,40 @@
-"""Networks that are trained and tested: the hard-label protocol's own, and everything timm has.
+"""Networks that are trained and tested: the protocols' own, and everything torchvision and timm have.
 
-ConvNet-N, ResNetAP-N and ResNet-18 follow Minimax's evaluation code: instance normalisation written
-as affine GroupNorm(C, C), so no network of the protocol keeps batch statistics.
+ConvNet-N, ResNetAP-N and ResNet-N follow Minimax's evaluation code: instance normalisation written as affine
+GroupNorm(C, C), so they keep no batch statistics. `convnetN-bn` and the `_modified` ResNets are RDED's.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Callable
+from typing import Any, Literal
 
 import timm
+import torchvision
 from torch import Tensor, nn
+from torchvision.models import get_model, list_models
+
+Stem = Literal["small", "middle", "large"]
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def _instance(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(channels, channels)
 
 
 class ConvNet(nn.Module):
     """ConvNet-N: N x [conv 3x3, norm, ReLU, average pool 2], linear on the flattened map."""
 
-    def __init__(self, depth: int, num_classes: int, image_size: int, in_channels: int = 3, width: int = 128):
+    def __init__(
+        self,
+        depth: int,
+        num_classes: int,
+        image_size: int,
+        in_channels: int = 3,
+        width: int = 128,
+        norm: Callable[[int], nn.Module] = _instance,
+    ):
         super().__init__()
         side = image_size // 2**depth
         if side < 1:
@@ -28,7 +43,7 @@ class ConvNet(nn.Module):
         for index in range(depth):
             layers += [
                 nn.Conv2d(in_channels if index == 0 else width, width, 3, padding=1),
-                _norm(width),
+                norm(width),
                 nn.ReLU(),
                 nn.AvgPool2d(2),
             ]
@@ -49,16 +64,16 @@ class BasicBlock(nn.Module):
         )
         self.body = nn.Sequential(
             nn.Conv2d(inputs, outputs, 3, strided, 1, bias=False),
-            _norm(outputs),
+            _instance(outputs),
             nn.ReLU(),
             shrink,
             nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
-            _norm(outputs),
+            _instance(outputs),
         )
         self.shortcut: nn.Module = nn.Identity()
         if stride > 1 or inputs != outputs:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, strided, bias=False), shrink, _norm(outputs)
+                nn.Conv2d(inputs, outputs, 1, strided, bias=False), shrink, _instance(outputs)
             )
         self.act = nn.ReLU()
 
@@ -67,18 +82,34 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNetAP-10 (7x7 stem, average pool 4, strides by pooling) or ResNet-18 (7x7 stride 2, max pool)."""
+    """A stem and four stages of BasicBlocks, `width` to 8 x `width` channels; `pool`: ResNetAP's pooling.
 
-    def __init__(self, blocks: tuple[int, ...], pool: bool, num_classes: int, in_channels: int = 3):
+    The large stem is a 7x7 convolution that ends at a quarter of the side (average pool 4, or stride 2 and
+    max-pool), the middle one a 3x3 that ends at half of it, the small one a 3x3 alone.
+    """
+
+    def __init__(
+        self,
+        blocks: tuple[int, ...],
+        pool: bool,
+        num_classes: int,
+        in_channels: int = 3,
+        stem: Stem = "large",
+        width: int = 64,
+    ):
         super().__init__()
-        tail = nn.AvgPool2d(4) if pool else nn.MaxPool2d(3, 2, 1)
+        kernel, stride = (7, 1 if pool else 2) if stem == "large" else (3, 1)
         self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, 64, 7, 1 if pool else 2, 3, bias=False), _norm(64), nn.ReLU(), tail
+            nn.Conv2d(in_channels, width, kernel, stride, kernel // 2, bias=False),
+            _instance(width),
+            nn.ReLU(),
         )
+        if stem != "small":
+            self.stem.append(nn.AvgPool2d(4 if stem == "large" else 2) if pool else nn.MaxPool2d(3, 2, 1))
         layers: list[nn.Module] = []
-        inputs = 64
+        inputs = width
         for stage, count in enumerate(blocks):
-            outputs = 64 * 2**stage
+            outputs = width * 2**stage
             for index in range(count):
                 layers.append(BasicBlock(inputs, outputs, 2 if stage > 0 and index == 0 else 1, pool))
                 inputs = outputs
@@ -92,35 +123,87 @@ class ResNet(nn.Module):
         return self.classifier(self.body(self.stem(images)).mean((-2, -1)))
 
 
+# --- by name
+
+BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2)}  # a stage, by a ResNet's depth
+OWN = re.compile(
+    r"(?P<kind>convnet)(?P<depth>\d+)(?P<variant>-bn)?"
+    r"|(?P<resnet>resnet|resnetap)(?P<layers>10|18)(?P<thin>-cifar)?"
+)
+MODIFIED = ("resnet18_modified", "resnet101_modified")
+# Without those that give more than one output in training.
+TORCHVISION = tuple(
+    name for name in list_models(module=torchvision.models) if name not in ("googlenet", "inception_v3")
+)
+
+
 def network(name: str, *, num_classes: int, image_size: int, in_channels: int = 3) -> nn.Module:
     """A freshly initialised network by its name.
 
-    "convnetN", "resnetapN", "resnet18" (the hard-label protocol's own) or a timm name.
-
-    "timm/NAME" is timm's where a name means both: "timm/resnet18" has batch normalisation, as the soft-label
-    tables' networks have. Input (B, in_channels, image_size, image_size), output logits (B, num_classes).
-    Raises ValueError for a name that neither this module nor timm knows.
+    The protocols' own: "convnetN"; "resnet10", "resnet18", "resnetap10", "resnetap18" (with a 3x3 stem up to
+    128 px, unpooled up to 64), and these with "-cifar" for Minimax's CIFAR ResNets of half the width; RDED's
+    "convnetN-bn", "resnet18_modified" and "resnet101_modified". "torchvision/NAME" and "timm/NAME" are those
+    libraries'; any other bare name is torchvision's, where it has none timm's. Input (B, in_channels,
+    image_size, image_size), output logits (B, num_classes). Raises ValueError for an unknown name, or an
+    image size that the network cannot take.
     """
-    if match := re.fullmatch(r"convnet(\d+)", name):
-        return ConvNet(int(match[1]), num_classes, image_size, in_channels)
-    own = {
-        "resnetap10": ((1, 1, 1, 1), True),
-        "resnetap18": ((2, 2, 2, 2), True),
-        "resnet18": ((2, 2, 2, 2), False),
-    }
-    if name in own and image_size < (64 if own[name][1] else 33):
+    if match := OWN.fullmatch(name):
+        return _own(match, num_classes, image_size, in_channels)
+    library, _, rest = name.rpartition("/")
+    if rest in MODIFIED and not library:
+        return _modified(rest, num_classes, in_channels)
+    if rest in TORCHVISION and library in ("", "torchvision"):
+        return _torchvision(rest, num_classes, image_size, in_channels)
+    if rest in timm.list_models() and library in ("", "timm"):
+        # Transformers are built for one size.
+        fixed = timm.get_pretrained_cfg(rest).fixed_input_size
+        options = {"img_size": image_size} if fixed else {}
+        return timm.create_model(rest, num_classes=num_classes, in_chans=in_channels, **options)
+    raise ValueError(_unknown(name))
+
+
+def _own(match: re.Match[str], num_classes: int, image_size: int, in_channels: int) -> nn.Module:
+    """A network of this module."""
+    if match["kind"]:
+        norm = nn.BatchNorm2d if match["variant"] else _instance
+        return ConvNet(int(match["depth"]), num_classes, image_size, in_channels, norm=norm)
+    pool, thin = match["resnet"] == "resnetap", bool(match["thin"])
+    stem: Stem = "small" if thin or image_size <= 64 else "middle" if image_size <= 128 else "large"
+    if image_size < (16 if pool else 9):
         raise ValueError(
-            f"{name} shrinks the image 32 times, so that its last normalisation sees one pixel; "
+            f"{match[0]} halves the image three times, so that its last normalisation sees one pixel; "
             f"{image_size} px are too few"
         )
-    if name in own:
-        return ResNet(*own[name], num_classes, in_channels)
-    name = name.removeprefix("timm/")
-    if name not in timm.list_models():
-        raise ValueError(
-            f"unknown network {name!r}: convnetN, {', '.join(own)}, or one of timm.list_models()"
-        )
-    fixed = timm.get_pretrained_cfg(name).fixed_input_size  # transformers are built for one size
-    return timm.create_model(
-        name, num_classes=num_classes, in_chans=in_channels, **({"img_size": image_size} if fixed else {})
+    blocks, width = BLOCKS[int(match["layers"])], 32 if thin else 64
+    return ResNet(blocks, pool, num_classes, in_channels, stem, width)
+
+
+def _torchvision(name: str, num_classes: int, image_size: int, in_channels: int) -> nn.Module:
+    """torchvision's own, with its initialisation, drop-out and stochastic depth."""
+    if in_channels != 3:
+        raise ValueError(f"torchvision's {name} takes 3 channels, not {in_channels}; timm's take others")
+    options = {"image_size": image_size} if name.startswith("vit_") else {}
+    return get_model(name, weights=None, num_classes=num_classes, **options)
+
+
+def _modified(name: str, num_classes: int, in_channels: int) -> nn.Module:
+    """torchvision's ResNet with a 3x3 stem without pooling, for 32 and 64 px (RDED)."""
+    model: Any = get_model(name.removesuffix("_modified"), weights=None, num_classes=num_classes)
+    model.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+def _unknown(name: str) -> str:
+    """What to say of a name that nobody knows."""
+    own = [
+        "convnetN",
+        "convnetN-bn",
+        *(f"{kind}{depth}" for kind in ("resnet", "resnetap") for depth in BLOCKS),
+    ]
+    own += [*(f"{known}-cifar" for known in own[2:]), *MODIFIED]
+    near = difflib.get_close_matches(name, [*own, *TORCHVISION, *timm.list_models()], n=3)
+    return (
+        f"unknown network {name!r}{' (' + ', '.join(near) + '?)' if near else ''}; known are "
+        f"{', '.join(own)}; torchvision/NAME of {', '.join(TORCHVISION)}; and timm/NAME of timm.list_models()"
     )

@@ -18,13 +18,14 @@ from igd_lib.tools.machine import cache_dir
 
 # Raised when the same settings give another result.
 SCHEMA = {
-    "surrogate": 1,
-    "gradients": 1,
-    "similarities": 1,
-    "set": 1,
-    "evaluation": 1,
-    "rded": 1,
-    "minimax": 1,
+    "surrogate": 2,
+    "gradients": 2,
+    "similarities": 2,
+    "set": 2,
+    "evaluation": 2,
+    "rded": 2,
+    "minimax": 2,
+    "teacher": 1,
 }
 
 # What a setting is where work on disk does not name it. Values are never changed under one schema number; a
@@ -39,10 +40,12 @@ FROZEN: dict[str, dict[str, Any]] = {
         "saves_in_first_epoch": 1,
         "seed": 0,
         "keep_epochs": None,
+        "augment": None,
     },
     "gradients": {"images": 200},
-    "similarities": {"images": 200},
+    "similarities": {"images": [80, 500]},
     "set": {
+        "resize": "bilinear",
         "guidance": {"k": 5.0, "gamma": 120.0, "guided_range": [30, 45]},
         "guides": None,
         "cfg_scale": 4.0,
@@ -55,14 +58,17 @@ FROZEN: dict[str, dict[str, Any]] = {
             "range_counts_from": 0,
             "rho_factor": 0.0015,
             "eps": "combined",
-            "both_halves": False,
+            "second_chain": False,
+            "cosine_floor": 1e-6,
             "backward": "once",
             "clamp_images": False,
             "memory_size": 64,
             "gradient_images": 200,
+            "filter_images": [80, 500],
             "checkpoints": "fixed",
             "similarity": "per_class",
             "surrogate": "released",
+            "surrogate_augmentation": True,
             "vae": "stabilityai/sd-vae-ft-mse",
         },
         "shortcuts": {"jacobian": "full", "every": 1, "checkpoints_per_step": None, "guidance_decoder": None},
@@ -76,6 +82,7 @@ FROZEN: dict[str, dict[str, Any]] = {
             "betas": [0.9, 0.999],
             "decay": "all",
             "over_100_classes": None,
+            "made_for": None,
             "batch_size": 64,
             "batch_by_ipc": [],
             "batch_doubled_for": [],
@@ -98,7 +105,12 @@ FROZEN: dict[str, dict[str, Any]] = {
             "jitter": 0.4,
             "lighting": 0.1,
             "cutmix": 1.0,
+            "cutmix_probability": 1.0,
+            "mixup": 0.0,
             "temperature": 20.0,
+            "double_pass": False,
+            "mixed_precision": False,
+            "tf32": "convolutions",
             "test_resize": None,
             "evaluations": 100,
             "test_every": None,
@@ -109,10 +121,11 @@ FROZEN: dict[str, dict[str, Any]] = {
         "teacher": None,
         "precision": "float32",
     },
-    "rded": {"factor": 2, "candidates": 300, "crops": 5, "seed": 0},
+    "rded": {"size": 224, "factor": 2, "candidates": 300, "crops": 5, "jpeg_quality": 75, "seed": 0},
     "minimax": {
         "recipe": {
             "epochs": 8,
+            "steps": 12_000,
             "batch_size": 8,
             "lr": 1e-3,
             "ema": 0.9999,
@@ -122,6 +135,7 @@ FROZEN: dict[str, dict[str, Any]] = {
             "label_dropout": 0.1,
             "flip": True,
             "posterior": "sample",
+            "resize": "bicubic-halving",
             "images": None,
             "seed": 0,
         },
@@ -129,6 +143,8 @@ FROZEN: dict[str, dict[str, Any]] = {
         "mixed_precision": "no",
     },
 }
+# A teacher's recipe is a protocol, and a new field of protocols is listed once.
+FROZEN["teacher"] = {"recipe": FROZEN["evaluation"]["protocol"], "seed": 0}
 
 
 def key(kind: str, settings: Mapping[str, Any]) -> str:

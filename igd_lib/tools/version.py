@@ -9,7 +9,7 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-VERSION = "0.2.0"
+VERSION = "0.3.0"
 PACKAGE = Path(__file__).parents[1]  # the folder igd_lib
 PROJECT = PACKAGE.parent  # of a checkout: with notebooks and paper_figures
 

@@ -1,0 +1,113 @@
+"""Teachers that are trained here on a data set's real images, where none is given."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from igd_lib import evaluation
+from igd_lib.data.images import ImageData
+from igd_lib.evaluation import Cell
+from igd_lib.models.networks import network as make_network
+from igd_lib.protocols import Protocol
+from igd_lib.teachers import Teacher
+from igd_lib.tools import files, keys
+
+# torchvision's reference code for classification with its default settings, after which RDED's teachers were
+# trained: SGD 0.1 (x 0.1 every 30 of 90 epochs), batch 256, crops of 8 to 100 % of the area, flips. RDED's
+# README names the code, not the settings; and here crops are taken of the central square, at 256 px.
+TEACHER = Protocol(
+    "teacher",
+    224,
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+    "sgd",
+    0.1,
+    1e-4,
+    batch_size=256,
+    epochs=90,
+    milestones=(1 / 3, 2 / 3),
+    lr_decay=0.1,
+    train_resize=256,
+    crop_scale=(0.08, 1.0),
+    jitter=0.0,
+    lighting=0.0,
+    cutmix=0.0,
+    test_resize=256,
+    evaluations=1,
+    reported="last",
+    seeds=(0,),
+)
+
+
+def teacher_recipe(image_size: int) -> tuple[str, Protocol]:
+    """The network and training of a teacher for images of that size, as RDED has them.
+
+    Its ResNet-18 at 224 px, up to 64 px the "modified" one at the images' own. There crops are of at least
+    half the area, which is ours: 8 % of 32 px are nine pixels a side.
+    """
+    if image_size > 64:
+        return "torchvision/resnet18", TEACHER
+    small = replace(TEACHER, name="teacher-small", image_size=image_size, crop_scale=(0.5, 1.0))
+    return "resnet18_modified", replace(small, train_resize=None, test_resize=None)
+
+
+def train_teacher(
+    train: ImageData,
+    test: ImageData,
+    folder: str | Path | None = None,  # None: of the cache, named by the settings
+    *,
+    network: str | None = None,  # None and None: `teacher_recipe`'s
+    recipe: Protocol | None = None,  # of hard labels
+    least: float = Teacher.least,
+    seed: int = 0,
+    device: str | None = None,
+) -> Teacher:
+    """Train a network on all real images of `train`; one that is finished in `folder` is read instead.
+
+    An interrupted run goes on after its last state; a folder of other settings is refused. Says what it is
+    and its top-1 on `test`. Raises ValueError for soft labels or other class orders, FloatingPointError on
+    a non-finite loss.
+    """
+    usual = teacher_recipe(train.image_size)
+    name, recipe = network or usual[0], recipe or usual[1]
+    cell = Cell.of(train, test, name, recipe, seed, device=device)
+    about = _settings(cell)
+    folder = keys.folder("teacher", about) if folder is None else Path(folder)
+    keys.claim(folder / "manifest.json", "teacher", about, "a teacher")
+    path = folder / "teacher.safetensors"
+    if not path.is_file():
+        with files.locked(folder, "a teacher's training", wait=True):
+            if not path.is_file():
+                _train(cell, folder / "training.safetensors", path)
+    state, note = files.load_tensors(path)
+    model = make_network(name, num_classes=len(train.classes), image_size=recipe.image_size)
+    model.load_state_dict(state)
+    weights = f"trained here on {len(train):,} images of {train.name}, {train.split}; {files.digest(state)}"
+    teacher = Teacher(model, name, weights, train.classes, recipe.mean, recipe.std, least, note["top1"])
+    print(teacher, flush=True)
+    return teacher
+
+
+def _settings(cell: Cell) -> dict[str, Any]:
+    """What names a teacher on disk."""
+    return {
+        "network": cell.network,
+        "recipe": asdict(cell.protocol),
+        "seed": cell.seed,
+        "precision": cell.precision,
+        "device": torch.device(cell.device).type,
+        "train": [cell.train.name, cell.train.split, len(cell.train)],
+        "test": [cell.test.name, cell.test.split, len(cell.test)],
+        "classes": list(cell.train.classes),
+    }
+
+
+def _train(cell: Cell, training: Path, path: Path) -> None:
+    """The network as its training ends, and its top-1, into the file `path`."""
+    model, score = evaluation.train_network(cell, training)
+    files.save_tensors(path, model.state_dict(), top1=score.last)
+    training.unlink(missing_ok=True)
