@@ -793,7 +793,7 @@ def test_a_finished_evaluation_is_read(toy_data, tmp_path, monkeypatch):
         folder=tmp_path,
     )
     first = evaluate(toy_data, toy_data, **options)
-    monkeypatch.setattr(module, "_run", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(module, "train_network", lambda *_: pytest.fail("trained again"))
     assert evaluate(toy_data, toy_data, **options) == first
 
 
