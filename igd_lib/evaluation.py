@@ -6,8 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from igd_lib.data.augment import augment, cutmix, mixup, normalise
 from igd_lib.data.images import ImageData
+from igd_lib.models.networks import keep_outputs
 from igd_lib.models.networks import network as make_network
 from igd_lib.protocols import Protocol
 from igd_lib.sets.store import DistilledSet, in_memory
 from igd_lib.teachers import Teacher, accuracy, check_class_order, check_teacher
 from igd_lib.tools import cluster, files, keys
-from igd_lib.tools.machine import has_bfloat16
+from igd_lib.tools.machine import has_bfloat16, tf32
 
 CHECKPOINT_SECONDS = 60.0  # at most one training state is written in so much time
 
@@ -126,6 +126,15 @@ class Cell:
 
         Its precision too, since a cache may be shared by machines that differ in it.
         """
+        about = self.about
+        return about | {
+            "train": [*about["train"], fingerprint(self.train)],
+            "teacher": self.teacher and [self.teacher.architecture, self.teacher.weights],
+        }
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Its settings without the pixels' fingerprint and the teacher."""
         train, test = self.train, self.test
         return {
             "network": self.network,
@@ -133,10 +142,9 @@ class Cell:
             "seed": self.seed,
             "precision": self.precision,
             "device": torch.device(self.device).type,
-            "train": [train.name, train.split, len(train), fingerprint(train)],
+            "train": [train.name, train.split, len(train)],
             "test": [test.name, test.split, len(test)],
             "classes": list(train.classes),
-            "teacher": self.teacher and [self.teacher.architecture, self.teacher.weights],
         }
 
 
@@ -204,7 +212,7 @@ def train_network(cell: Cell, state: Path | None = None) -> tuple[nn.Module, Sco
     from the global generators: seeded here, restored afterwards, as is what the GPU's products are made in.
     Raises FloatingPointError on a non-finite loss.
     """
-    with torch.random.fork_rng(), _tf32(cell):
+    with torch.random.fork_rng(), tf32(cell.device, cell.protocol.tf32):
         torch.manual_seed(cell.seed)
         run = _Training(cell)
         return run.model, _trained(run, state)
@@ -373,24 +381,6 @@ def _precision(device: str, protocol: Protocol, mixed: bool | None) -> str:
     return "tf32" if has_tf32 and protocol.tf32 != "off" else "float32"
 
 
-@contextmanager
-def _tf32(cell: Cell) -> Iterator[None]:
-    """TF32 where the cell's protocol has it, and afterwards where it was before."""
-    if torch.device(cell.device).type != "cuda":
-        yield
-        return
-    # Written through the older switches too: the older and the newer must agree wherever one is read.
-    products: Any = torch.backends.cuda.matmul
-    layers: Any = torch.backends.cudnn
-    before = products.fp32_precision, layers.conv.fp32_precision, layers.rnn.fp32_precision
-    products.allow_tf32, layers.allow_tf32 = cell.protocol.tf32 == "all", cell.protocol.tf32 != "off"
-    try:
-        yield
-    finally:
-        products.allow_tf32, layers.allow_tf32 = before[0] == "tf32", before[1] == "tf32"
-        products.fp32_precision, layers.conv.fp32_precision, layers.rnn.fp32_precision = before
-
-
 def _autocast(device: str, precision: str) -> torch.autocast:
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
 
@@ -412,21 +402,6 @@ def resident(data: ImageData, device: str) -> ImageData:
         return data
     pixels = torch.cat([images.to(device) for images, _ in data.batches(500)])
     return replace(data, fetch=lambda indices: pixels[indices.to(device)])
-
-
-def keep_outputs(model: nn.Module, outputs: int, count: int) -> None:
-    """Cut a network of so many outputs to the first `count`; its last two parameters are its classifier's.
-
-    So RDED has its students, made for 1,000 classes: an EfficientNet's last layer starts the smaller the more
-    classes it is made for. Raises ValueError where the last two parameters are of another size.
-    """
-    for parameter in list(model.parameters())[-2:]:
-        if len(parameter) != outputs:
-            raise ValueError(
-                f"{type(model).__name__} does not end with a weight and a bias of {outputs} outputs; set "
-                "made_for=None in the protocol"
-            )
-        parameter.data = parameter.data[:count].clone()
 
 
 def make_optimizer(

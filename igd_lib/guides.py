@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from igd_lib.config import STANDARD, Fidelity, Guidance
 from igd_lib.guidance import deviation_loss, influence_loss, influence_scale, predicted_clean
+from igd_lib.schedulers import step_options, step_output
 from igd_lib.surrogate import Checkpoints
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -131,8 +131,7 @@ class SecondChain:
         """
         self.scheduler = copy.deepcopy(scheduler)
         self.latents: Tensor | None = None  # (B, C, h, w), from the first step on
-        takes = "generator" in inspect.signature(scheduler.step).parameters
-        self.options = {"generator": other_noise(generators)} if takes else {}
+        self.options = step_options(scheduler, other_noise(generators))
 
     def clean(self, step: Step) -> Tensor:
         """The clean latents (B, C, h, w) that it seems to imply; differentiable by the sample's z."""
@@ -145,9 +144,7 @@ class SecondChain:
         if self.latents is None:
             self.latents = step.z.detach()
             self.scheduler.set_timesteps(step.num_steps, device=step.z.device)
-        output, variance = step.other.detach(), step.other_variance
-        if variance is not None:
-            output = torch.cat([output, variance.detach()], dim=1)
+        output = step_output(step.other, step.other_variance)
         timestep = torch.tensor(step.timestep, device=step.z.device)
         self.latents = self.scheduler.step(output, timestep, self.latents, **self.options).prev_sample
 

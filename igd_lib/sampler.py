@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from igd_lib.config import STANDARD, Fidelity, Guidance
 from igd_lib.guidance import predicted_clean
 from igd_lib.guides import Deviation, Generators, Guide, Influence, SecondChain, Shortcuts, Step, Update
+from igd_lib.schedulers import step_options, step_output
 from igd_lib.surrogate import Checkpoints
 
 Callback = Callable[[int, int, dict[str, Any]], dict[str, Any] | None]
@@ -88,7 +89,7 @@ def sample(
     """
     _check(denoiser, scheduler, latents)
     timesteps = _timesteps(scheduler, num_steps, latents.device)
-    extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    options = step_options(scheduler, generator)
     indices = [num_steps - 1 - number + counts_from for number in range(num_steps)]
     guided = [number for number, index in enumerate(indices) if any(guide.covers(index) for guide in guides)]
     modules = [denoiser.transformer, *(module for guide in guides for module in guide.modules)]
@@ -105,7 +106,7 @@ def sample(
             # s(z_t, t, eps) - rho_t grad G_I - gamma grad G_D (Eq. 9).
             output = _noise(step, updates)
             shift = sum(update.shift for update in updates if update.shift is not None)
-            z_t = scheduler.step(output, timestep, z_t, **extra).prev_sample - shift
+            z_t = scheduler.step(output, timestep, z_t, **options).prev_sample - shift
             if not torch.isfinite(z_t).all():
                 raise FloatingPointError(_not_finite(index, asked))
             if callback is not None:
@@ -176,7 +177,7 @@ def _noise(step: Step, updates: Sequence[Update]) -> Tensor:
     for update in updates:
         if update.eps is not None:
             eps = eps + (update.eps - step.eps).detach()
-    return eps if step.variance is None else torch.cat([eps, step.variance.detach()], dim=1)
+    return step_output(eps, _detached(step.variance))
 
 
 def _not_finite(index: int, asked: Sequence[Guide]) -> str:

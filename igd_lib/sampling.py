@@ -121,8 +121,18 @@ class Sampling:
             decoder = self.guidance_decoder or self.pipe.vae
             scheduler = self.pipe.scheduler_for(self.fidelity)
             chain = SecondChain(scheduler, generators) if self.fidelity.second_chain else None
-            settings = (self.fidelity, self.shortcuts, chain)
-            found.append(Influence(self.guidance, self._guiding, own, targets, decoder, *settings))
+            found.append(
+                Influence(
+                    self.guidance,
+                    self._guiding,
+                    own,
+                    targets,
+                    decoder,
+                    self.fidelity,
+                    self.shortcuts,
+                    second_chain=chain,
+                )
+            )
         if self.guidance is not None and self.guidance.gamma > 0:
             size, floor = self.fidelity.memory_size, self.fidelity.cosine_floor
             found.append(Deviation(self.guidance, memory, size, floor))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
@@ -57,3 +59,14 @@ def make_scheduler(fidelity: Fidelity, base_config: Any, *, learned_variance: bo
         return UniPCMultistepScheduler.from_config(base_config, solver_order=2, **options)
     variance = "learned_range" if learned_variance else "fixed_small"
     return DDPMScheduler.from_config(base_config, variance_type=variance, clip_sample=False, **options)
+
+
+def step_options(scheduler: Any, generators: Any) -> dict[str, Any]:
+    """What `scheduler.step` is given beside output, timestep and sample: generators, where it draws noise."""
+    takes = "generator" in inspect.signature(scheduler.step).parameters
+    return {"generator": generators} if takes else {}
+
+
+def step_output(eps: Tensor, variance: Tensor | None) -> Tensor:
+    """What `scheduler.step` is given of a model: noise (B, C, h, w), with its variance where it has one."""
+    return eps if variance is None else torch.cat([eps, variance], dim=1)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from igd_lib import evaluation
 from igd_lib.data.images import ImageData
@@ -75,9 +72,8 @@ def train_teacher(
     usual = teacher_recipe(train.image_size)
     name, recipe = network or usual[0], recipe or usual[1]
     cell = Cell.of(train, test, name, recipe, seed, device=device)
-    about = _settings(cell)
-    folder = keys.folder("teacher", about) if folder is None else Path(folder)
-    keys.claim(folder / "manifest.json", "teacher", about, "a teacher")
+    folder = keys.folder("teacher", cell.about) if folder is None else Path(folder)
+    keys.claim(folder / "manifest.json", "teacher", cell.about, "a teacher")
     path = folder / "teacher.safetensors"
     if not path.is_file():
         with files.locked(folder, "a teacher's training", wait=True):
@@ -90,20 +86,6 @@ def train_teacher(
     teacher = Teacher(model, name, weights, train.classes, recipe.mean, recipe.std, least, note["top1"])
     print(teacher, flush=True)
     return teacher
-
-
-def _settings(cell: Cell) -> dict[str, Any]:
-    """What names a teacher on disk."""
-    return {
-        "network": cell.network,
-        "recipe": asdict(cell.protocol),
-        "seed": cell.seed,
-        "precision": cell.precision,
-        "device": torch.device(cell.device).type,
-        "train": [cell.train.name, cell.train.split, len(cell.train)],
-        "test": [cell.test.name, cell.test.split, len(cell.test)],
-        "classes": list(cell.train.classes),
-    }
 
 
 def _train(cell: Cell, training: Path, path: Path) -> None:

@@ -207,3 +207,18 @@ def _unknown(name: str) -> str:
         f"unknown network {name!r}{' (' + ', '.join(near) + '?)' if near else ''}; known are "
         f"{', '.join(own)}; torchvision/NAME of {', '.join(TORCHVISION)}; and timm/NAME of timm.list_models()"
     )
+
+
+def keep_outputs(model: nn.Module, outputs: int, count: int) -> None:
+    """Cut a network of so many outputs to the first `count`; its last two parameters are its classifier's.
+
+    So RDED has its students, made for 1,000 classes: an EfficientNet's last layer starts the smaller the more
+    classes it is made for. Raises ValueError where the last two parameters are of another size.
+    """
+    for parameter in list(model.parameters())[-2:]:
+        if len(parameter) != outputs:
+            raise ValueError(
+                f"{type(model).__name__} does not end with a weight and a bias of {outputs} outputs; set "
+                "made_for=None in the protocol"
+            )
+        parameter.data = parameter.data[:count].clone()

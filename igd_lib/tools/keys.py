@@ -143,8 +143,8 @@ FROZEN: dict[str, dict[str, Any]] = {
         "mixed_precision": "no",
     },
 }
-# A teacher's recipe is a protocol, and a new field of protocols is listed once.
-FROZEN["teacher"] = {"recipe": FROZEN["evaluation"]["protocol"], "seed": 0}
+# A teacher is trained under a protocol too, and a new field of protocols is listed once.
+FROZEN["teacher"] = {"protocol": FROZEN["evaluation"]["protocol"], "seed": 0}
 
 
 def key(kind: str, settings: Mapping[str, Any]) -> str:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,3 +54,21 @@ def has_bfloat16(device: str) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+@contextmanager
+def tf32(device: str, where: str) -> Iterator[None]:
+    """TF32 on a GPU in "all" products, in "convolutions" or "off"; afterwards where it was before."""
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    # Written through the older switches too: the older and the newer must agree wherever one is read.
+    products: Any = torch.backends.cuda.matmul
+    layers: Any = torch.backends.cudnn
+    before = products.fp32_precision, layers.conv.fp32_precision, layers.rnn.fp32_precision
+    products.allow_tf32, layers.allow_tf32 = where == "all", where != "off"
+    try:
+        yield
+    finally:
+        products.allow_tf32, layers.allow_tf32 = before[0] == "tf32", before[1] == "tf32"
+        products.fp32_precision, layers.conv.fp32_precision, layers.rnn.fp32_precision = before
