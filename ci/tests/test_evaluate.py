@@ -569,11 +569,11 @@ def test_tf32_is_set_for_the_evaluation_alone(toy_data, monkeypatch, tf32, insid
     own = gpu_products()
     try:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-        with pytest.raises(KeyboardInterrupt), module._tf32(replace(cell, device="cuda")):
+        with pytest.raises(KeyboardInterrupt), module.tf32("cuda", cell.protocol.tf32):
             assert gpu_products() == inside
             raise KeyboardInterrupt
         assert gpu_products() == before
-        with module._tf32(cell):  # nothing to set on a CPU
+        with module.tf32(cell.device, cell.protocol.tf32):  # nothing to set on a CPU
             assert gpu_products() == before
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = own
