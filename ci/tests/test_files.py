@@ -2,14 +2,21 @@
 
 import copy
 import errno
+import fcntl
 import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from igd_lib.tools import files
+from igd_lib.tools import files, locks
 
 
 def everything_in(folder: Path) -> list[str]:
@@ -155,3 +162,102 @@ def test_the_first_difference_is_named():
     assert files.difference(old, {"a": {"b": [1, 5]}}) == "a.b[1] = 2, wanted 5"
     assert files.difference(old, {"a": {}}) == "a.b = [1, 2], wanted None"
     assert files.difference(old, {"a": {"b": [1]}}) == "a.b = [1, 2], wanted [1]"
+
+
+# --- locks where there is no flock
+
+KILLED = """
+import errno, fcntl, os, signal, sys
+def flock(*_):
+    raise OSError({number}, "no flock")
+fcntl.flock = flock
+from igd_lib.tools import files
+with files.locked(sys.argv[1], "a run"):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture(params=[errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK], ids=errno.errorcode.get)
+def no_flock(request, monkeypatch) -> int:
+    def flock(file, operation):
+        if not str(os.readlink(f"/proc/self/fd/{getattr(file, 'fileno', lambda: file)()}")).startswith(LOCAL):
+            raise OSError(request.param, os.strerror(request.param))
+        return real(file, operation)
+
+    real = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(locks, "_said", set())
+    return request.param
+
+
+LOCAL = str(Path(tempfile.gettempdir()) / "igd-")  # a disk of this machine has flock
+
+
+def test_without_flock_a_killed_run_s_lock_is_taken_over(tmp_path, no_flock, capsys):
+    """A soft lock of a process that was killed would be there for ever."""
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED.format(number=no_flock), str(tmp_path)], env=os.environ, check=False
+    )
+    left = tmp_path / files.LOCK
+    assert killed.returncode == -signal.SIGKILL and "process " in left.read_text()
+    for _ in range(2):
+        with files.locked(tmp_path, "a run"):
+            with pytest.raises(BlockingIOError, match=rf"a run \(process {os.getpid()} on .*delete .*\.lock"):
+                files.locked(tmp_path, "a run").__enter__()
+        assert not left.exists()
+    assert capsys.readouterr().out.count("no flock") == 1
+
+
+@pytest.mark.parametrize("holder", ["process 999999999 on another machine\n1 pid:[1]\n", ""])
+def test_without_flock_another_machine_s_lock_says_what_to_delete(tmp_path, no_flock, holder):
+    """Whether it has ended cannot be known here."""
+    left = tmp_path / files.LOCK
+    left.write_text(holder)
+    with pytest.raises(BlockingIOError, match=r"if that has ended, delete .*/\.lock \(its file system"):
+        files.locked(tmp_path, "a run").__enter__()
+    assert left.read_text() == holder
+    left.unlink()
+    with files.locked(tmp_path, "a run"):
+        assert locks.has_ended(left.read_text()) is False
+    assert not left.exists()
+
+
+def test_without_flock_a_number_that_is_another_process_s_by_now_is_no_holder(tmp_path, no_flock):
+    first, second = locks.me().splitlines()
+    (tmp_path / files.LOCK).write_text(f"{first}\n1{second}\n")  # started at another time
+    with files.locked(tmp_path, "a run"):
+        pass
+
+
+def test_without_flock_a_run_can_wait_for_another(tmp_path, no_flock):
+    order = []
+
+    def second():
+        with files.locked(tmp_path, "a run", wait=True):
+            order.append("second")
+
+    with files.locked(tmp_path, "a run"):
+        other = threading.Thread(target=second)
+        other.start()
+        time.sleep(0.3)
+        order.append("first")
+    other.join(10)
+    assert order == ["first", "second"]
+
+
+# --- text of other systems
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_text_is_read_as_its_mark_says(tmp_path, encoding):
+    (tmp_path / "names").write_bytes("chien\nbébé\r\n".encode(encoding))
+    assert files.text(tmp_path / "names") == "chien\nbébé\r\n"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16-le"])
+def test_text_of_an_unknown_encoding_is_named_with_its_line(tmp_path, encoding):
+    content = "chien\nbébé\n" if encoding == "latin-1" else "bébé\n"
+    (tmp_path / "names").write_bytes(content.encode(encoding))
+    line = 2 if encoding == "latin-1" else 1
+    with pytest.raises(ValueError, match=f"names, line {line} .*save the file as UTF-8"):
+        files.text(tmp_path / "names")

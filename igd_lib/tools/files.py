@@ -6,11 +6,11 @@ flushes it to disk and renames it, so a crash, a full disk or a kill never leave
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import json
 import os
-import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,6 +22,8 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load as _parse
 from safetensors.torch import save as _serialise
 from torch import Tensor, nn
+
+from igd_lib.tools import locks
 
 
 def write(path: str | Path, content: bytes | str | Callable[[Path], None]) -> Path:
@@ -62,6 +64,28 @@ def _cannot_write(path: Path, error: OSError) -> OSError:
     )
 
 
+_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+
+
+def text(path: str | Path) -> str:
+    """A text file's content: UTF-8, or what its byte order mark says; no line end is changed.
+
+    Raises ValueError naming the file and line of the first byte that is neither, as in Latin-1.
+    """
+    raw = Path(path).read_bytes()
+    encoding = next((name for mark, name in _MARKS if raw.startswith(mark)), "utf-8")
+    remedy = "save the file as UTF-8"
+    try:
+        found = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].decode(encoding, "ignore").count("\n") + 1
+        raise ValueError(f"{path}, line {line} is not {encoding} ({error.reason}); {remedy}") from error
+    if "\0" in found:
+        line = found[: found.index("\0")].count("\n") + 1
+        raise ValueError(f"{path}, line {line} has a NUL, as UTF-16 without a byte order mark has; {remedy}")
+    return found
+
+
 def sha256(path: str | Path) -> str:
     """A file's hash, in hex."""
     with open(path, "rb") as file:
@@ -75,28 +99,62 @@ LOCK = ".lock"
 def locked(folder: str | Path, what: str, *, wait: bool = False) -> Iterator[None]:
     """Hold a folder's lock, which the system releases when the process ends, however it ends.
 
-    Where another process holds it, wait for it, or raise BlockingIOError. Raises OSError where the folder
+    Where another process holds it, wait for it, or raise BlockingIOError. On a file system without `flock`
+    the lock is a file that names its process (`locks`), which is said once. Raises OSError where the folder
     cannot be written.
     """
     path = Path(folder) / LOCK
-    lock = FileLock(path, timeout=-1 if wait else 0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        flock = locks.has_flock(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    with _flocked(path, what, wait) if flock else _named(path, what, wait):
+        yield
+
+
+@contextmanager
+def _flocked(path: Path, what: str, wait: bool) -> Iterator[None]:
+    lock = FileLock(path, timeout=-1 if wait else 0)
+    try:
         lock.acquire()
     except Timeout as error:
-        with suppress(OSError):
-            what = f"{what} ({path.read_text().strip()})"
+        with suppress(OSError, IndexError):
+            what = f"{what} ({path.read_text().splitlines()[0]})"
         raise BlockingIOError(
-            errno.EAGAIN, f"{folder} is in use by {what}; wait for it, or choose another folder"
+            errno.EAGAIN, f"{path.parent} is in use by {what}; wait for it, or choose another folder"
         ) from error
     except OSError as error:
         raise _cannot_write(path, error) from error
     try:
         with suppress(OSError):  # on a full disk the lock holds without a name in it
-            path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            path.write_text(locks.me())
         yield
     finally:
         path.unlink(missing_ok=True)  # a process that waits for it takes another file
+        lock.release()
+
+
+@contextmanager
+def _named(path: Path, what: str, wait: bool) -> Iterator[None]:
+    locks.say_once(
+        "the cache's file system has no flock: a lock is a file that names its process, and one that was "
+        f"killed on another machine leaves it behind ({path})"
+    )
+    lock = locks.NamedLock(path)
+    try:
+        taken = lock.acquire(wait=wait)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    if not taken:
+        raise BlockingIOError(
+            errno.EAGAIN,
+            f"{path.parent} is in use by {what} ({lock.holder()}); wait for it, or choose another folder; "
+            f"{lock.remedy}",
+        )
+    try:
+        yield
+    finally:
         lock.release()
 
 
