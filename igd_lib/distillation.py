@@ -67,8 +67,10 @@ def distill(
     """Sample `ipc` images of each class into `out_dir`, resuming what is there, and return the set.
 
     The manifest has the settings, the digests of all weights, and the revision of the code that made the set.
-    Raises ValueError when `out_dir` holds a set of other settings or weights (the first difference is named)
-    or ipc < 1, OSError when it cannot be written, BlockingIOError when another run is sampling into it.
+    Raises ValueError when `out_dir` holds a set of other settings or weights (the first difference is named),
+    when the data's images have another size than the model's, or ipc < 1, FloatingPointError when latents or
+    pixels are not finite (nothing of that batch is stored), OSError when `out_dir` cannot be written,
+    BlockingIOError when another run is sampling into it.
     """
     decoder = shortcuts.pop("guidance_decoder", None)
     if unknown := set(shortcuts) - {"jacobian", "every", "checkpoints_per_step"}:
@@ -107,6 +109,7 @@ class Wanted:
     def __post_init__(self) -> None:
         if self.ipc < 1:
             raise ValueError(f"ipc is at least 1, got {self.ipc}")
+        self.sampling.pipe.check_images_of(self.data.name, self.data.image_size)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -214,19 +217,22 @@ class _Job:
 
     def run(self, chunk: Sequence[int], what: str = "distil, image") -> None:
         """Sample what is missing of the classes `chunk`, in the batches of an uninterrupted run."""
-        sampling, out = self.wanted.sampling, DistilledSet(self.path)
+        out = DistilledSet(self.path)
         out.remove_leftovers(chunk)  # of a worker that died
         finished = {label: out.valid(label) for label in chunk}
         if all(count == out.ipc for count in finished.values()):
             return
+        device = self.wanted.sampling.pipe._execution_device
+        # What was trained or read on another one follows the pipeline.
+        wanted = self.to(str(device)).wanted
+        sampling = wanted.sampling
         # Without a memory, images of a class are independent too.
         rounds = 1 if sampling.remembers else max(1, 100 // len(chunk))
-        device = sampling.pipe._execution_device
         memory: dict[int, list[Tensor]] = {label: [] for label in chunk}
         if sampling.remembers:
             memory = {label: list(out.latents(label, finished[label]).to(device)) for label in chunk}
         guiding = chunk if sampling.influences else ()
-        own = {label: sampling.class_gradients(self.wanted.data, label) for label in guiding}
+        own = {label: sampling.class_gradients(wanted.data, label) for label in guiding}
         first = min(finished.values()) // rounds * rounds
         for start in progress(range(first, out.ipc, rounds), what):
             indices = range(start, min(start + rounds, out.ipc))
@@ -234,7 +240,7 @@ class _Job:
             lacking = {(label, index) for label, index in items if index >= finished[label]}
             if lacking:
                 earlier = {label: memory[label][:start] for label in chunk}
-                for (label, _), latent in _sample(self.wanted, out, items, lacking, earlier, own).items():
+                for (label, _), latent in _sample(wanted, out, items, lacking, earlier, own).items():
                     memory[label].append(latent)
 
 

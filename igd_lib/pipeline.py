@@ -64,10 +64,32 @@ class IGDPipeline(DiTPipeline):
             shape, generator=list(generators), device=self._execution_device, dtype=torch.float32
         )
 
+    @property
+    def image_size(self) -> int:
+        """The side of its images, in pixels: a latent's, times what the autoencoder makes of it."""
+        return self.transformer.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def check_images_of(self, name: str, image_size: int) -> None:
+        """Raise ValueError unless its images have the sides of the data set `name`, in pixels."""
+        if image_size != self.image_size:
+            raise ValueError(
+                f"the diffusion model makes images of {self.image_size} px, those of {name} have {image_size}: "
+                f"load the data at {self.image_size} px (`ImageData.at`, or a DataSpec's image_size), or take a "
+                f"model of {image_size} px"
+            )
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W), about [-1, 1], of scaled latents (B, C, h, w)."""
-        return self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample.float()
+        """Images (B, 3, H, W), about [-1, 1], of scaled latents (B, C, h, w).
+
+        Raises FloatingPointError where latents or pixels are not finite.
+        """
+        _check_finite(latents, "latents", "check the transformer's weights and precision, and what guides")
+        images = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample.float()
+        _check_finite(
+            images, "decoded pixels", f"the autoencoder is in {self.vae.dtype}; take float32 or bfloat16"
+        )
+        return images
 
     @torch.no_grad()
     def __call__(
@@ -111,6 +133,7 @@ class IGDPipeline(DiTPipeline):
             callback=callback if callback_on_step_end else None,
             **guided,
         )
+        _check_finite(latents, "latents", "what the callback returned is not")
         images: Any = latents
         if output_type != "latent":
             images = (self.decode(latents) / 2 + 0.5).clamp(0, 1)
@@ -119,3 +142,9 @@ class IGDPipeline(DiTPipeline):
                 images = self.numpy_to_pil(images) if output_type == "pil" else images
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def _check_finite(values: Tensor, what: str, hint: str) -> None:
+    """Raise FloatingPointError unless all are finite: as uint8 they would be black pixels."""
+    if not torch.isfinite(values).all():
+        raise FloatingPointError(f"{what} are not finite: {hint}")

@@ -84,15 +84,13 @@ class Sampling:
         return self.checkpoints if self.influences else None
 
     def to(self, device: str) -> Sampling:
-        """The same with its models on a device."""
-        gradients = self.gradients.to(device) if isinstance(self.gradients, Tensor) else self.gradients
+        """The same with its models on a device; class gradients follow a batch at a time."""
         checkpoints = self.checkpoints and self.checkpoints.to(device)
         decoder = self.guidance_decoder and self.guidance_decoder.to(device)
         return replace(
             self,
             pipe=self.pipe.to(device),
             checkpoints=checkpoints,
-            gradients=gradients,
             guidance_decoder=decoder,
         )
 
@@ -117,7 +115,7 @@ class Sampling:
         targets = torch.tensor(list(labels), device=device)
         found: list[Guide] = []
         if self.guidance is not None and self._guiding is not None:
-            own = torch.stack([gradients[label] for label in labels], dim=1).to(device)
+            own = torch.stack([gradients[label].to(device) for label in labels], dim=1)
             decoder = self.guidance_decoder or self.pipe.vae
             scheduler = self.pipe.scheduler_for(self.fidelity)
             chain = SecondChain(scheduler, generators) if self.fidelity.second_chain else None

@@ -307,7 +307,10 @@ class ClassGradients:
     images: int | None = 200
 
     def __call__(self, label: int) -> Tensor:
-        """(E, P) of one class. Raises ValueError when the file on disk is of another origin."""
+        """(E, P) of one class, on the model's device whether computed or read.
+
+        Raises ValueError when the file on disk is of another origin.
+        """
         path = Path(self.folder) / f"{label:05d}.safetensors"
         origin = self._origin | {"class": self.data.classes[label]}
         if path.is_file():
@@ -318,7 +321,7 @@ class ClassGradients:
                     f"{path} has another origin: {different} = {metadata.get(different)}, wanted "
                     f"{origin[different]}; delete its folder"
                 )
-            return tensors["gradients"]
+            return tensors["gradients"].to(next(self.checkpoints.model.parameters()).device)
         gradients = class_gradients(self.checkpoints, self.data.of_class(label, self.images), label)
         files.save_tensors(path, {"gradients": gradients}, **origin)
         return gradients

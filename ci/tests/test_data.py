@@ -2,6 +2,8 @@
 
 import gzip
 import hashlib
+import shutil
+import unicodedata
 from collections import Counter
 from dataclasses import replace
 
@@ -14,8 +16,9 @@ from torchvision.datasets.folder import default_loader
 
 from igd_lib.data import images as data
 from igd_lib.data.datasets import DATASETS, DataSpec
-from igd_lib.data.images import load, read_image, read_images, to_float, to_uint8
+from igd_lib.data.images import load, missing, read_image, read_images, to_float, to_uint8
 from igd_lib.data.sources import fashion
+from igd_lib.tools import locks
 
 # --- Fashion-MNIST
 
@@ -524,3 +527,103 @@ def test_images_of_another_resize_are_another_split(photographs):
     assert "train, bicubic-halving" in other.per_class(2, seed=0).split
     with pytest.raises(ValueError, match="resize is one of bilinear, bicubic-halving, got 'bicubic'"):
         replace(SPEC, resize="bicubic")
+
+
+# --- folders as desktops, file servers and archives leave them
+
+
+@pytest.mark.parametrize("inside", ["nothing", "flat", "hidden", "one folder"])
+@pytest.mark.parametrize("spec", [SPEC, replace(SPEC, classes=(), label_ids=())], ids=["named", "unnamed"])
+def test_unsorted_test_images_beside_a_sorted_val(animals, inside, spec, capsys, monkeypatch):
+    """As ImageNet comes: its test images have no labels."""
+    monkeypatch.setattr(locks, "_said", set())
+    where = animals / "test" / {"hidden": ".cat", "one folder": "images"}.get(inside, "")
+    where.mkdir(parents=True)
+    if inside != "nothing":
+        shutil.copy(animals / "val" / "cat" / "0.png", where / "0.png")
+    assert len(load(spec, "test", animals)) == 6 and missing(spec, animals) == []
+    load(spec, "test", animals)
+    said = capsys.readouterr().out
+    assert said.count("holds no class folders: the test images are those of") == 1 and "val" in said
+
+
+def test_a_sorted_test_comes_before_val(animals):
+    shutil.copytree(animals / "val", animals / "test")
+    (animals / "test" / "cat" / "0.png").unlink()
+    assert len(load(SPEC, "test", animals)) == 5
+
+
+def test_a_test_folder_that_lacks_a_class_does_not_shift_the_labels(animals):
+    shutil.rmtree(animals / "val" / "bee")
+    with pytest.raises(ValueError, match=r"val: class folders do not match; missing: \['bee'\]"):
+        load(replace(SPEC, classes=(), label_ids=()), "test", animals)
+
+
+def test_what_systems_leave_behind_is_left_out_and_said_once(animals, capsys, monkeypatch):
+    monkeypatch.setattr(locks, "_said", set())
+    spec, train = replace(SPEC, classes=(), label_ids=()), animals / "train"
+    before = load(spec, "train", animals)
+    assert capsys.readouterr().out == ""
+    for where in (train, train / "cat"):
+        for name in ("@eaDir", "__MACOSX", ".hidden"):
+            (where / name).mkdir()
+            shutil.copy(train / "bee" / "0.png", where / name / "SYNOPHOTO_THUMB_M.jpg")
+    for name in ("._0.png", ".DS_Store", "Thumbs.db", "._x.jpg"):
+        (train / "cat" / name).write_bytes(b"\0\5\26\7")
+    (train / "cat" / "loop").symlink_to(train / "cat")
+    (train / "cat" / "above").symlink_to(animals)
+    (train / "bee" / "self.png").symlink_to(train / "bee")
+    (train / "itself").symlink_to("itself")
+    images = load(spec, "train", animals)
+    load(spec, "train", animals)
+    assert images.classes == before.classes and torch.equal(images.labels, before.labels)
+    assert torch.equal(images.fetch(torch.arange(6)), before.fetch(torch.arange(6)))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"{train}: 13 files and folders that systems leave behind" in line and "the first is" in line
+
+
+def test_links_to_images_elsewhere_are_followed(animals):
+    (animals / "train" / "cat").rename(animals / "cats")
+    (animals / "train" / "cat").symlink_to(animals / "cats")
+    assert len(load(SPEC, "train", animals)) == 6
+
+
+ACCENTED = ("bébé", "chat", "dé")
+
+
+@pytest.fixture(params=["NFC", "NFD"])
+def accented(tmp_path, request):
+    """Class folders with accents in a normal form; the list is in the other one."""
+    for split in ("train", "val"):
+        for name in ACCENTED:
+            folder = tmp_path / split / unicodedata.normalize(request.param, name)
+            folder.mkdir(parents=True)
+            Image.new("RGB", (16, 16), COLOURS["cat"]).save(folder / "0.png")
+    listed = [unicodedata.normalize({"NFC": "NFD", "NFD": "NFC"}[request.param], name) for name in ACCENTED]
+    return tmp_path, listed
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_classes_txt_of_another_system(accented, encoding):
+    folder, listed = accented
+    order = listed[::-1]
+    (folder / "classes.txt").write_bytes("\r\n".join(order).encode(encoding))
+    for spec in (DataSpec("x", (), (), 16), DataSpec("x", tuple(order), (), 16)):
+        images = load(spec, "train", folder)
+        assert [unicodedata.normalize("NFC", name) for name in images.classes] == list(ACCENTED)[::-1]
+    (folder / "classes.txt").unlink()
+    assert load(DataSpec("x", (), (), 16), "test", folder).classes == ACCENTED
+
+
+def test_classes_txt_in_latin_1_is_refused_with_its_line(accented):
+    folder, _ = accented
+    (folder / "classes.txt").write_bytes("chat\nbébé\ndé".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"classes.txt, line 2 is not utf-8"):
+        load(DataSpec("x", (), (), 16), "train", folder)
+
+
+def test_two_folders_of_one_name_are_refused(accented):
+    folder, listed = accented
+    (folder / "train" / listed[0]).mkdir()
+    with pytest.raises(ValueError, match="are one name in two Unicode forms"):
+        load(DataSpec("x", (), (), 16), "train", folder)

@@ -15,14 +15,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DiTPipeline
 from PIL import Image
 
 from igd_lib import distillation as module
 from igd_lib.config import STANDARD, Guidance
 from igd_lib.data.images import to_uint8
 from igd_lib.distillation import distill, image_generator
+from igd_lib.sampling import Sampling
+from igd_lib.sets import store
 from igd_lib.sets.store import DistilledSet
-from igd_lib.surrogate import class_gradients
+from igd_lib.surrogate import Checkpoints, class_gradients
 from igd_lib.tools import files, keys
 from igd_lib.tools.version import git_revision
 
@@ -715,3 +718,74 @@ def test_runs_killed_at_random_moments_end_with_the_same_images(tmp_path):
     if threads == 1:  # as the killed ones had
         assert torch.equal(pixels(found), pixels(whole)) and torch.equal(latents(found), latents(whole))
     assert_same_pixels(found, whole)
+
+
+# --- what is not finite, of another size or on another device
+
+
+@pytest.mark.parametrize("broken", ["decoder", "latents"])
+def test_what_is_not_finite_is_never_stored(run, tiny_pipe, tmp_path, monkeypatch, broken):
+    """As uint8 it would be a finished set of black images."""
+    if broken == "decoder":
+        tiny_pipe.vae.decoder.conv_out.bias.data.fill_(float("nan"))
+    else:
+        nan = torch.full((3, 4, 8, 8), float("inf"))
+        monkeypatch.setattr(Sampling, "sample", lambda *_, **__: nan)
+    what = {"decoder": "decoded pixels are", "latents": "latents are"}[broken]
+    with pytest.raises(FloatingPointError, match=f"{what} not finite"):
+        run(guidance=None, ipc=1)
+    assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.safetensors"))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        tiny_pipe.decode(torch.full((1, 4, 8, 8), float("nan")))
+
+
+def test_verify_names_a_stored_latent_that_is_not_finite(run):
+    """Of a version that did not look: its sums are right."""
+    whole = run()
+    path, image = whole.latent_path(1, 2), whole.image_path(1, 2)
+    latent = files.load_tensors(path)[0]["latent"]
+    latent[0, 0, 0] = float("nan")
+    note = {"latent_sha256": store.tensor_sha256(latent), "image_sha256": files.sha256(image)}
+    files.save_tensors(path, {"latent": latent}, **note)
+    assert whole.verify() == ["class 1, image 2: its latent is not finite"]
+    assert whole.verify(repair=True) and run().verify() == []
+
+
+def test_images_of_another_size_are_refused_before_anything_is_sampled(run, toy_data, tiny_pipe, tmp_path):
+    other = toy_data.at(32)
+    message = "diffusion model makes images of 16 px, those of toy have 32"
+    with pytest.raises(ValueError, match=message):
+        distill(tiny_pipe, other, ipc=1, guidance=None, checkpoints=None, out_dir=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    found = run(guidance=None, checkpoints=None)
+    found.image_path(0, 2).unlink()
+    with pytest.raises(ValueError, match=message):  # nor is a set of the right size gone on with
+        distill(tiny_pipe, other, ipc=3, guidance=None, checkpoints=None, out_dir=found.path)
+
+
+def test_a_model_s_image_size_is_that_of_what_it_decodes(tiny_pipe, standin_pipe):
+    for pipe in (tiny_pipe, standin_pipe):
+        noise = pipe.latent_noise([torch.Generator().manual_seed(0)])
+        assert pipe.decode(noise).shape[-1] == pipe.image_size
+
+
+def test_everything_follows_the_pipeline_to_its_device(run, monkeypatch):
+    """A trajectory that was trained or read on another device, and the memory of a resumed class."""
+    moved, real = [], Checkpoints.to
+    monkeypatch.setattr(Checkpoints, "to", lambda self, device: moved.append(device) or real(self, device))
+    whole = run()
+    assert set(moved) == {"cpu"}
+    whole.image_path(0, 2).unlink()
+    monkeypatch.setattr(DiTPipeline, "_execution_device", property(lambda _: torch.device("meta")))
+    with pytest.raises((NotImplementedError, RuntimeError)):  # nothing can be sampled there
+        run()
+    assert moved[-1] == "meta"
+
+
+def test_class_gradients_of_mixed_devices_are_stacked_on_the_pipeline_s(tiny_pipe, toy, monkeypatch):
+    sampling = Sampling(tiny_pipe, GUIDANCE, checkpoints=toy().checkpoints, num_steps=6)
+    monkeypatch.setattr(DiTPipeline, "_execution_device", property(lambda _: torch.device("meta")))
+    own = toy().gradients
+    mixed = {0: own[:, 0], 1: own[:, 1].to("meta")}
+    influence, _ = sampling.guides([0, 1], [0, 0], [torch.zeros(0, 4, 8, 8)] * 2, mixed, [])
+    assert influence.gradients.device.type == "meta" and influence.gradients.shape == own[:, :2].shape

@@ -389,3 +389,15 @@ def test_keep(toy):
     kept = checkpoints.keep([0, 2])
     assert kept.epochs == [0.0, 2.0] and kept.learning_rates == [0.01, 0.03]
     assert kept.states[0] is checkpoints.states[0] and kept.states[1] is checkpoints.states[2]
+
+
+def test_class_gradients_are_on_the_model_s_device_whether_computed_or_read(
+    toy, toy_data, tmp_path, monkeypatch
+):
+    """Some classes of a batch are on disk already and some are not."""
+    monkeypatch.setattr("igd_lib.surrogate._norm", lambda state: 1.0)
+    checkpoints = toy().checkpoints
+    computed = ClassGradients(checkpoints, toy_data, tmp_path)(0)
+    assert computed.device.type == "cpu"
+    elsewhere = replace(checkpoints, model=copy.deepcopy(checkpoints.model).to("meta"))
+    assert ClassGradients(elsewhere, toy_data, tmp_path)(0).device.type == "meta"

@@ -267,6 +267,7 @@ def _paper(artefact: str, dataset: str, fidelity: Fidelity, ipc: int, labels: st
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = PaperModels(dataset, fidelity, device)
     train, test, spec = load(dataset, "train"), load(dataset, "test"), DATASETS[dataset]
+    models.pipe.check_images_of(train.name, train.image_size)  # before a surrogate is trained for hours
     scale = paper_scale(
         dataset,
         fidelity=fidelity,

@@ -153,6 +153,8 @@ class DistilledSet:
             return f"cannot be read ({error})"
         if size != (self.manifest["image_size"],) * 2:
             return f"{size[0]} x {size[1]} px"
+        if not torch.isfinite(tensors["latent"]).all():
+            return "its latent is not finite"
         if note.get("latent_sha256", tensor_sha256(tensors["latent"])) != tensor_sha256(tensors["latent"]):
             return "another latent than was sampled"
         if note.get("image_sha256", files.sha256(image)) != files.sha256(image):

@@ -146,8 +146,7 @@ class NamedLock:
             return True
         name = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:16]
         # Contenders for such a file are on this machine, and so is this lock.
-        with FileLock(Path(tempfile.gettempdir()) / f"igd-{name}.lock"):
-            with suppress(FileNotFoundError):
-                if has_ended(self.path.read_text()):
-                    self.path.unlink()
+        with FileLock(Path(tempfile.gettempdir()) / f"igd-{name}.lock"), suppress(FileNotFoundError):
+            if has_ended(self.path.read_text()):
+                self.path.unlink()
         return True

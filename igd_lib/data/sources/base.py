@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import subprocess
 import tarfile
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from igd_lib.tools import files
 from igd_lib.tools.machine import data_dir
 
 if TYPE_CHECKING:
@@ -45,7 +47,9 @@ def place(spec: DataSpec, root: str | Path | None) -> Path:
 def check_order(ours: Sequence[str], theirs: Sequence[str], where: Path) -> None:
     """Raise ValueError at the first label whose class differs from the list in the file `where`."""
     for label in range(max(len(ours), len(theirs))):
-        a, b = (repr(names[label]) if label < len(names) else "not there" for names in (ours, theirs))
+        a, b = (
+            repr(composed(names[label])) if label < len(names) else "not there" for names in (ours, theirs)
+        )
         if a != b:
             raise ValueError(
                 f"class orders differ: label {label} is {a} in the DataSpec and {b} in {where}; "
@@ -54,5 +58,28 @@ def check_order(ours: Sequence[str], theirs: Sequence[str], where: Path) -> None
 
 
 def lines(path: Path) -> list[str]:
-    """A text file's lines without white space around them, empty ones left out."""
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """A text file's lines without white space around them, composed (NFC), empty ones left out.
+
+    Raises ValueError as `files.text`.
+    """
+    return [composed(line.strip()) for line in files.text(path).splitlines() if line.strip()]
+
+
+def composed(name: str) -> str:
+    """A name in Unicode's normal form NFC: macOS writes others (NFD) than most lists have."""
+    return unicodedata.normalize("NFC", name)
+
+
+# What desktops, file servers and archives put beside a user's files; all else that they leave is hidden.
+_LEFT_BEHIND = {
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin"),
+    *("@eadir", "#recycle", "__macosx", "lost+found"),
+}
+
+
+def is_clutter(name: str) -> bool:
+    """Whether a file or folder of this name is nobody's data.
+
+    It is hidden (.DS_Store, AppleDouble's ._x.jpg), or left behind by a system.
+    """
+    return name.startswith(".") or name.casefold() in _LEFT_BEHIND

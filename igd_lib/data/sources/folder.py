@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torchvision.datasets.folder import make_dataset
 
-from igd_lib.data.sources.base import Found, check_order, lines, place
+from igd_lib.data.sources.base import Found, check_order, composed, is_clutter, lines, place
+from igd_lib.tools.locks import say_once
 
 if TYPE_CHECKING:
     from igd_lib.data.datasets import DataSpec
@@ -17,32 +18,60 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 
-def _split_folder(base: Path, stored: str) -> Path | None:
+def _split_folder(base: Path, stored: str, classes: Collection[str]) -> Path | None:
+    """The split's folder: the first with a folder of some class, else the first that is there.
+
+    Some data sets come with unsorted images in `test` beside a sorted `val`.
+    """
     names = ("train",) if stored == "train" else ("test", "val")
-    return next((base / name for name in names if (base / name).is_dir()), None)
+    there = [base / name for name in names if (base / name).is_dir()]
+    wanted = {composed(name) for name in classes}
+    fit = [folder for folder in there if not wanted.isdisjoint(_class_folders(folder))]
+    if there and fit and fit[0] != there[0]:
+        say_once(f"{there[0]} holds no class folders: the test images are those of {fit[0]}")
+    return next(iter([*fit, *there]), None)
 
 
-def _class_folders(folder: Path) -> list[str]:
+def _class_folders(folder: Path) -> dict[str, str]:
+    """The folders in it, but those that systems leave behind: composed name (NFC) to name on disk, sorted.
+
+    Raises ValueError for two that differ in their Unicode normal form alone.
+    """
+    found: dict[str, str] = {}
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        names = sorted(entry.name for entry in entries if not is_clutter(entry.name) and _is_folder(entry))
+    for name in names:
+        if (twin := found.setdefault(composed(name), name)) != name:
+            raise ValueError(
+                f"{folder}: {twin!a} and {name!a} are one name in two Unicode forms; join or rename one"
+            )
+    return dict(sorted(found.items()))
+
+
+def _known(spec: DataSpec, base: Path) -> tuple[str, ...]:
+    """The class names as far as they are known without the split: a test folder that lacks one is found out."""
+    listed = base / "classes.txt"
+    order = tuple(lines(listed)) if listed.is_file() and not spec.subset else ()
+    if spec.classes and order:
+        check_order(spec.classes, order, listed)
+    train = base / "train"
+    return spec.classes or order or (tuple(_class_folders(train)) if train.is_dir() else ())
 
 
 def read(spec: DataSpec, stored: str, root: str | Path | None) -> Found:
     base = place(spec, root)
-    folder = _split_folder(base, stored)
+    known = _known(spec, base)
+    folder = _split_folder(base, stored, known)
     if folder is None:
         wanted = base / "train" if stored == "train" else f"{base / 'test'} or {base / 'val'}"
         raise FileNotFoundError(
             f"{spec.name}: no folder {wanted}; put one folder of images a class there, or set IGD_DATA"
         )
-    listed = base / "classes.txt"
-    order = tuple(lines(listed)) if listed.is_file() and not spec.subset else ()
-    if spec.classes and order:
-        check_order(spec.classes, order, listed)
     there = _class_folders(folder)
-    classes = spec.classes or order or tuple(there)
-    lacking = [name for name in classes if name not in set(there)]
-    extra = [] if spec.subset else [name for name in there if name not in set(classes)]
+    classes = known or tuple(there)
+    lacking = [name for name in classes if composed(name) not in there]
+    expected = {composed(name) for name in classes}
+    extra = [] if spec.subset else [name for name in there if name not in expected]
     if lacking or extra or not classes:
         raise ValueError(
             f"{folder}: class folders do not match; missing: {lacking[:3] or 'none'}, unexpected: "
@@ -50,19 +79,64 @@ def read(spec: DataSpec, stored: str, root: str | Path | None) -> Found:
         )
     paths: list[str] = []
     labels: list[int] = []
-    # ImageFolder's own listing, so the order within a class is its order too.
+    left_out = [str(folder / name) for name in sorted(os.listdir(folder)) if is_clutter(name)]
     for label, name in enumerate(classes):
-        images = make_dataset(str(folder), {name: label}, IMAGE_SUFFIXES, allow_empty=True)
+        images = list(_images(folder / there[composed(name)], (base, folder), left_out))
         if not images:
             raise ValueError(f"{folder / name}: no images in this class folder ({', '.join(IMAGE_SUFFIXES)})")
-        paths += [path for path, _ in images]
+        paths += images
         labels += [label] * len(images)
+    if left_out:
+        say_once(
+            f"{folder}: {len(left_out)} files and folders that systems leave behind, and links back to a folder "
+            f"above, are left out, the first is {left_out[0]}"
+        )
     return Found(folder, classes, torch.tensor(labels), paths)
+
+
+def _images(folder: Path, above: tuple[Path, ...], left_out: list[str]) -> Iterator[str]:
+    """A class's image files in the order of torchvision's ImageFolder; what is no image of it to `left_out`."""
+    found = []
+    pending = [(str(folder), frozenset(_identity(path) for path in above))]
+    while pending:
+        where, ancestors = pending.pop()
+        own = ancestors | {_identity(where)}
+        kept = []
+        with os.scandir(where) as listed:
+            entries = sorted(listed, key=lambda entry: entry.name)
+        for entry in entries:
+            is_folder = _is_folder(entry)
+            if is_clutter(entry.name) or (is_folder and _identity(entry.path) in own):
+                left_out.append(entry.path)
+            elif is_folder:
+                pending.append((entry.path, own))
+            else:
+                kept.append(entry.path)
+        found.append((where, kept))
+    for _, kept in sorted(found):
+        yield from (path for path in kept if path.lower().endswith(IMAGE_SUFFIXES))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _identity(path: str | Path) -> tuple[int, int]:
+    """What a folder is, whatever links lead to it."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
 
 
 def missing(spec: DataSpec, root: str | Path | None) -> list[str]:
     base = place(spec, root)
-    folders = [_split_folder(base, stored) for stored in ("train", "test")]
+    try:
+        known = _known(spec, base)
+        folders = [_split_folder(base, stored, known) for stored in ("train", "test")]
+    except ValueError as error:
+        return [f"the images of {spec.name}: {error}"]
     if any(folder is None for folder in folders):
         return [
             f"the images of {spec.name}: put them into {base}/train and {base}/val, one folder a class "
@@ -70,8 +144,8 @@ def missing(spec: DataSpec, root: str | Path | None) -> list[str]:
         ]
     found = []
     for folder in folders:
-        there = set(_class_folders(folder)) if folder is not None else set()
-        lacking = [name for name in spec.classes if name not in there]
+        there = _class_folders(folder) if folder is not None else {}
+        lacking = [name for name in spec.classes if composed(name) not in there]
         if lacking:
             found.append(
                 f"the images of {spec.name}: {len(lacking)} of {len(spec.classes)} class folders are not "
