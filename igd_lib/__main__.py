@@ -15,7 +15,24 @@ from igd_lib.tools.version import VERSION
 # broken.
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Interruptible(click.Group):
+    """Ctrl-C ends a command with one line that says how to go on, and 130, as shells have it."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            click.echo(f"\n{error}" if str(error) else f"\ninterrupted; {self.go_on(ctx)}", err=True)
+            ctx.exit(130)
+
+    def go_on(self, ctx: click.Context) -> str:
+        """What to do next."""
+        if ctx.invoked_subcommand in ("demo", "minimax", "standin"):
+            return "the same command goes on from what is on disk"
+        return "run the same command again"
+
+
+@click.group(cls=Interruptible, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION, prog_name="igd")
 def igd() -> None:
     """Influence-guided diffusion for dataset distillation, reproduced."""
@@ -157,6 +174,54 @@ def standin(name: str, out: Path | None, decoder: bool) -> None:
     if not decoder:
         click.echo(library.build(name, folder))
     click.echo(library.add_decoder(name, folder))
+
+
+@igd.command()
+@click.option("--remove", multiple=True, metavar="KIND|KEY|all", help="Delete this work; may be repeated.")
+@click.option(
+    "--older-than", type=click.FloatRange(min=0), default=0.0, metavar="DAYS", help="Not used since."
+)
+@click.option("--yes", is_flag=True, help="Delete without asking.")
+@click.option("--json", "as_json", is_flag=True, help="The list as JSON.")
+def cache(remove: tuple[str, ...], older_than: float, yes: bool, as_json: bool) -> None:
+    """List work on disk by kind, size and last use, or remove some of it; all but models is made anew.
+
+    Exits with 1 if some could not be removed. Example: igd cache --remove set --older-than 30
+    """
+    from igd_lib.tools import cache as library
+
+    try:
+        found = library.work(older_than)
+        found = library.chosen(found, remove) if remove else found
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--remove") from error
+    if as_json:
+        entries = [
+            {
+                "kind": one.kind,
+                "key": one.key,
+                "path": str(one.path),
+                "bytes": one.bytes,
+                "last_used": one.last_used,
+            }
+            for one in found
+        ]
+        click.echo(json.dumps(entries, indent=2))
+    else:
+        click.echo(library.table(found))
+    if not remove or not found:
+        return
+    if not yes:
+        click.confirm("Delete these?", abort=True, err=True)
+    failed = 0
+    for one in found:
+        try:
+            library.remove(one)
+        except OSError as error:
+            failed += 1
+            click.echo(f"kept: {error}", err=True)
+    click.echo(f"deleted: {len(found) - failed}", err=True)
+    sys.exit(int(failed > 0))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from igd_lib.tools.locks import say_once
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -224,8 +226,16 @@ _TABLE_12 = {
 }
 
 
+TABLE_12_IPCS = (10, 50, 100)
+
+
+def nearest_ipc(ipc: int) -> int:
+    """Table 12's IPC whose settings another one takes: the largest not above it, else the smallest."""
+    return max((known for known in TABLE_12_IPCS if known <= ipc), default=TABLE_12_IPCS[0])
+
+
 def preset(dataset: str, backbone: str = "dit", ipc: int = 10) -> Guidance:
-    """The guidance of Table 12, or of the stand-in's validation run; other IPCs take the nearest row below.
+    """The guidance of Table 12; another IPC than the paper's takes `nearest_ipc`'s, which is said once.
 
     backbone: "dit" or "minimax". Raises KeyError for a data set without a preset.
     """
@@ -235,5 +245,10 @@ def preset(dataset: str, backbone: str = "dit", ipc: int = 10) -> Guidance:
             f"no preset for {dataset!r} with {backbone!r} (known: {known}); see Guidance for the ranges "
             "to search"
         )
-    k, gamma = _TABLE_12[dataset, backbone][0 if ipc < 50 else 1 if ipc < 100 else 2]
+    if ipc not in TABLE_12_IPCS:
+        known = ", ".join(map(str, TABLE_12_IPCS))
+        say_once(
+            f"the paper's Table 12 has no IPC {ipc}, but {known}: k and gamma are IPC {nearest_ipc(ipc)}'s"
+        )
+    k, gamma = _TABLE_12[dataset, backbone][TABLE_12_IPCS.index(nearest_ipc(ipc))]
     return Guidance(float(k), float(gamma))

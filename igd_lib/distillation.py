@@ -31,7 +31,7 @@ from igd_lib.sampling import Gradients, Sampling
 from igd_lib.sets.store import DistilledSet, tensor_sha256
 from igd_lib.surrogate import Checkpoints
 from igd_lib.tools import cluster, files, keys
-from igd_lib.tools.progress import progress
+from igd_lib.tools.progress import progress, resumable
 from igd_lib.tools.version import VERSION, git_revision
 
 
@@ -172,7 +172,12 @@ def fill(
     if all(out.finished(label) == wanted.ipc for label in wanted.selected):
         return out
     job = _Job(wanted, out.path)
-    with files.locked(out.path, "a run that samples into it", wait=wait):
+
+    def done() -> str:
+        count = sum(out.finished(label) for label in out.selected)
+        return f"{count} of {len(out.selected) * out.ipc} images are in {out.path}"
+
+    with resumable(done), files.locked(out.path, "a run that samples into it", wait=wait):
         out.remove_leftovers()
         if ray:
             _on_a_cluster(job, out, batch_classes, workers, where=ray)

@@ -73,9 +73,9 @@ class IGDPipeline(DiTPipeline):
         """Raise ValueError unless its images have the sides of the data set `name`, in pixels."""
         if image_size != self.image_size:
             raise ValueError(
-                f"the diffusion model makes images of {self.image_size} px, those of {name} have {image_size}: "
-                f"load the data at {self.image_size} px (`ImageData.at`, or a DataSpec's image_size), or take a "
-                f"model of {image_size} px"
+                f"the diffusion model makes images of {self.image_size} px, those of {name} have "
+                f"{image_size}: load the data at {self.image_size} px (`ImageData.at`, or a DataSpec's "
+                f"image_size), or take a model of {image_size} px"
             )
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from igd_lib.config import Augment
 from igd_lib.data.augment import augment, normalise
 from igd_lib.data.images import ImageData, to_float
 from igd_lib.tools import files, keys
-from igd_lib.tools.progress import progress
+from igd_lib.tools.progress import progress, resumable
 
 
 @dataclass(frozen=True)
@@ -158,14 +158,15 @@ def run_training(
     if done > training.epochs:  # a longer run is on disk: its beginning is what was asked for
         trajectory.cut(training.epochs, whole=training.keep_epochs is None)
     model.train()
-    for epoch in progress(range(done, training.epochs), "surrogate, epoch"):
-        for step, (images, labels) in enumerate(data.batches(training.batch_size, generator), start=1):
-            inputs = _inputs(images, training.augment, generator)
-            _train_step(model, optimizer, inputs, labels, f"epoch {epoch + 1}; lower lr ({training.lr})")
-            now = epoch + 1.0 if step == steps else epoch + step / steps
-            if now in chosen and (step == steps or (epoch == 0 and step in saves)):
-                trajectory.add(now)
-        trajectory.save(epoch + 1, optimizer, generator)
+    with resumable(lambda: trajectory.kept):
+        for epoch in progress(range(done, training.epochs), "surrogate, epoch"):
+            for step, (images, labels) in enumerate(data.batches(training.batch_size, generator), start=1):
+                inputs = _inputs(images, training.augment, generator)
+                _train_step(model, optimizer, inputs, labels, f"epoch {epoch + 1}; lower lr ({training.lr})")
+                now = epoch + 1.0 if step == steps else epoch + step / steps
+                if now in chosen and (step == steps or (epoch == 0 and step in saves)):
+                    trajectory.add(now)
+            trajectory.save(epoch + 1, optimizer, generator)
     return Checkpoints(
         model.eval(), trajectory.states, trajectory.epochs, [training.lr] * len(trajectory.states)
     )
@@ -231,6 +232,13 @@ class _Trajectory:
             ]
             self.epochs = [epoch for _, epoch in whole]
         return done
+
+    @property
+    def kept(self) -> str:
+        """What an interruption leaves, in words."""
+        if self.folder is None:
+            return "nothing of the trajectory is kept without a folder"
+        return f"the trajectory's whole epochs are in {self.folder}"
 
     def cut(self, epochs: int, *, whole: bool) -> None:
         """Keep the first `epochs` epochs alone; of a whole trajectory the last is also the model's state."""

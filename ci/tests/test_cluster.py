@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -18,7 +21,7 @@ from igd_lib.experiment.experiment import prepare
 from igd_lib.experiment.methods import Method
 from igd_lib.protocols import IGD_HARD
 from igd_lib.sets.store import DistilledSet
-from igd_lib.tools import cluster
+from igd_lib.tools import cluster, machine
 
 ray = pytest.importorskip("ray")
 
@@ -179,3 +182,85 @@ def test_without_ray_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(ImportError, match=r"the extra \[cluster\]"):
         victim(tmp_path / "set", ray=True)
+
+
+# --- where the cluster is
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        *((text, False) for text in ("", "0", "false", "FALSE", "no", "off", " 0 ")),
+        *((text, True) for text in ("1", "true", "True", "yes", "on")),
+        *(
+            (text, text)
+            for text in ("auto", "local", "10.0.0.1:6379", "head:6379", "ray://head:10001", "[::1]:6379")
+        ),
+    ],
+)
+def test_igd_ray_is_read_as_it_is_meant(monkeypatch, given, found):
+    monkeypatch.setenv("IGD_RAY", given)
+    assert machine.ray_cluster() == found and type(machine.ray_cluster()) is type(found)
+
+
+@pytest.mark.parametrize("given", ["ture", "2", "head", "http://head:6379", "head:port"])
+def test_what_is_no_address_is_named(monkeypatch, given):
+    monkeypatch.setenv("IGD_RAY", given)
+    with pytest.raises(ValueError, match=f"HOST:PORT, got '{given}'"):
+        machine.ray_cluster()
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_head_that_does_not_answer_is_named_at_once(scheme, monkeypatch):
+    """Ray alone tries for minutes."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was asked"))
+    with socket.socket() as closed:  # bound, so nobody else's, and not listening
+        closed.bind(("127.0.0.1", 0))
+        address = f"{scheme}127.0.0.1:{closed.getsockname()[1]}"
+        began = time.monotonic()
+        with pytest.raises(ConnectionError, match=f"no Ray cluster answers at '{address}' .*IGD_RAY"):
+            cluster.connect(address)
+    assert time.monotonic() - began < 2
+
+
+def test_a_head_that_is_silent_is_waited_for_a_few_seconds(monkeypatch):
+    monkeypatch.setattr(cluster, "TIMEOUT", 0.2)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+    def silent(address, timeout):
+        time.sleep(timeout)
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(socket, "create_connection", silent)
+    with pytest.raises(ConnectionError, match="no Ray cluster answers at 'head:6379' \\(timed out"):
+        cluster.connect("head:6379")
+
+
+@pytest.mark.parametrize(("length", "short"), [(39, False), (40, True), (90, True)])
+def test_a_long_tmpdir_is_left_to_others(monkeypatch, length, short):
+    """A socket's path has at most 107 bytes, 68 of them Ray's own."""
+    asked = {}
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", "/" + "x" * (length - 1))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: asked.update(options))
+    cluster.connect(True)
+    assert asked.get("_temp_dir") == ("/tmp/ray" if short else None)
+
+
+@pytest.mark.slow
+def test_ray_starts_under_a_long_tmpdir(tmp_path):
+    folder = tmp_path / ("long" * 25)
+    folder.mkdir()
+    source = (
+        "from igd_lib.tools import cluster\nwith cluster.cluster(True) as ray: print(ray.is_initialized())"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", source],
+        env=os.environ | {"TMPDIR": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.stdout.splitlines()[-1:] == ["True"], found.stderr[-2000:]

@@ -789,3 +789,17 @@ def test_class_gradients_of_mixed_devices_are_stacked_on_the_pipeline_s(tiny_pip
     mixed = {0: own[:, 0], 1: own[:, 1].to("meta")}
     influence, _ = sampling.guides([0, 1], [0, 0], [torch.zeros(0, 4, 8, 8)] * 2, mixed, [])
     assert influence.gradients.device.type == "meta" and influence.gradients.shape == own[:, :2].shape
+
+
+def test_an_interrupted_run_says_what_is_there_and_how_to_go_on(run, monkeypatch, tmp_path):
+    real, count = module._sample, itertools.count()
+
+    def stop(*arguments):
+        if next(count) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "_sample", stop)
+    with pytest.raises(KeyboardInterrupt, match="6 of 9 images are in .*set; run the same again to go on"):
+        run()
+    assert len(run().images(0)) == 3 and not (tmp_path / "set" / ".lock").exists()

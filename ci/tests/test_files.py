@@ -201,9 +201,9 @@ def test_without_flock_a_killed_run_s_lock_is_taken_over(tmp_path, no_flock, cap
     left = tmp_path / files.LOCK
     assert killed.returncode == -signal.SIGKILL and "process " in left.read_text()
     for _ in range(2):
-        with files.locked(tmp_path, "a run"):
-            with pytest.raises(BlockingIOError, match=rf"a run \(process {os.getpid()} on .*delete .*\.lock"):
-                files.locked(tmp_path, "a run").__enter__()
+        held = rf"a run \(process {os.getpid()} on .*delete .*\.lock"
+        with files.locked(tmp_path, "a run"), pytest.raises(BlockingIOError, match=held):
+            files.locked(tmp_path, "a run").__enter__()
         assert not left.exists()
     assert capsys.readouterr().out.count("no flock") == 1
 

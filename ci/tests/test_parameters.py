@@ -130,3 +130,40 @@ def test_a_deleted_name_no_longer_counts():
 )
 def test_cells_of_literals(source, names):
     assert parameters.literals(source) == names
+
+
+# --- text that papermill has made a number of
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (30, "30"),
+        (0.5, "0.5"),
+        (-1, "-1"),
+        ("30", "30"),
+        ([15, 30], "15,30"),
+        ((0.5, "1"), "0.5,1"),
+        (["convnet6", "resnet18"], "convnet6,resnet18"),
+    ],
+)
+def test_a_number_passes_for_its_text(given, text):
+    """`-p ks 30` gives 30, `-y "ks: [15, 30]"` a list."""
+    assert parameters.read({"ks": given}, ks=str).ks == text
+
+
+@pytest.mark.parametrize(
+    "given", [True, None, float("nan"), float("inf"), [], [[1, 2]], ["a,b"], [True], [""], {"a": 1}]
+)
+def test_what_may_have_been_another_text_is_refused(given):
+    with pytest.raises(TypeError, match=r"'ks' is str, got .*papermill takes text as it is by -r ks TEXT"):
+        parameters.read({"ks": given}, ks=str)
+
+
+@pytest.mark.parametrize("flag", ["-p", "-y"])
+def test_text_as_papermill_itself_hands_it_on(flag):
+    papermill = pytest.importorskip("papermill.cli")
+    yaml = pytest.importorskip("yaml")
+    given = papermill._resolve_type("30") if flag == "-p" else yaml.safe_load("[15, 30]")
+    expected = "30" if flag == "-p" else "15,30"
+    assert parameters.read({"ks": given}, ks=str).ks == expected

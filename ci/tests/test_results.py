@@ -357,6 +357,16 @@ def test_load_names_a_damaged_file(tmp_path):
             load(path)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_rows_that_an_office_program_saved_are_read(tmp_path, encoding):
+    path = consolidate(frame([replace(ROW, network="résumé")]), tmp_path / "a.csv")
+    path.write_bytes(path.read_text(encoding="utf-8").encode(encoding))
+    assert load(path).network.tolist() == ["résumé"]
+    path.write_bytes(path.read_bytes().decode(encoding).encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.csv, line 2 is not utf-8 .*save the file as UTF-8"):
+        load(path)
+
+
 # --- the code's revision
 
 

@@ -401,3 +401,14 @@ def test_class_gradients_are_on_the_model_s_device_whether_computed_or_read(
     assert computed.device.type == "cpu"
     elsewhere = replace(checkpoints, model=copy.deepcopy(checkpoints.model).to("meta"))
     assert ClassGradients(elsewhere, toy_data, tmp_path)(0).device.type == "meta"
+
+
+def test_interrupted_training_says_where_its_epochs_are(toy_data, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("igd_lib.surrogate._train_step", stop)
+    with pytest.raises(KeyboardInterrupt, match="whole epochs are in .*; run the same again"):
+        train_surrogate(ConvNet(2, 3, 16, width=8), toy_data, epochs=1, folder=tmp_path)
+    with pytest.raises(KeyboardInterrupt, match="nothing of the trajectory is kept without a folder"):
+        train_surrogate(ConvNet(2, 3, 16, width=8), toy_data, epochs=1)

@@ -3,11 +3,13 @@
 import pandas as pd
 import pytest
 
-from igd_lib.analysis import tables
+from igd_lib import config
+from igd_lib.analysis import plotting, tables
 from igd_lib.analysis.results import frame
 from igd_lib.experiment.experiment import prepare
 from igd_lib.experiment.measures import About
 from igd_lib.experiment.methods import Method
+from igd_lib.tools import locks
 
 
 @pytest.fixture
@@ -109,3 +111,63 @@ def test_a_comparable_cell_has_its_difference(rows):
     }  # fmt: skip
     assert found.loc["DiT"].difference == "-4.6" and found.loc["DiT"]["within two sds"] == "no"
     assert found.loc["RDED"].difference == ""
+
+
+# --- one seed, and what the paper does not have
+
+
+def test_one_seed_has_no_sd(rows):
+    one = rows[rows.seed == 0]
+    distance = one.assign(metric="FD over x", value=1.0)
+    shown = [
+        tables.accuracy_table(one),
+        tables.wide_table(pd.concat([one, distance])),
+        tables.cross_table(one),
+        tables.metric_table(one, distance),
+        tables.differences(one, [("DiT-IGD", "DiT")]),
+        tables.rank_correlations(one, distance),
+        tables.beside_paper(one, tables.reported(2, ipc=10)),
+    ]
+    for table in shown:
+        assert "nan" not in table.to_string(index=False).casefold(), table
+    assert tables.accuracy_table(one).sd.tolist() == ["", ""] and tables.accuracy_table(one).n.tolist() == [
+        1,
+        1,
+    ]
+    assert tables.metric_table(one, distance)["FD over x"].tolist() == ["1.000", "1.000"]
+    found = tables.verdict(tables.differences(one, [("DiT-IGD", "DiT")]))
+    assert found == "DiT-IGD - DiT: +10.0 points, n = 1: no sd, no clear difference"
+
+
+def test_figures_of_one_seed_say_so(rows):
+    for chosen, words in ((rows[rows.seed == 0], "n = 1 generation seed, no sd"), (rows, "sd over n = 4 ")):
+        figure = plotting.scores(chosen, title="x")
+        assert words in figure.axes[0].get_title()
+        plotting.keep(figure, "", "")
+
+
+@pytest.mark.parametrize("ipc", [7, 20])
+def test_the_paper_has_no_such_ipc(rows, ipc, capsys, monkeypatch):
+    monkeypatch.setattr(locks, "_said", set())
+    for _ in range(2):
+        paper = tables.reported(2, ipc=ipc)
+    assert (
+        capsys.readouterr().out
+        == f"the paper's Table 2 has no ipc {ipc}, but 10, 50: nothing to compare with\n"
+    )
+    ours = rows.assign(ipc=ipc)
+    found = tables.beside_paper(ours, paper)
+    assert list(found.method) == ["DiT-IGD", "DiT"] and set(found.paper) == {""}
+    assert found.iloc[0]["ours (fashion-mnist, smoke)"] == "61.0 ± 0.8"
+    assert len(tables.paper_table(paper)) == 0
+
+
+def test_a_preset_says_where_the_paper_has_none(capsys, monkeypatch):
+    monkeypatch.setattr(locks, "_said", set())
+    assert config.preset("imagenette", "dit", 10).gamma == 50 and capsys.readouterr().out == ""
+    found = {ipc: config.preset("imagenette", "dit", ipc).gamma for ipc in (1, 7, 20, 49, 50, 75, 100, 200)}
+    assert found == {1: 50, 7: 50, 20: 50, 49: 50, 50: 120, 75: 120, 100: 120, 200: 120}
+    said = capsys.readouterr().out
+    assert (
+        "Table 12 has no IPC 20, but 10, 50, 100: k and gamma are IPC 10's" in said and said.count("\n") == 6
+    )

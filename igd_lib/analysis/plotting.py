@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from igd_lib.analysis import results
 from igd_lib.analysis.tables import far_below
+from igd_lib.tools import files
 from igd_lib.tools.version import PROJECT
 
 STYLE = PROJECT / "paper_figures" / "igd.mplstyle"
@@ -138,8 +140,15 @@ def scores(rows: pd.DataFrame, *, title: str, label: str = "top-1 accuracy (%)")
     axes.set_xlim(-0.5, len(methods) - 0.5)
     axes.set_ylabel(label)
     counts = sorted({int((rows.method == method).sum()) for method in methods})
-    axes.set_title(f"{title}\n(mean and sd over n = {', '.join(map(str, counts))} generation seeds)")
+    axes.set_title(f"{title}\n({_over(counts)})")
     return figure
+
+
+def _over(counts: Sequence[int]) -> str:
+    """What dots and bars are, of methods with so many seeds each: one seed has no sd."""
+    if list(counts) == [1]:
+        return "n = 1 generation seed, no sd"
+    return f"mean and sd over n = {', '.join(map(str, counts))} generation seeds"
 
 
 def curves(rows: pd.DataFrame, panels: Sequence[tuple[str, str]], *, title: str) -> Figure:
@@ -169,7 +178,7 @@ def curves(rows: pd.DataFrame, panels: Sequence[tuple[str, str]], *, title: str)
         for handle, label in zip(*place.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(f"{title}\n(mean and sd over n = {', '.join(map(str, sorted(counts)))} generation seeds)")
+    figure.suptitle(f"{title}\n({_over(sorted(counts))})")
     return figure
 
 
@@ -322,7 +331,7 @@ def places(coordinates: pd.DataFrame, distances: pd.DataFrame, *, title: str) ->
 
 def read_gallery(source: str | Path) -> dict[str, Any]:
     """`gallery`'s arguments from `pictures.Gallery.save`'s two files: `source` without .png and .csv."""
-    table = pd.read_csv(f"{source}.csv", dtype=str, keep_default_na=False)
+    table = pd.read_csv(io.StringIO(files.text(f"{source}.csv")), dtype=str, keep_default_na=False)
     titles = [table[column].iloc[0] for column in table.columns if column.isdecimal()]
     with Image.open(f"{source}.png") as picture:
         grid = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)

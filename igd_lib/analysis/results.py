@@ -10,6 +10,7 @@ their seed, it is an error.
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -195,8 +196,8 @@ def load(path: str | Path) -> pd.DataFrame:
     Raises ValueError naming the file on what `consolidate` refuses, or damage.
     """
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            header, *lines = list(csv.reader(file, strict=True)) or [[]]
+        content = io.StringIO(files.text(path), newline="")
+        header, *lines = list(csv.reader(content, strict=True)) or [[]]
         _check_columns(header)
         records = []
         for number, line in enumerate(lines, 1):
@@ -207,7 +208,8 @@ def load(path: str | Path) -> pd.DataFrame:
             )
         return _measurements(_frame(records))
     except (ValueError, csv.Error) as error:
-        raise ValueError(f"{path}: {error}") from error
+        where = "" if str(error).startswith(str(path)) else f"{path}: "
+        raise ValueError(f"{where}{error}") from error
 
 
 def frame(rows: Sequence[Row]) -> pd.DataFrame:

@@ -8,6 +8,7 @@ import pandas as pd
 from scipy import stats
 
 from igd_lib.analysis import results, statistics
+from igd_lib.tools.locks import say_once
 from igd_lib.tools.version import PROJECT
 
 PAPER_REPORTED = PROJECT / "paper_figures" / "data" / "paper_reported.csv"
@@ -21,8 +22,12 @@ def top1(rows: pd.DataFrame) -> pd.DataFrame:
 def accuracy_table(
     rows: pd.DataFrame, influence: pd.DataFrame | None = None, by: Sequence[str] = ("method",)
 ) -> pd.DataFrame:
-    """Each group's top-1 mean, sd and n, and the methods' mean influence loss if given, all rounded."""
+    """Each group's top-1 mean, sd (empty for one seed) and n, all rounded.
+
+    With `influence` the methods' mean influence loss too.
+    """
     table = results.summary(top1(rows), by).round({"mean": 1, "sd": 1}).rename(columns={"mean": "top-1 (%)"})
+    table = _without_nan(table, "sd")
     if influence is not None:
         table["influence loss"] = table.method.map(
             results.summary(influence).set_index("method")["mean"]
@@ -72,7 +77,7 @@ def metric_table(*frames: pd.DataFrame) -> pd.DataFrame:
     table = results.summary(rows, ("method", "metric"))
     decimals = table.groupby("metric")["mean"].transform(lambda means: 1 if means.abs().median() >= 10 else 3)
     table["shown"] = [
-        f"{mean:.{places}f} ± {sd:.{places}f}"
+        _plus_minus(mean, sd, places)
         for mean, sd, places in zip(table["mean"], table.sd, decimals, strict=True)
     ]
     wide = table.pivot_table(index="method", columns="metric", values="shown", aggfunc="first", sort=False)
@@ -116,13 +121,11 @@ def rank_correlations(rows: pd.DataFrame, distances: pd.DataFrame) -> pd.DataFra
     accuracy = found[~found.method.isin(below)].set_index(keys)["value"]
     entries = []
     for metric, own in distances.groupby("metric", sort=False):
-        test = stats.spearmanr(own.set_index(keys)["value"].reindex(accuracy.index), accuracy)
-        entry = {
-            "metric": metric,
-            "rank correlation with top-1": round(test.statistic, 2),
-            "p": round(test.pvalue, 3),
-            "n": len(accuracy),
-        }
+        entry: dict[str, object] = {"metric": metric, "rank correlation with top-1": "", "p": ""}
+        if len(accuracy) > 2:  # of two sets any two metrics are perfectly correlated
+            test = stats.spearmanr(own.set_index(keys)["value"].reindex(accuracy.index), accuracy)
+            entry |= {"rank correlation with top-1": round(test.statistic, 2), "p": round(test.pvalue, 3)}
+        entry["n"] = len(accuracy)
         entries.append(entry | ({"without": ", ".join(below)} if below else {}))
     return pd.DataFrame(entries)
 
@@ -138,16 +141,19 @@ def correlations_by(rows: pd.DataFrame, distances: pd.DataFrame, by: str = "netw
 
 
 def differences(rows: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
-    """Paired differences between methods, rounded for showing."""
-    return statistics.comparison(rows, pairs).round(4)
+    """Paired differences between methods, rounded for showing; one pair has no sd and no standard error."""
+    return _without_nan(statistics.comparison(rows, pairs).round(4), "sd", "standard error")
 
 
 def verdict(table: pd.DataFrame) -> str:
     """Each difference in words: a gain or loss by a paired t-test at 5 %, else no clear difference."""
     lines = []
     for entry in table.itertuples():
+        if entry.n == 1:
+            lines.append(f"{entry.difference}: {entry.mean:+.1f} points, n = 1: no sd, no clear difference")
+            continue
         error = entry.sd / entry.n**0.5
-        clear = entry.n > 1 and abs(entry.mean) > stats.t.ppf(0.975, entry.n - 1) * error
+        clear = abs(entry.mean) > stats.t.ppf(0.975, entry.n - 1) * error
         word = ("gain" if entry.mean > 0 else "loss") if clear else "no clear difference"
         lines.append(
             f"{entry.difference}: {entry.mean:+.1f} points, sd {entry.sd:.1f} over n = {entry.n} pairs: "
@@ -167,11 +173,19 @@ def verdicts(rows: pd.DataFrame, pairs: Sequence[tuple[str, str]], by: str = "ne
 
 
 def reported(table: int, **cells: object) -> pd.DataFrame:
-    """The paper's rows of a table with the values given, e.g. `dataset="imagewoof", ipc=10`."""
+    """The paper's rows of a table with the values given, e.g. `dataset="imagewoof", ipc=10`.
+
+    Where it has none, that is said once, and there are no rows.
+    """
     rows = pd.read_csv(PAPER_REPORTED, keep_default_na=False, na_values={"value": [""], "sd": [""]})
     rows = rows[rows.table == table]
     for column, value in cells.items():
-        rows = rows[rows[column].astype(str) == str(value)]
+        fitting = rows[rows[column].astype(str) == str(value)]
+        if fitting.empty and len(rows):
+            known = sorted(set(rows[column].astype(str)) - {""}, key=lambda text: (len(text), text))
+            has = f"has no {column} {value}, but {', '.join(known)}"
+            say_once(f"the paper's Table {table} {has}: nothing to compare with")
+        rows = fitting
     if "ipc" in cells:  # a column of text because the rows of the full data set have none
         rows = rows.assign(ipc=rows.ipc.astype(int))
     return rows
@@ -220,5 +234,15 @@ def paper_table(paper: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _plus_minus(mean: float, sd: float) -> str:
-    return "" if pd.isna(mean) else f"{mean:.1f}" if pd.isna(sd) else f"{mean:.1f} ± {sd:.1f}"
+def _plus_minus(mean: float, sd: float, places: int = 1) -> str:
+    """The mean, with its sd where there is one; nothing without a mean."""
+    if pd.isna(mean):
+        return ""
+    return f"{mean:.{places}f}" if pd.isna(sd) else f"{mean:.{places}f} ± {sd:.{places}f}"
+
+
+def _without_nan(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """The table with what is missing in these columns empty; unchanged where nothing is."""
+    lacking = [name for name in columns if table[name].isna().any()]
+    shown = {name: table[name].astype(object).where(table[name].notna(), "") for name in lacking}
+    return table.assign(**shown)

@@ -10,7 +10,7 @@ import torch
 from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor
 
-from igd_lib.config import STANDARD, Fidelity
+from igd_lib.config import STANDARD, TABLE_12_IPCS, Fidelity, nearest_ipc
 from igd_lib.data.datasets import DATASETS, DataSpec
 from igd_lib.data.images import ImageData, load, missing
 from igd_lib.distillation import Wanted, fill
@@ -277,6 +277,8 @@ def _paper(artefact: str, dataset: str, fidelity: Fidelity, ipc: int, labels: st
         image_size=train.image_size,
     )
     source = "Table 12" if scale.from_table_12 else "not from Table 12, which has none for it"
+    if scale.from_table_12 and ipc not in TABLE_12_IPCS:
+        source += f" at IPC {nearest_ipc(ipc)}, for it has no IPC {ipc}"
     banner = (
         f"**Scale: paper.** {dataset}, {models.dit} (CC-BY-NC 4.0) and {fidelity.vae}; k and gamma {source}."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,8 @@ def read(namespace: Mapping[str, Any], **types: type) -> SimpleNamespace:
 
     A parameter is what a cell of nothing but literal assignments sets: the notebook's own parameters cell,
     and the one that papermill adds below it. Cells run before the parameters cell was last run do not count,
-    nor do variables that other cells make. An int passes for a float. Raises NameError or TypeError with the
+    nor do variables that other cells make. An int passes for a float; a number, or a list of numbers or
+    words, for its text. Raises NameError or TypeError with the
     nearest known name, ValueError for a scale that there is not, and for fewer than one image or seed.
     """
     for name in _set_by_hand(namespace, types):
@@ -39,11 +41,28 @@ def _typed(name: str, kind: type, namespace: Mapping[str, Any]) -> Any:
     value = namespace[name]
     if kind is float and type(value) is int:
         value = float(value)
+    if kind is str:
+        value = _text(value)
     if type(value) is not kind:
+        raw = f"; papermill takes text as it is by -r {name} TEXT" if kind is str else ""
         raise TypeError(
-            f"notebook parameter {name!r} is {kind.__name__}, got {value!r} ({type(value).__name__})"
+            f"notebook parameter {name!r} is {kind.__name__}, got {value!r} ({type(value).__name__}){raw}"
         )
     return value
+
+
+def _text(value: Any) -> Any:
+    """The text that papermill made a number of (`-p ks 30`), and a list's, separated by commas.
+
+    Other values as they are: True or None may have been written in several ways, and a text with a comma is
+    no one entry of a list.
+    """
+    if type(value) in (list, tuple):
+        parts = [_text(part) for part in value]
+        plain = parts and all(type(part) is str and part and "," not in part for part in parts)
+        return ",".join(parts) if plain and not any(type(part) in (list, tuple) for part in value) else value
+    finite = type(value) is int or (type(value) is float and math.isfinite(value))
+    return repr(value) if finite else value
 
 
 def _set_by_hand(namespace: Mapping[str, Any], types: Mapping[str, type]) -> list[str]:

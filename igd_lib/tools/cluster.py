@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,10 +17,16 @@ from typing import Any
 
 import torch
 
+from igd_lib.tools.locks import say_once
 from igd_lib.tools.machine import reuse_memory
 
 RETRIES = 5  # of an actor, and of a task on it
 SAY_EVERY = 10.0  # seconds between lines of progress
+TIMEOUT = 5.0  # seconds for a cluster's head to answer
+USUAL = "/tmp"  # where Ray puts its files by default
+MOST = 107 if sys.platform == "linux" else 103  # bytes of a socket's path
+# Of what Ray adds to it.
+SESSION = len("/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 
 
 def connect(where: bool | str) -> tuple[Any, bool]:
@@ -41,14 +48,46 @@ def connect(where: bool | str) -> tuple[Any, bool]:
             }
         }
         address = where if isinstance(where, str) else "local"
-        ray.init(
-            address=address,
-            include_dashboard=False,
-            log_to_driver=False,
-            runtime_env=environment,
-            logging_level=logging.WARNING,
-        )
+        _check_answers(address)
+        short = _short_folder() if address == "local" else None
+        try:
+            ray.init(
+                address=address,
+                include_dashboard=False,
+                log_to_driver=False,
+                runtime_env=environment,
+                logging_level=logging.WARNING,
+                **({"_temp_dir": short} if short else {}),
+            )
+        except (ConnectionError, TimeoutError) as error:
+            raise ConnectionError(_NO_CLUSTER.format(address=address, error=error)) from error
     return ray, new
+
+
+_NO_CLUSTER = (
+    "no Ray cluster answers at {address!r} ({error}); start its head there (ray start --head), correct "
+    "IGD_RAY, or set it to 1 for a cluster on this machine"
+)
+
+
+def _check_answers(address: str) -> None:
+    """Raise ConnectionError where nothing answers at HOST:PORT within TIMEOUT: Ray would wait for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():  # "auto", "local"
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=TIMEOUT).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(_NO_CLUSTER.format(address=address, error=error)) from error
+
+
+def _short_folder() -> str | None:
+    """Ray's usual folder where the temporary one's path is too long for its sockets, else None."""
+    base = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or USUAL
+    if len(os.fsencode(base)) + SESSION <= MOST:
+        return None
+    say_once(f"TMPDIR ({base}) is too long a path for Ray's sockets: its files are in {USUAL}/ray")
+    return f"{USUAL}/ray"
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Locks on file systems without `flock`: a file that names the process which holds it.
 
-Some network and user-space file systems answer ENOSYS, EOPNOTSUPP or ENOLCK. There a lock is a file that one
-process can create; a process that was killed leaves it behind. So it says whose it is, and is taken over where
-that process has ended on this machine; of another machine's nothing can be known here, and an error says what
-to delete.
+Some network and user-space file systems answer ENOSYS, EOPNOTSUPP or ENOLCK. There a lock is a file that
+one process can create; a process that was killed leaves it behind. So it says whose it is, and is taken over
+where that process has ended on this machine; of another machine's nothing can be known here, and an error
+says what to delete.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def say_once(line: str) -> None:
 
 
 def has_flock(folder: Path) -> bool:
-    """Whether the folder's file system has locks that end with their process. Raises OSError as writing does."""
+    """Whether its file system has locks that end with their process. Raises OSError as writing does."""
     if fcntl is None:
         return True
     with tempfile.TemporaryFile(dir=folder, prefix=".lock.", suffix=".tmp") as probe:
@@ -51,7 +51,7 @@ def has_flock(folder: Path) -> bool:
 
 
 def me() -> str:
-    """This process, for people and in the first line; below it what tells it from a later one of its number."""
+    """This process in words, and in a second line what tells it from a later one of its number."""
     return f"process {os.getpid()} on {socket.gethostname()}\n{_started(os.getpid())} {_processes()}\n"
 
 
@@ -72,7 +72,7 @@ def _processes() -> str:
 
 
 def has_ended(holder: str) -> bool:
-    """Whether the process that wrote `me` has certainly ended: False for another machine's, and for no name."""
+    """Whether the process that wrote `me` has surely ended: False for another machine's, and for none."""
     try:
         first, second = holder.splitlines()
         _, number, _, host = first.split(" ", 3)

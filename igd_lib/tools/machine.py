@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,10 +27,22 @@ def cache_dir() -> Path:
 def ray_cluster() -> bool | str:
     """Where notebooks sample and train, `$IGD_RAY`.
 
-    Unset or "0" here, "1" a local Ray cluster, else a cluster's address.
+    Unset, 0, false, no or off: here; 1, true, yes or on: a local Ray cluster; else a cluster's address.
+    Raises ValueError for what is none of these.
     """
-    given = os.environ.get("IGD_RAY", "0")
-    return {"": False, "0": False, "1": True}.get(given, given)
+    given = os.environ.get("IGD_RAY", "").strip()
+    if given.casefold() in ("", "0", "false", "no", "off"):
+        return False
+    if given.casefold() in ("1", "true", "yes", "on"):
+        return True
+    if given not in ("auto", "local") and not re.fullmatch(
+        r"(ray://)?[^\s/:]+:\d{1,5}|\[[^\s/]+\]:\d{1,5}", given
+    ):
+        raise ValueError(
+            "IGD_RAY is 0, 1 (a local cluster), auto or the address of a cluster's head, HOST:PORT, got "
+            f"{given!r}"
+        )
+    return given
 
 
 def reuse_memory() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 Item = TypeVar("Item", covariant=True)
@@ -17,6 +18,25 @@ class Sized(Protocol[Item]):
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[Item]: ...
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or a notebook's stop button, with a line that says how to go on; a notebook shows it alone."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
+
+@contextmanager
+def resumable(kept: str | Callable[[], str]) -> Iterator[None]:
+    """Work that is kept as it is done: an interruption says what is, and how to go on."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except KeyboardInterrupt as error:
+        done = kept() if callable(kept) else kept
+        raise Interrupted(f"interrupted: {done}; run the same again to go on from there") from error
 
 
 def in_jupyterlab() -> bool:

@@ -49,7 +49,7 @@ def _class_folders(folder: Path) -> dict[str, str]:
 
 
 def _known(spec: DataSpec, base: Path) -> tuple[str, ...]:
-    """The class names as far as they are known without the split: a test folder that lacks one is found out."""
+    """The class names as far as they are known without the split, so that one it lacks is found out."""
     listed = base / "classes.txt"
     order = tuple(lines(listed)) if listed.is_file() and not spec.subset else ()
     if spec.classes and order:
@@ -88,14 +88,14 @@ def read(spec: DataSpec, stored: str, root: str | Path | None) -> Found:
         labels += [label] * len(images)
     if left_out:
         say_once(
-            f"{folder}: {len(left_out)} files and folders that systems leave behind, and links back to a folder "
-            f"above, are left out, the first is {left_out[0]}"
+            f"{folder}: {len(left_out)} files and folders that systems leave behind, and links back to a "
+            f"folder above, are left out, the first is {left_out[0]}"
         )
     return Found(folder, classes, torch.tensor(labels), paths)
 
 
 def _images(folder: Path, above: tuple[Path, ...], left_out: list[str]) -> Iterator[str]:
-    """A class's image files in the order of torchvision's ImageFolder; what is no image of it to `left_out`."""
+    """A class's image files in torchvision's ImageFolder's order; what is left out, to `left_out`."""
     found = []
     pending = [(str(folder), frozenset(_identity(path) for path in above))]
     while pending:
