@@ -50,6 +50,7 @@ def connect(where: bool | str) -> tuple[Any, bool]:
         address = where if isinstance(where, str) else "local"
         _check_answers(address)
         short = _short_folder() if address == "local" else None
+        where_files_go: dict[str, Any] = {"_temp_dir": short} if short else {}
         try:
             ray.init(
                 address=address,
@@ -57,7 +58,7 @@ def connect(where: bool | str) -> tuple[Any, bool]:
                 log_to_driver=False,
                 runtime_env=environment,
                 logging_level=logging.WARNING,
-                **({"_temp_dir": short} if short else {}),
+                **where_files_go,
             )
         except (ConnectionError, TimeoutError) as error:
             raise ConnectionError(_NO_CLUSTER.format(address=address, error=error)) from error
