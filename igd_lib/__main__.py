@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -86,15 +87,63 @@ def verify(folder: Path, repair: bool) -> None:
 @igd.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-def convert(file: Path, out: Path) -> None:
-    """Convert DiT's or Minimax's own .pt FILE to diffusers' layout, in the folder OUT.
+@click.option("--vae", help="The autoencoder: a folder or a hub id.  [default: the pinned sd-vae-ft-mse]")
+@click.option("--heads", type=click.IntRange(1), help="Attention heads, for a width that is none of DiT's.")
+def convert(file: Path, out: Path, vae: str | None, heads: int | None) -> None:
+    """Convert DiT's or Minimax's own FILE (.pt, .safetensors) to a diffusers pipeline, the new folder OUT.
 
-    Example: igd convert DiT-XL-2-256x256.pt transformer
+    Nothing is written before all of it is there, the autoencoder too.
+
+    Example: igd convert DiT-XL-2-256x256.pt ~/.cache/igd/models/DiT-XL-2-256
     """
+    from igd_lib.data.datasets import DATASETS
+    from igd_lib.models import folder
     from igd_lib.models.dit import from_original, read
 
-    from_original(read(file)).save_pretrained(out)
+    try:
+        folder.refuse_taken(out)
+        autoencoder = _autoencoder(vae)
+        transformer = from_original(read(file), num_attention_heads=heads)
+        imagenet = DATASETS["imagenet"].names
+        known = transformer.config.num_embeds_ada_norm == len(imagenet)
+        names = {str(label): name for label, name in enumerate(imagenet)} if known else None
+        folder.write_pipeline(out, transformer, autoencoder, folder.dit_scheduler(), names)
+    except (OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
     click.echo(out)
+
+
+def _found_model(repository: str, revision: str | None) -> Path:
+    """A model's folder on this machine. Raises FileNotFoundError with the ways to get it."""
+    from igd_lib.experiment.plan import model_folder
+    from igd_lib.tools.machine import cache_dir
+
+    found = model_folder(repository, revision)
+    if found is None:
+        raise FileNotFoundError(
+            f"the model {repository} is not on this machine: hf download {repository} --revision {revision}; "
+            "or, without a network, copy its folder from a machine that has it to "
+            f"{cache_dir() / 'models' / repository.split('/')[-1]}, or name the folder in the command"
+        )
+    return found
+
+
+def _autoencoder(name: str | None) -> Any:
+    """The AutoencoderKL of a folder (or of the pipeline in it), else of the hub; None: the pinned one."""
+    from diffusers import AutoencoderKL
+
+    from igd_lib.experiment.plan import SD_VAE
+
+    where: str | Path = _found_model(*SD_VAE) if name is None else name
+    if (Path(where) / "vae").is_dir():
+        where = Path(where) / "vae"
+    try:
+        return AutoencoderKL.from_pretrained(where).eval()
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"no autoencoder in {where} ({str(error).splitlines()[0]}); without a network, copy a folder "
+            "with config.json and diffusion_pytorch_model.safetensors here, and name it: --vae FOLDER"
+        ) from error
 
 
 @igd.command()

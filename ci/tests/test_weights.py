@@ -8,13 +8,20 @@ import math
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
+from diffusers import DiTPipeline
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
+from igd_lib.__main__ import igd
+from igd_lib.experiment import plan
 from igd_lib.models import dit as weights
 from igd_lib.pipeline import IGDPipeline
+from igd_lib.tools.machine import cache_dir
 
 WIDTH, DEPTH, HEADS, CLASSES, SIDE = 32, 3, 2, 7, 8
+BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)  # Peebles and Xie: ADM's linear schedule
 
 
 class Original(nn.Module):
@@ -207,3 +214,149 @@ def test_bad_files(tmp_path, original):
             {**original.tensors, "pos_embed": original.tensors["pos_embed"].flip(1)},
             num_attention_heads=HEADS,
         )
+
+
+# --- the command: a whole pipeline or nothing
+
+
+@pytest.fixture
+def vae_folder(tiny, tmp_path):
+    tiny().vae.save_pretrained(tmp_path / "vae-of-mine")
+    return tmp_path / "vae-of-mine"
+
+
+def convert(*words):
+    return CliRunner().invoke(igd, ["convert", *map(str, words)])
+
+
+@pytest.mark.parametrize("name", ["plain.pt", "plain.safetensors"])
+def test_a_converted_file_is_a_pipeline_that_is_looked_up(original, inputs, tmp_path, vae_folder, name):
+    """It samples what the file's own model predicts, and has the schedule that DiT was trained with."""
+    save = save_file if name.endswith("safetensors") else torch.save
+    save(original.tensors, tmp_path / name)
+    out = cache_dir() / "models" / "DiT-food-101"
+    told = convert(tmp_path / name, out, "--vae", vae_folder, "--heads", HEADS)
+    assert told.exit_code == 0 and told.output.strip().endswith(str(out)), told.output
+    assert plan.model_folder(*plan.dit_of("food-101")) == out
+    pipe = IGDPipeline.from_pretrained(out)
+    torch.testing.assert_close(forward(pipe.transformer, *inputs), original(*inputs), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        pipe.scheduler.alphas_cumprod.double(), torch.cumprod(1 - BETAS, 0), rtol=1e-5, atol=0
+    )
+    assert pipe.vae.config.scaling_factor == 0.7 and pipe.labels == {}
+    assert type(DiTPipeline.from_pretrained(out)) is DiTPipeline
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    again = convert(tmp_path / name, out, "--vae", vae_folder, "--heads", HEADS)
+    assert again.exit_code == 1 and "is there already and not empty" in again.output
+
+
+def test_a_model_of_imagenet_knows_its_names(original, tmp_path, vae_folder):
+    table = torch.randn(1001, WIDTH)
+    torch.save(original.tensors | {"y_embedder.embedding_table.weight": table}, tmp_path / "a.pt")
+    assert convert(tmp_path / "a.pt", tmp_path / "out", "--vae", vae_folder, "--heads", 2).exit_code == 0
+    labels = IGDPipeline.from_pretrained(tmp_path / "out").labels
+    assert labels["tench"] == 0 and labels["Samoyed"] == 258 and labels["toilet tissue"] == 999
+
+
+def test_an_interrupted_conversion_leaves_no_folder(original, tmp_path, vae_folder, monkeypatch):
+    torch.save(original.tensors, tmp_path / "a.pt")
+    words = (tmp_path / "a.pt", tmp_path / "models" / "out", "--vae", vae_folder, "--heads", HEADS)
+
+    def full(self, folder, *_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusers.AutoencoderKL.save_pretrained", full)
+        told = convert(*words)
+    assert told.exit_code == 1 and "No space left" in told.output
+    assert list((tmp_path / "models").iterdir()) == []
+    assert convert(*words).exit_code == 0
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["out"]
+
+
+def test_what_is_lacking_is_said_before_anything_is_written(original, tmp_path, monkeypatch, vae_folder):
+    torch.save(original.tensors, tmp_path / "a.pt")
+    out = tmp_path / "models" / "out"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(plan, "model_folder", lambda *_: None)
+    for words, message in (
+        ((), "sd-vae-ft-mse is not on this machine: hf download stabilityai/sd-vae-ft-mse"),
+        (("--vae", tmp_path), "--vae FOLDER"),
+        (("--vae", vae_folder), "a DiT of width 32 is not known"),
+        (("--vae", vae_folder, "--heads", "3"), "cannot be divided among 3 attention heads"),
+    ):
+        told = convert(tmp_path / "a.pt", out, *words)
+        assert told.exit_code == 1 and message in told.output.replace("\n", " "), told.output
+        assert not out.parent.exists()
+    monkeypatch.setattr(plan, "model_folder", lambda *_: vae_folder)  # where the pinned one is found
+    assert convert(tmp_path / "a.pt", out, "--heads", HEADS).exit_code == 0
+
+
+def test_heads_of_the_published_sizes():
+    """Table 1 of Peebles and Xie."""
+    published = {"S": (384, 6), "B": (768, 12), "L": (1024, 16), "XL": (1152, 16)}
+    assert all(weights.heads_of(width) == heads for width, heads in published.values())
+    with pytest.raises(ValueError, match=r"width 1280 is not known .*1152 \(16\).*--heads N"):
+        weights.heads_of(1280)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files(original, inputs, tmp_path, dtype):
+    """As if its tensors, the scales too, had been rounded and computed with in single precision."""
+    torch.save({name: tensor.to(dtype) for name, tensor in original.tensors.items()}, tmp_path / "half.pt")
+    model = weights.from_original(weights.read(tmp_path / "half.pt"), num_attention_heads=HEADS)
+    table = original.tensors["pos_embed"]
+    original.tensors = {name: tensor.to(dtype).float() for name, tensor in original.tensors.items()}
+    original.tensors["pos_embed"] = table
+    torch.testing.assert_close(forward(model, *inputs), original(*inputs), rtol=1e-4, atol=1e-5)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_tensors_that_are_not_finite_are_named(original, value):
+    state = {name: tensor.clone() for name, tensor in original.tensors.items()}
+    state["blocks.1.mlp.fc2.weight"][3, 5] = value
+    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.fc2\.weight holds NaN or infinity"):
+        weights.from_original(state, num_attention_heads=HEADS)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_a_pointer_is_not_the_file(tmp_path, name):
+    (tmp_path / name).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 2700611775\n"
+    )
+    with pytest.raises(ValueError, match="is a git-lfs pointer, .* in place of the weights; run git lfs"):
+        weights.read(tmp_path / name)
+    (tmp_path / name).write_bytes(b"\x00" * 64)
+    with pytest.raises(ValueError, match="cannot be read as plain tensors"):
+        weights.read(tmp_path / name)
+
+
+# --- classes
+
+
+def test_ids_are_only_guessed_where_they_can_be_meant(tiny):
+    ten = tiny(num_classes=10).transformer
+    assert weights.class_ids(ten, 10) == list(range(10)) and weights.class_ids(ten, 2, [7, 3]) == [7, 3]
+    for classes, ids, message in (
+        (3, None, "knows 10 classes and the data have 3: .*Pass label_ids"),
+        (11, None, "knows 10 classes and the data have 11"),
+        (3, [1, 2], "one id a class: 3, got 2"),
+        (2, [1, 10], "ids 0 ... 9 of the DiT's classes, got 10"),
+        (2, [4, 4], "twice"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            weights.class_ids(ten, classes, ids)
+
+
+def test_a_copy_for_other_classes_begins_as_what_is_known(tiny, inputs):
+    """A class that the DiT knows as itself, another one as an image without a label; no label as before."""
+    ten = tiny(num_classes=10).transformer
+    before = {name: value.clone() for name, value in ten.state_dict().items()}
+    made = weights.for_classes(ten, [None, 7, None])
+    x, t, _ = inputs
+    found = forward(made, x[:4], t[:4], torch.tensor([0, 1, 2, 3]))
+    assert torch.equal(found, forward(ten, x[:4], t[:4], torch.tensor([10, 7, 10, 10])))
+    assert not torch.equal(found, forward(ten, x[:4], t[:4], torch.tensor([10, 6, 10, 10])))
+    assert made.config.num_embeds_ada_norm == 3 and ten.config.num_embeds_ada_norm == 10
+    assert all(torch.equal(before[name], value) for name, value in ten.state_dict().items())

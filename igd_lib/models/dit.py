@@ -1,4 +1,4 @@
-"""Loads DiT weights in their authors' own layout: `DiT-XL-2-256x256.pt` and Minimax checkpoints.
+"""DiT's weights in their authors' own layout (`DiT-XL-2-256x256.pt`, Minimax checkpoints), and its classes.
 
 DiT's weights are CC-BY-NC 4.0 (no commercial use). Files are read with `weights_only=True`.
 
@@ -9,12 +9,17 @@ diffusers' DiT embeds the timestep with frequencies 10000^(-i/127); the original
 from __future__ import annotations
 
 import argparse
+import copy
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from diffusers import DiTTransformer2DModel
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # attention heads by width: DiT-S, B, L and XL
 
 # diffusers' names by the original's, below `blocks.I.` and `transformer_blocks.I.`.
 _BLOCK = {
@@ -95,14 +100,38 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def from_original(state: dict[str, Tensor], *, num_attention_heads: int = 16) -> DiTTransformer2DModel:
-    """A diffusers model, forward-equal to the original-layout `state` (plain or with Minimax's scales).
+def heads_of(width: int) -> int:
+    """How many attention heads a DiT of this width has. Raises ValueError for a width that is none of DiT's.
 
-    Every size is read from the tensors except the number of heads, 16 in all XL and L models. The input
-    is 2 x patches a side; `pos_embed` in the state must be DiT's fixed sine-cosine table.
+    No tensor's shape tells, and a model with another number would load and be another function.
     """
+    if width not in HEADS:
+        known = ", ".join(f"{own} ({heads})" for own, heads in HEADS.items())
+        raise ValueError(
+            f"a DiT of width {width} is not known (known widths and their heads: {known}); say how many "
+            "attention heads it has: --heads N, or num_attention_heads=N"
+        )
+    return HEADS[width]
+
+
+def from_original(
+    state: dict[str, Tensor], *, num_attention_heads: int | None = None
+) -> DiTTransformer2DModel:
+    """A float32 diffusers model, forward-equal to the original-layout `state`, plain or with DiffFit's scales.
+
+    Every size is read from the tensors except the number of heads, which goes with the known widths
+    (`heads_of`). The input is patch x patches a side; `pos_embed` in the state must be DiT's fixed
+    sine-cosine table, up to its precision. Raises ValueError for any other state, naming tensors that are not
+    finite.
+    """
+    stored = state["pos_embed"].dtype if "pos_embed" in state else torch.float32
+    state = {name: tensor.float() for name, tensor in state.items()}
+    _check_finite(state)
     converted = convert(state)
     width, in_channels, patch, _ = converted["pos_embed.proj.weight"].shape
+    num_attention_heads = num_attention_heads or heads_of(width)
+    if width % num_attention_heads:
+        raise ValueError(f"a width of {width} cannot be divided among {num_attention_heads} attention heads")
     depth = sum(name.endswith(".attn1.to_q.weight") for name in converted)
     patches = state["pos_embed"].shape[1] if "pos_embed" in state else 256
     model = DiTTransformer2DModel(
@@ -117,12 +146,22 @@ def from_original(state: dict[str, Tensor], *, num_attention_heads: int = 16) ->
         norm_eps=1e-6,
     )
     table = model.pos_embed.pos_embed
-    if "pos_embed" in state and not torch.allclose(state["pos_embed"].float(), table, atol=1e-4):
+    # Values up to 1, rounded to the file's precision.
+    tolerance = max(1e-4, torch.finfo(stored).eps)
+    if "pos_embed" in state and not torch.allclose(state["pos_embed"], table, rtol=0, atol=tolerance):
         raise ValueError(
             "pos_embed in the file is not DiT's sine-cosine table; this model was trained with another one"
         )
     model.load_state_dict(converted)
     return match_original(model).eval()
+
+
+def _check_finite(state: Mapping[str, Tensor]) -> None:
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"the tensor {name} holds NaN or infinity: the file is damaged, or its training diverged"
+            )
 
 
 def match_original(transformer: DiTTransformer2DModel) -> DiTTransformer2DModel:
@@ -137,23 +176,79 @@ def match_original(transformer: DiTTransformer2DModel) -> DiTTransformer2DModel:
     return transformer
 
 
-def read(path: str | Path) -> dict[str, Tensor]:
-    """The original-layout state in a `.pt` file: plain, or a training checkpoint's averaged weights (`ema`).
+def class_ids(
+    transformer: DiTTransformer2DModel, classes: int, label_ids: Sequence[int] | None = None
+) -> list[int]:
+    """The transformer's id of each of the data's `classes` classes, in label order, checked.
 
-    Read with `weights_only=True`: a file that asks for more than tensors is refused. Raises
-    FileNotFoundError, or ValueError when the file holds no DiT.
+    Without `label_ids` they are 0 ... C-1, which is only meant where the transformer has C classes as well.
+    Raises ValueError where it has another number, and for ids that are too few, double, or none of its.
+    """
+    known = transformer.config.num_embeds_ada_norm
+    if label_ids is None:
+        if known != classes:
+            raise ValueError(
+                f"the DiT knows {known} classes and the data have {classes}: which of its classes are they? "
+                "Pass label_ids, its id of every class in label order"
+            )
+        return list(range(classes))
+    ids = [int(number) for number in label_ids]
+    if len(ids) != classes:
+        raise ValueError(f"label_ids has one id a class: {classes}, got {len(ids)}")
+    if wrong := [number for number in ids if not 0 <= number < known]:
+        raise ValueError(f"label_ids are ids 0 ... {known - 1} of the DiT's classes, got {wrong[0]}")
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"label_ids names a class of the DiT twice: {ids}")
+    return ids
+
+
+@torch.no_grad()
+def for_classes(transformer: DiTTransformer2DModel, sources: Sequence[int | None]) -> DiTTransformer2DModel:
+    """A copy that knows `len(sources)` classes: class i begins as class `sources[i]` of the given DiT.
+
+    None: as the given DiT's unconditional embedding, so the copy begins by denoising that class as it does
+    an image of which nothing is known. Its own unconditional embedding is the same.
+    """
+    made, null = copy.deepcopy(transformer), transformer.config.num_embeds_ada_norm
+    rows = torch.tensor([null if source is None else source for source in sources] + [null])
+    for block in made.transformer_blocks:
+        embedder = block.norm1.emb.class_embedder
+        table = embedder.embedding_table.weight
+        embedder.embedding_table = nn.Embedding.from_pretrained(
+            table[rows.to(table.device)].clone(), freeze=False
+        )
+        embedder.num_classes = len(sources)
+    made.register_to_config(num_embeds_ada_norm=len(sources))
+    return made
+
+
+def image_size_of(transformer: DiTTransformer2DModel, vae: nn.Module) -> int:
+    """The side in px of the images that a DiT and its autoencoder are made for."""
+    return transformer.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+# --- files
+
+_POINTER = b"version https://git-lfs"
+
+
+def read(path: str | Path) -> dict[str, Tensor]:
+    """The original-layout state in a `.pt` or `.safetensors` file.
+
+    Plain, or a training checkpoint's averaged weights ("ema"), else its "model". A `.pt` file is read with
+    `weights_only=True`: one that asks for more than tensors is refused. Raises FileNotFoundError, or
+    ValueError when the file holds no DiT, or is a git-lfs pointer.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    try:
-        # Minimax's training checkpoints hold the command line's Namespace beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can fail in any way
-        raise ValueError(
-            f"{path} cannot be read as plain tensors; it is damaged, or holds code ({type(error).__name__})"
-        ) from error
+    with open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise ValueError(
+                f"{path} is a git-lfs pointer, {path.stat().st_size} bytes of text in place of the weights; "
+                "run git lfs pull in its repository, or download the file itself"
+            )
+    content = _tensors(path)
     for name in ("ema", "model"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
@@ -161,3 +256,16 @@ def read(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no state dict")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def _tensors(path: Path) -> object:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # Minimax's training checkpoints hold the command line's Namespace beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can fail in any way
+        raise ValueError(
+            f"{path} cannot be read as plain tensors; it is damaged, or holds code ({type(error).__name__})"
+        ) from error
