@@ -17,7 +17,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from igd_lib.analysis import results, statistics
-from igd_lib.baselines.minimax import diffusion_loss
+from igd_lib.baselines.tuning import diffusion_loss
 from igd_lib.experiment import measures
 from igd_lib.experiment.experiment import Experiment, prepare
 from igd_lib.experiment.methods import Method

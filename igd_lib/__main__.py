@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -154,7 +154,7 @@ def _autoencoder(name: str | None) -> Any:
     "--shards",
     default=1,
     show_default=True,
-    help="Train so many models, each on its own classes, in folders of OUT.",
+    help="Train so many models, each on its own classes, in folders OUT/shard-I-of-N.",
 )
 @click.option("--shard", type=int, help="This one alone, from 0.")
 @click.option("--mixed-precision", type=click.Choice(["no", "bf16", "fp16"]), default="no", show_default=True)
@@ -186,20 +186,84 @@ def minimax(
 
     made = prepare("minimax", dataset, scale)
     recipe = made.scale.minimax if steps is None else replace(made.scale.minimax, steps=steps or None)
-    for number, labels in enumerate(library.shards(len(made.train.classes), shards)):
-        if shard in (None, number):
-            folder = out / f"{number:04d}" if shards > 1 else out
-            click.echo(json.dumps({"shard": number, "classes": len(labels), "out": str(folder)}))
-            library.finetune(
-                made.models.pipe,
-                made.train,
-                folder,
-                recipe=recipe,
-                classes=labels,
-                label_ids=made.label_ids,
-                mixed_precision=mixed_precision,
-                accumulate=accumulate,
-            )
+    if not 1 <= shards <= len(made.train.classes):
+        message = f"{dataset} has {len(made.train.classes)} classes, got {shards} shards"
+        raise click.BadParameter(message, param_hint="--shards")
+    if shard is not None and not 0 <= shard < shards:
+        raise click.BadParameter(f"0 ... {shards - 1}, got {shard}", param_hint="--shard")
+    division = library.Shards(out, made.train.classes, shards)
+    for number in range(shards) if shard is None else [shard]:
+        labels, folder = division.labels[number], division.path(number) if shards > 1 else out
+        click.echo(json.dumps({"shard": number, "classes": len(labels), "out": str(folder)}))
+        library.finetune(
+            made.models.pipe,
+            made.train,
+            folder,
+            recipe=recipe,
+            classes=labels,
+            label_ids=made.label_ids,
+            mixed_precision=mixed_precision,
+            accumulate=accumulate,
+        )
+    if shards > 1:
+        click.echo(division.describe())
+
+
+@igd.command()
+@click.argument("dataset")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--base", type=click.Path(path_type=Path), help="A pipeline's folder.  [default: DiT-XL/2]")
+@click.option("--vae", help="The autoencoder: a folder or a hub id.  [default: the pinned one; BASE's own]")
+@click.option("--parameters", type=click.Choice(["difffit", "all"]), default="difffit", show_default=True)
+@click.option("--steps", type=click.IntRange(1), help="Of the optimiser, instead of the recipe's.")
+@click.option("--batch-size", type=click.IntRange(1), help="Images a step, instead of the recipe's.")
+@click.option("--lr", type=float, help="Of AdamW, instead of the recipe's.")
+@click.option("--mixed-precision", type=click.Choice(["no", "bf16", "fp16"]), default="no", show_default=True)
+@click.option(
+    "--accumulate",
+    default=1,
+    show_default=True,
+    help="So many parts one after the other, of each process's share of a batch.",
+)
+def finetune(
+    dataset: str,
+    out: Path,
+    base: Path | None,
+    vae: str | None,
+    parameters: Literal["all", "difffit"],
+    mixed_precision: str,
+    accumulate: int,
+    **changes: Any,
+) -> None:
+    """Fine-tune DiT on DATASET, whose classes it does not know, into the new folder OUT.
+
+    The paper's scale finds it as DiT-DATASET. Images are resized to the size that the DiT is made for.
+
+    Example: accelerate launch -m igd_lib finetune food-101 ~/.cache/igd/models/DiT-food-101
+    """
+    from igd_lib.baselines import finetuning as library
+    from igd_lib.data.images import load
+    from igd_lib.experiment.plan import DIT, dit_of
+    from igd_lib.models.dit import match_original
+    from igd_lib.pipeline import IGDPipeline
+
+    try:
+        data = load(dataset, "train")
+        if base is None and dit_of(dataset) == DIT:
+            raise ValueError(f"DiT-XL/2 knows the classes of {dataset}: it is sampled as it is")
+        own = base is not None and vae is None
+        models = {} if own else {"vae": _autoencoder(vae)}
+        pipe = IGDPipeline.from_pretrained(base or _found_model(*DIT), **models)
+        if base is None:
+            match_original(pipe.transformer)
+        recipe = library.recipe_for(parameters)
+        recipe = replace(recipe, **{name: value for name, value in changes.items() if value is not None})
+        library.finetune(
+            pipe, data, out, recipe=recipe, mixed_precision=mixed_precision, accumulate=accumulate
+        )
+    except (OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(out)
 
 
 @igd.command()

@@ -519,7 +519,7 @@ def test_the_minimax_backbone_is_fine_tuned_once(smoke, monkeypatch):
     own, plain = (smoke.set(method, 0, 1) for method in (tuned, DIT))
     assert own.path != plain.path and not torch.equal(own.latents(0), plain.latents(0))
     monkeypatch.setattr(
-        "igd_lib.baselines.minimax.Accelerator", None
+        "igd_lib.baselines.tuning.Accelerator", None
     )  # a second experiment reads what the first made
     again = prepare("01", "fashion-mnist", "smoke")
     assert again.set(tuned, 0, 1).path == own.path

@@ -21,25 +21,23 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.distributions import Normal, kl_divergence
 
-from igd_lib.baselines import minimax
-from igd_lib.baselines.minimax import (
-    Memory,
-    Minimax,
-    add_scales,
-    diffusion_loss,
-    finetune,
-    fold_scales,
-    is_trained,
-    minimax_losses,
-    shards,
-    share_embedders,
-)
+from igd_lib.baselines import tuning
+from igd_lib.baselines.minimax import Memory, Minimax, Shards, finetune, minimax_losses, shards
+from igd_lib.baselines.tuning import diffusion_loss, work_folder
 from igd_lib.data.datasets import image_folder
 from igd_lib.data.images import from_tensors, load, square
 from igd_lib.experiment.scales import STAND_INS
+from igd_lib.models.difffit import add_scales, fold_scales, is_trained, share_embedders
 from igd_lib.pipeline import IGDPipeline
 
 SHORT = Minimax(epochs=2, batch_size=4, memory_size=3)
+
+
+@pytest.fixture
+def tiny_pipe(tiny) -> IGDPipeline:
+    """The tiny models as a pipeline of the toy data's three classes."""
+    models = tiny(num_classes=3)
+    return IGDPipeline(models.transformer, models.vae, models.ddpm)
 
 
 def schedule() -> DDPMScheduler:
@@ -257,7 +255,7 @@ def test_a_fine_tuned_folder_loads_and_differs_where_it_may(tiny_pipe, toy_data,
         torch.equal(before[name], value) for name, value in tiny_pipe.transformer.state_dict().items()
     )  # a copy was trained
     found = IGDPipeline.from_pretrained(out)
-    assert not found.transformer.training and not (out / ".work").exists()
+    assert not found.transformer.training and not work_folder(out).exists()
     after = found.transformer.state_dict()
     assert after.keys() == before.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -288,11 +286,12 @@ def test_shared_embedders_are_trained_as_one(tiny_pipe, toy_data, tmp_path):
     assert not torch.equal(state[name.format(0)], first.class_embedder.embedding_table.weight)
 
 
-def test_only_the_classes_of_a_shard_are_seen(tiny_pipe, toy_data, tmp_path):
+def test_only_the_classes_of_a_shard_are_seen(tiny, toy_data, tmp_path):
     name = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
-    before = tiny_pipe.transformer.state_dict()[name]
+    models = tiny(num_classes=10)
+    before = models.transformer.state_dict()[name]
     out = finetune(
-        tiny_pipe,
+        IGDPipeline(models.transformer, models.vae, models.ddpm),
         toy_data,
         tmp_path / "out",
         recipe=replace(SHORT, ema=0.5, label_dropout=0.0),
@@ -319,9 +318,9 @@ def test_accumulated_parts_are_one_step(tiny_pipe, toy_data, tmp_path, monkeypat
     """The batch is 4 images a step however it is divided: two epochs of four batches."""
     taken, step, seen = [], torch.optim.AdamW.step, []
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *rest: taken.append(1) or step(self, *rest))
-    part = minimax._Training.step
+    part = tuning.Training.step
     monkeypatch.setattr(
-        minimax._Training, "step", lambda self, *rest: seen.append(len(rest[1])) or part(self, *rest)
+        tuning.Training, "step", lambda self, *rest: seen.append(len(rest[1])) or part(self, *rest)
     )
     finetune(tiny_pipe, toy_data, tmp_path / "out", recipe=SHORT, accumulate=accumulate)
     assert len(taken) == 8 and seen == [4 // accumulate] * 8 * accumulate
@@ -336,7 +335,7 @@ def test_a_batch_that_cannot_be_divided_is_refused(tiny_pipe, toy_data, tmp_path
 
 def batches(data, recipe, rank=0, world=1, parts=1):
     accelerator = SimpleNamespace(process_index=rank, num_processes=world, gradient_accumulation_steps=parts)
-    return minimax._Batches(data, range(len(data.classes)), recipe, accelerator)
+    return tuning.Batches(data, range(len(data.classes)), recipe, accelerator)
 
 
 def test_processes_and_parts_share_the_same_batches(toy_data):
@@ -386,7 +385,7 @@ def test_steps_end_the_training_and_what_is_left_is_said(tiny_pipe, toy_data, tm
     assert len(taken) == 5
     # 0.9 ** 5
     assert "minimax: 59.0 % of the kept average is the untuned model (0.9 ** 5)" in capsys.readouterr().out
-    assert "30.1 % of the kept average" in minimax._untuned(Minimax().ema, 12_000)
+    assert "30.1 % of the kept average" in tuning.untuned("minimax", Minimax().ema, 12_000)
     with pytest.raises(ValueError, match="steps is at least 1, or None"):
         Minimax(steps=0)
 
@@ -412,8 +411,9 @@ def test_an_interrupted_run_ends_with_the_same_weights(
 ):
     options = dict(recipe=replace(SHORT, steps=7), accumulate=accumulate)
     whole = trained(finetune(tiny_pipe, toy_data, tmp_path / "whole", **options))
-    monkeypatch.setattr(minimax, "SAVE_SECONDS", 0.0)
-    part = minimax._Training.step
+    monkeypatch.setattr(tuning, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(tuning, "SAVE_TIMES", 0.0)
+    part = tuning.Training.step
 
     def cut(self, number, *rest):
         if number == 3 * accumulate + accumulate // 2:  # within a step where there are parts
@@ -421,10 +421,11 @@ def test_an_interrupted_run_ends_with_the_same_weights(
         return part(self, number, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(minimax._Training, "step", cut)
+        patch.setattr(tuning.Training, "step", cut)
         with pytest.raises(KeyboardInterrupt):
             finetune(tiny_pipe, toy_data, tmp_path / "cut", **options)
-    assert (tmp_path / "cut" / ".work" / "training.safetensors").is_file()
+    assert (work_folder(tmp_path / "cut") / "training.safetensors").is_file()
+    assert not (tmp_path / "cut").exists()  # a folder that is there is a finished model
     found = trained(finetune(tiny_pipe, toy_data, tmp_path / "cut", **options))
     assert all(torch.equal(found[name], value) for name, value in whole.items())
 
@@ -444,12 +445,12 @@ def test_image_files_are_resized_as_dit_resizes_them(tiny_pipe, tmp_path, monkey
         seen.update(image.permute(1, 2, 0).contiguous().numpy().tobytes() for image in images)
         return torch.zeros(3)
 
-    monkeypatch.setattr(minimax._Training, "step", look)
-    finetune(tiny_pipe, data, tmp_path / "out", recipe=replace(SHORT, flip=False))
+    monkeypatch.setattr(tuning.Training, "step", look)
+    finetune(tiny_pipe, data, tmp_path / "out", recipe=replace(SHORT, flip=False), label_ids=[0, 1])
     assert seen == expected
     usual = replace(SHORT, flip=False, resize="bilinear")
     with pytest.raises(ValueError, match="other settings: recipe.resize = bicubic-halving, wanted bilinear"):
-        finetune(tiny_pipe, data, tmp_path / "out", recipe=usual)
+        finetune(tiny_pipe, data, tmp_path / "out", recipe=usual, label_ids=[0, 1])
 
 
 WORKER = """
@@ -465,7 +466,7 @@ def victim(folder) -> None:
     from igd_lib.data import images as data
 
     torch.manual_seed(0)
-    minimax.SAVE_SECONDS = 0.0
+    tuning.SAVE_SECONDS = tuning.SAVE_TIMES = 0.0
     pipe = IGDPipeline(*tiny_models(10))
     images = torch.randint(
         0, 256, (40, 3, 16, 16), generator=torch.Generator().manual_seed(2), dtype=torch.uint8
@@ -481,13 +482,13 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path):
     environment = {**os.environ, "IGD_QUIET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
     command = [sys.executable, "-c", WORKER, str(tmp_path / "cut")]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-    state, deadline = tmp_path / "cut" / ".work" / "training.safetensors", time.monotonic() + 120
+    state, deadline = work_folder(tmp_path / "cut") / "training.safetensors", time.monotonic() + 120
     while not state.is_file() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert state.is_file(), process.stderr.read().decode()[-2000:]
-    assert not (tmp_path / "cut" / "model_index.json").exists()
+    assert not (tmp_path / "cut").exists()
     step = json.loads(state.read_bytes()[8:][: int.from_bytes(state.read_bytes()[:8], "little")])[
         "__metadata__"
     ]["igd"]
@@ -510,3 +511,75 @@ def test_a_loss_that_is_not_finite_stops_it(tiny_pipe, toy_data, tmp_path):
         finetune(tiny_pipe, toy_data, tmp_path / "out", recipe=SHORT)
     with pytest.raises(ValueError, match="18 images are fewer than a batch of 19"):
         finetune(tiny_pipe, toy_data, tmp_path / "big", recipe=replace(SHORT, batch_size=19))
+
+
+def test_a_dit_of_other_classes_is_not_guessed_at(tiny, toy_data, tmp_path):
+    models = tiny(num_classes=1000)
+    with pytest.raises(ValueError, match="knows 1000 classes and the data have 3"):
+        finetune(IGDPipeline(models.transformer, models.vae, models.ddpm), toy_data, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_something_else_is_left_alone(tiny_pipe, toy_data, tmp_path):
+    """A converted model is no finished fine-tuning."""
+    tiny_pipe.save_pretrained(tmp_path / "out")
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    with pytest.raises(FileExistsError, match="is there already and not empty"):
+        finetune(tiny_pipe, toy_data, tmp_path / "out", recipe=SHORT)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+
+
+# --- shards
+
+
+def test_every_class_is_sampled_by_the_model_of_its_shard(tiny_pipe, toy_data, tmp_path):
+    """Two shards of three classes: each label is in exactly one, whose folder alone was trained on it."""
+    division = Shards(tmp_path, toy_data.classes, 2)
+    assert Shards.find(tmp_path, toy_data.classes) is None and division.missing == [0, 1]
+    for shard, labels in enumerate(division.labels):
+        finetune(
+            tiny_pipe,
+            toy_data,
+            division.path(shard),
+            recipe=replace(SHORT, ema=0.5, label_dropout=0.0, batch_size=2),
+            classes=labels,
+        )
+        found = Shards.find(tmp_path, toy_data.classes)
+        assert found == division and found.missing == [1][shard:]
+        if shard == 0:
+            assert found.describe() == f"1 of 2 shards in {tmp_path}; missing: 1"
+            with pytest.raises(FileNotFoundError, match=r"shard-001-of-002: 1 of 2 shards .*missing: 1"):
+                found.pipe(2)
+            with pytest.raises(FileNotFoundError, match="missing: 1"):
+                found.pipes()
+    name = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
+    before, sampled = tiny_pipe.transformer.state_dict()[name], []
+    for labels, pipe in found.pipes(vae=tiny_pipe.vae):
+        changed = (pipe.transformer.state_dict()[name] != before).any(1).nonzero().flatten().tolist()
+        assert changed == labels and pipe.vae is tiny_pipe.vae
+        for label in labels:
+            assert torch.equal(
+                found.pipe(label).transformer.state_dict()[name], pipe.transformer.state_dict()[name]
+            )
+        sampled += labels
+    assert sampled == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"labels are 0 \.\.\. 2, got 3"):
+        found.pipe(3)
+    with pytest.raises(ValueError, match="fine-tuned on other classes: a ..., wanted b"):
+        Shards(tmp_path, ("b", "a", "c"), 2).pipe(0)
+    finetune(tiny_pipe, toy_data, tmp_path / "shard-000-of-003", recipe=SHORT)
+    with pytest.raises(ValueError, match="holds shards of 2 and of 3"):
+        Shards.find(tmp_path, toy_data.classes)
+
+
+@pytest.mark.parametrize("count", [1, 7, 100, 1000])
+def test_shards_have_every_class_once(tmp_path, count):
+    division = Shards(tmp_path, tuple(map(str, range(1000))), count)
+    assert [label for labels in division.labels for label in labels] == list(range(1000))
+    assert all(
+        division.shard_of(label) == number
+        for number, labels in enumerate(division.labels)
+        for label in labels
+    )
+    assert max(map(len, division.labels)) - min(map(len, division.labels)) <= 1
+    assert len({division.path(shard) for shard in range(count)}) == count

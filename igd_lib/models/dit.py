@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import AutoencoderKL, DiTTransformer2DModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -117,7 +117,7 @@ def heads_of(width: int) -> int:
 def from_original(
     state: dict[str, Tensor], *, num_attention_heads: int | None = None
 ) -> DiTTransformer2DModel:
-    """A float32 diffusers model, forward-equal to the original-layout `state`, plain or with DiffFit's scales.
+    """A float32 diffusers model, forward-equal to the original-layout `state` with or without scales.
 
     Every size is read from the tensors except the number of heads, which goes with the known widths
     (`heads_of`). The input is patch x patches a side; `pos_embed` in the state must be DiT's fixed
@@ -222,7 +222,7 @@ def for_classes(transformer: DiTTransformer2DModel, sources: Sequence[int | None
     return made
 
 
-def image_size_of(transformer: DiTTransformer2DModel, vae: nn.Module) -> int:
+def image_size_of(transformer: DiTTransformer2DModel, vae: AutoencoderKL) -> int:
     """The side in px of the images that a DiT and its autoencoder are made for."""
     return transformer.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
 

@@ -25,6 +25,7 @@ SCHEMA = {
     "evaluation": 2,
     "rded": 2,
     "minimax": 2,
+    "finetune": 1,
     "teacher": 1,
 }
 
@@ -141,6 +142,26 @@ FROZEN: dict[str, dict[str, Any]] = {
         },
         "accumulate": 1,
         "mixed_precision": "no",
+        "image_size": None,
+    },
+    "finetune": {
+        "recipe": {
+            "parameters": "difffit",
+            "epochs": 1000,
+            "steps": 24_000,
+            "batch_size": 32,
+            "lr": 1e-3,
+            "ema": 0.9999,
+            "label_dropout": 0.1,
+            "flip": True,
+            "posterior": "sample",
+            "resize": "bicubic-halving",
+            "images": None,
+            "seed": 0,
+        },
+        "accumulate": 1,
+        "mixed_precision": "no",
+        "image_size": None,
     },
 }
 # A teacher is trained under a protocol too, and a new field of protocols is listed once.
