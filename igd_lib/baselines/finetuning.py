@@ -1,8 +1,8 @@
 """Fine-tuning of a DiT on data whose classes it does not know, by its own loss alone.
 
 `accelerate launch -m igd_lib finetune DATASET OUT` trains on one GPU, several or a CPU; an interrupted run
-goes on where it was. DiT-XL/2's weights, and what is fine-tuned from them, are under CC-BY-NC 4.0 (no commercial
-use).
+goes on where it was. DiT-XL/2's weights, and what is fine-tuned from them, are under CC-BY-NC 4.0 (no
+commercial use).
 """
 
 from __future__ import annotations
