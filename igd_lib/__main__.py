@@ -66,6 +66,32 @@ def doctor() -> None:
 
 
 @igd.command()
+@click.argument("notebook")
+@click.option(
+    "-p", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="A parameter of the notebook."
+)
+@click.option("--memory", type=click.FloatRange(1), metavar="GIB", help="Of another card, to plan for.")
+@click.option("--tflops", nargs=2, type=float, metavar="S T", help="Its TFLOP/s of sampling and of training.")
+def plan(notebook: str, given: tuple[tuple[str, str], ...], memory: float | None, tflops: Any) -> None:
+    """What NOTEBOOK needs and costs at the paper's scale, on this machine or a card of another size.
+
+    Exits with 1 where something that it cannot do without is missing.
+
+    Example: igd plan 03_imagenet1k -p ipc 50
+    """
+    from igd_lib.experiment import plan as library
+
+    try:
+        asked = library.asked(notebook, dict(given))
+        machine = None if memory is None else library.other_machine(memory, tflops or library.ASSUMED)
+        found = library.of(*asked, machine)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(found.text)
+    sys.exit(int(any(piece.blocks for piece in found.pieces)))
+
+
+@igd.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--repair", is_flag=True, help="Remove what is damaged, so that the next run samples it anew.")
 def verify(folder: Path, repair: bool) -> None:
@@ -115,7 +141,7 @@ def convert(file: Path, out: Path, vae: str | None, heads: int | None) -> None:
 
 def _found_model(repository: str, revision: str | None) -> Path:
     """A model's folder on this machine. Raises FileNotFoundError with the ways to get it."""
-    from igd_lib.experiment.plan import model_folder
+    from igd_lib.experiment.pieces import model_folder
     from igd_lib.tools.machine import cache_dir
 
     found = model_folder(repository, revision)
@@ -132,7 +158,7 @@ def _autoencoder(name: str | None) -> Any:
     """The AutoencoderKL of a folder (or of the pipeline in it), else of the hub; None: the pinned one."""
     from diffusers import AutoencoderKL
 
-    from igd_lib.experiment.plan import SD_VAE
+    from igd_lib.experiment.pieces import SD_VAE
 
     where: str | Path = _found_model(*SD_VAE) if name is None else name
     if (Path(where) / "vae").is_dir():
@@ -243,7 +269,7 @@ def finetune(
     """
     from igd_lib.baselines import finetuning as library
     from igd_lib.data.images import load
-    from igd_lib.experiment.plan import DIT, dit_of
+    from igd_lib.experiment.pieces import DIT, dit_of
     from igd_lib.models.dit import match_original
     from igd_lib.pipeline import IGDPipeline
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from igd_lib.sampler import Denoiser, check_range, sample
 from igd_lib.surrogate import Checkpoints, class_gradients
 from igd_lib.tools import files
 
+Precision = Literal["float32", "tf32", "bfloat16"]
 Gradients = Tensor | Callable[[int], Tensor]  # (E, C, P) of all classes, or (E, P) of a label
 
 

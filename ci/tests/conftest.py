@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTTransforme
 
 import reference
 from igd_lib.data import images as data
-from igd_lib.experiment import experiment, plan
+from igd_lib.experiment import experiment, pieces
 from igd_lib.models import standin
 from igd_lib.models.networks import ConvNet
 from igd_lib.pipeline import IGDPipeline
@@ -72,7 +72,7 @@ def only_fashion(monkeypatch, tmp_path, fashion_folder) -> None:
     (folder / "fashion-mnist").symlink_to(fashion_folder)
     monkeypatch.setenv("IGD_DATA", str(folder))
     monkeypatch.delenv("IGD_ALLOW_CPU", raising=False)
-    monkeypatch.setattr(plan, "snapshot_download", absent)
+    monkeypatch.setattr(pieces, "snapshot_download", absent)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 

@@ -33,7 +33,7 @@ from igd_lib.experiment.comparisons import (
 from igd_lib.experiment.experiment import Sets, prepare
 from igd_lib.experiment.methods import Method, Selection
 from igd_lib.experiment.overview import overview, shown_steps, trace
-from igd_lib.experiment.plan import missing_for_paper
+from igd_lib.experiment.pieces import missing_for_paper
 from igd_lib.experiment.scales import STAND_INS, paper_scale
 from igd_lib.guidance import influence_loss
 from igd_lib.guides import Shortcuts

@@ -21,7 +21,7 @@ from igd_lib.__main__ import igd
 from igd_lib.baselines import tuning
 from igd_lib.baselines.finetuning import Finetuning, finetune
 from igd_lib.data.images import from_tensors
-from igd_lib.experiment import plan
+from igd_lib.experiment import pieces
 from igd_lib.models import standin
 from igd_lib.models.difffit import is_trained, share_embedders
 from igd_lib.pipeline import IGDPipeline
@@ -206,12 +206,12 @@ def test_every_field_of_the_recipe_is_in_the_frozen_defaults():
 def test_the_command_writes_what_the_paper_s_scale_looks_up(ten, monkeypatch, tmp_path):
     """DiT-cifar-10 from a DiT of the machine, found by the name that `dit_of` asks for; not twice."""
     monkeypatch.setattr("igd_lib.data.images.load", lambda *_: plain_colours())
-    ten.save_pretrained(cache_dir() / "models" / plan.DIT[0].split("/")[1])
-    ten.vae.save_pretrained(cache_dir() / "models" / plan.SD_VAE[0].split("/")[1])
+    ten.save_pretrained(cache_dir() / "models" / pieces.DIT[0].split("/")[1])
+    ten.vae.save_pretrained(cache_dir() / "models" / pieces.SD_VAE[0].split("/")[1])
     out = cache_dir() / "models" / "DiT-cifar-10"
     told = CliRunner().invoke(igd, ["finetune", "cifar-10", str(out), "--steps", "2", "--batch-size", "4"])
     assert told.exit_code == 0, told.output
-    assert plan.model_folder(*plan.dit_of("cifar-10")) == out
+    assert pieces.model_folder(*pieces.dit_of("cifar-10")) == out
     pipe = IGDPipeline.from_pretrained(out)
     assert pipe.transformer.config.timestep_frequencies == "original" and pipe.labels["white"] == 1
     assert share_embedders(pipe.transformer)
@@ -221,7 +221,7 @@ def test_the_command_writes_what_the_paper_s_scale_looks_up(ten, monkeypatch, tm
 
 def test_the_command_says_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setattr("igd_lib.data.images.load", lambda *_: plain_colours())
-    monkeypatch.setattr(plan, "model_folder", lambda *_: None)
+    monkeypatch.setattr(pieces, "model_folder", lambda *_: None)
     told = CliRunner().invoke(igd, ["finetune", "cifar-10", str(tmp_path / "x")])
     assert told.exit_code == 1 and "is not on this machine: hf download" in told.output
     assert list(tmp_path.iterdir()) == []

@@ -10,9 +10,10 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler
 from torch.utils.flop_counter import FlopCounterMode
 
-from ci.bench.shapes import convnet6, dit_xl_2, sd_vae
+from ci.bench.shapes import convnet6
 from igd_lib.config import PAPER, STANDARD, Guidance
-from igd_lib.experiment import plan
+from igd_lib.experiment import pieces
+from igd_lib.models.shapes import dit_xl_2, sd_vae
 from igd_lib.pipeline import IGDPipeline
 from igd_lib.sampler import sample_igd
 from igd_lib.schedulers import make_scheduler
@@ -76,11 +77,11 @@ def test_one_guided_step_at_the_papers_shapes_on_a_gpu(dtype):
 @pytest.mark.weights
 def test_the_papers_weights_sample_a_recognisable_latent():
     """Run with `-m weights` where DiT-XL/2 and the VAE are: vanilla latents vary as real ones do."""
-    folders = [plan.model_folder(*model) for model in (plan.DIT, plan.SD_VAE)]
+    folders = [pieces.model_folder(*model) for model in (pieces.DIT, pieces.SD_VAE)]
     if None in folders:
         pytest.skip(
             "DiT-XL/2 or the VAE is not on this machine: hf download "
-            + " and ".join(name for name, _ in (plan.DIT, plan.SD_VAE))
+            + " and ".join(name for name, _ in (pieces.DIT, pieces.SD_VAE))
         )
     pipe = IGDPipeline.from_pretrained(folders[0], vae=AutoencoderKL.from_pretrained(folders[1]))
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")

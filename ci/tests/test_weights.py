@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from igd_lib.__main__ import igd
-from igd_lib.experiment import plan
+from igd_lib.experiment import pieces
 from igd_lib.models import dit as weights
 from igd_lib.pipeline import IGDPipeline
 from igd_lib.tools.machine import cache_dir
@@ -237,7 +237,7 @@ def test_a_converted_file_is_a_pipeline_that_is_looked_up(original, inputs, tmp_
     out = cache_dir() / "models" / "DiT-food-101"
     told = convert(tmp_path / name, out, "--vae", vae_folder, "--heads", HEADS)
     assert told.exit_code == 0 and told.output.strip().endswith(str(out)), told.output
-    assert plan.model_folder(*plan.dit_of("food-101")) == out
+    assert pieces.model_folder(*pieces.dit_of("food-101")) == out
     pipe = IGDPipeline.from_pretrained(out)
     torch.testing.assert_close(forward(pipe.transformer, *inputs), original(*inputs), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(
@@ -278,7 +278,7 @@ def test_what_is_lacking_is_said_before_anything_is_written(original, tmp_path, 
     torch.save(original.tensors, tmp_path / "a.pt")
     out = tmp_path / "models" / "out"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(plan, "model_folder", lambda *_: None)
+    monkeypatch.setattr(pieces, "model_folder", lambda *_: None)
     for words, message in (
         ((), "sd-vae-ft-mse is not on this machine: hf download stabilityai/sd-vae-ft-mse"),
         (("--vae", tmp_path), "--vae FOLDER"),
@@ -288,7 +288,7 @@ def test_what_is_lacking_is_said_before_anything_is_written(original, tmp_path, 
         told = convert(tmp_path / "a.pt", out, *words)
         assert told.exit_code == 1 and message in told.output.replace("\n", " "), told.output
         assert not out.parent.exists()
-    monkeypatch.setattr(plan, "model_folder", lambda *_: vae_folder)  # where the pinned one is found
+    monkeypatch.setattr(pieces, "model_folder", lambda *_: vae_folder)  # where the pinned one is found
     assert convert(tmp_path / "a.pt", out, "--heads", HEADS).exit_code == 0
 
 

@@ -100,6 +100,14 @@ class ImageData:
         found = replace(self, split=split, image_size=size, resize=how, original=self.photograph)
         return _held(replace(found, fetch=_maker(self.photograph, size, how)))
 
+    def of_labels(self, labels: Sequence[int]) -> ImageData:
+        """The images of some classes alone, which get the labels 0, 1, ... in that order."""
+        chosen = torch.cat([self.class_indices(label) for label in labels])
+        found = self.subset(chosen, f"{self.split}, {len(labels)} classes")
+        order = torch.zeros(len(self.classes), dtype=torch.long)
+        order[list(labels)] = torch.arange(len(labels))
+        return replace(found, classes=tuple(self.classes[i] for i in labels), labels=order[found.labels])
+
     def first(self, count: int) -> ImageData:
         """The first `count` images of each class in file order (all where a class has fewer)."""
         chosen = torch.cat([self.class_indices(label)[:count] for label in range(len(self.classes))])
@@ -194,6 +202,19 @@ def missing(name: str | DataSpec, root: str | Path | None = None) -> list[str]:
     name.
     """
     return sources.missing(spec_of(name), root)
+
+
+def count_problems(name: str | DataSpec) -> list[str]:
+    """What is wrong with a data set that is here, folders and numbers of images; nothing is decoded."""
+    spec, lines = spec_of(name), []
+    if spec.layout.startswith("cifar"):  # archives, whose sums are checked as they are read
+        return []
+    for stored in ("train", "test"):
+        try:
+            _check_sizes(spec, stored, sources.read(spec, stored, None))
+        except (ValueError, OSError) as error:
+            lines.append(str(error))
+    return lines
 
 
 def _check_sizes(spec: DataSpec, stored: str, found: Found) -> None:

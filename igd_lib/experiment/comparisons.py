@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from igd_lib.config import Fidelity, Guidance, flips
-from igd_lib.experiment.experiment import Experiment
 from igd_lib.experiment.methods import SAMPLED, Method, Selection
+from igd_lib.experiment.outline import Outline
 from igd_lib.guides import Shortcuts
-from igd_lib.protocols import IGD_HARD, MINIMAX_HARD
+
+THRESHOLDS = (0.6, 0.7, 0.8)  # of Algorithm 2, in Table 6
+CFGS = (4.0, 1.0, 1.5, 2.0, 3.0)
 
 
-def comparison(experiment: Experiment) -> list[Method]:
+def comparison(experiment: Outline) -> list[Method]:
     """Random, DiT at cfg 4, DiT at its best cfg, deviation guidance alone, and DiT-IGD."""
     scale = experiment.scale
     return [
@@ -24,34 +26,34 @@ def comparison(experiment: Experiment) -> list[Method]:
     ]
 
 
-def baselines(experiment: Experiment) -> list[Method]:
+def baselines(experiment: Outline) -> list[Method]:
     """`comparison` with RDED, and with Minimax and Minimax-IGD where there is a Minimax model."""
     random, *others = comparison(experiment)
     tuned = [Method(), Method(guidance=experiment.scale.on_minimax())]
     return [random, Method("rded"), *others, *_tuned(experiment, tuned)]
 
 
-def sampled(experiment: Experiment) -> list[Method]:
+def sampled(experiment: Outline) -> list[Method]:
     """The rows of `baselines` that a diffusion model samples at the paper's cfg."""
     return [row for row in baselines(experiment) if row.family == SAMPLED and row.cfg_choice == ""]
 
 
-def plain_and_guided(experiment: Experiment, backbone: str) -> tuple[Method, Method]:
+def plain_and_guided(experiment: Outline, backbone: str) -> tuple[Method, Method]:
     """A backbone's rows without and with guidance.
 
     Raises ValueError for another than "dit" or "minimax", FileNotFoundError where there is no Minimax model.
     """
     if backbone not in ("dit", "minimax"):
         raise ValueError(f"backbone is 'dit' or 'minimax', got {backbone!r}")
-    if backbone == "minimax" and experiment.models.minimax_missing:
-        raise FileNotFoundError(experiment.models.minimax_missing)
+    if backbone == "minimax" and experiment.minimax_missing:
+        raise FileNotFoundError(experiment.minimax_missing)
     if backbone == "dit":
         return Method(), Method(guidance=experiment.scale.guidance)
     plain = Method(backbone="minimax")
     return plain, replace(plain, guidance=experiment.scale.on_minimax())
 
 
-def ablation(experiment: Experiment) -> list[Method]:
+def ablation(experiment: Outline) -> list[Method]:
     """Table 5's rows: neither guidance, each alone, both, on either backbone; and vanilla sampling at its
     best cfg.
     """
@@ -69,7 +71,7 @@ def ablation(experiment: Experiment) -> list[Method]:
     ]
 
 
-def surrogates(experiment: Experiment, names: Sequence[str]) -> list[Method]:
+def surrogates(experiment: Outline, names: Sequence[str]) -> list[Method]:
     """Table 4's rows: DiT-IGD guided by surrogates of other architectures; DiT and deviation guidance alone
     beside them.
     """
@@ -77,7 +79,7 @@ def surrogates(experiment: Experiment, names: Sequence[str]) -> list[Method]:
     return [plain, deviation, *(replace(both, surrogate=name, varies=("surrogate",)) for name in names)]
 
 
-def selections(experiment: Experiment, thresholds: Sequence[float], backbone: str = "dit") -> list[Method]:
+def selections(experiment: Outline, thresholds: Sequence[float], backbone: str = "dit") -> list[Method]:
     """Table 6's rows: no guidance, and IGD with Algorithm 2's checkpoints by threshold and with as many at
     regular intervals.
 
@@ -85,7 +87,7 @@ def selections(experiment: Experiment, thresholds: Sequence[float], backbone: st
     Minimax model.
     """
     plain, guided = plain_and_guided(experiment, backbone)
-    chosen = experiment.surrogates.choices(thresholds)
+    chosen = experiment.choices(thresholds)
     found: dict[tuple[int, ...], Selection] = {}
     for entry in chosen[chosen.similarity == experiment.scale.fidelity.similarity].itertuples():
         found[tuple(entry.kept)] = Selection("threshold", tuple(entry.kept), entry.threshold)
@@ -93,7 +95,7 @@ def selections(experiment: Experiment, thresholds: Sequence[float], backbone: st
     return [plain, *(replace(guided, selection=one, varies=("selection",)) for one in found.values())]
 
 
-def solvers(experiment: Experiment) -> list[Method]:
+def solvers(experiment: Outline) -> list[Method]:
     """Table 10's rows: either backbone, with and without guidance, by DDIM and by DPM-Solver++ with few
     steps.
     """
@@ -122,7 +124,7 @@ SHORTCUTS: tuple[tuple[Shortcuts, bool], ...] = (  # and whether with the tiny d
 )
 
 
-def shortcuts(experiment: Experiment) -> list[Method]:
+def shortcuts(experiment: Outline) -> list[Method]:
     """DiT, G_D alone and DiT-IGD, and DiT-IGD with each shortcut."""
     _, plain, _, deviation, both = comparison(experiment)
     varied = replace(both, varies=("shortcuts",))
@@ -135,7 +137,7 @@ def shortcuts(experiment: Experiment) -> list[Method]:
 
 
 def grid(
-    experiment: Experiment, ks: Sequence[float], gammas: Sequence[float], backbone: str = "dit"
+    experiment: Outline, ks: Sequence[float], gammas: Sequence[float], backbone: str = "dit"
 ) -> list[Method]:
     """A backbone without guidance, and with every pair of k and gamma but (0, 0)."""
     plain, _ = plain_and_guided(experiment, backbone)
@@ -144,7 +146,7 @@ def grid(
     return [plain, *(replace(plain, guidance=pair, varies=("k", "gamma")) for pair in pairs)]
 
 
-def early_stage(experiment: Experiment, ks: Sequence[float]) -> list[Method]:
+def early_stage(experiment: Outline, ks: Sequence[float]) -> list[Method]:
     """Figure 2's rows: DiT, and influence guidance alone at each k, in the guided range and at every step."""
     first = experiment.scale.fidelity.range_counts_from
     whole = (first, experiment.scale.num_steps - 1 + first)
@@ -160,7 +162,7 @@ def early_stage(experiment: Experiment, ks: Sequence[float]) -> list[Method]:
 
 
 def sensitivity(
-    experiment: Experiment, ks: Sequence[float], gammas: Sequence[float], backbone: str = "dit"
+    experiment: Outline, ks: Sequence[float], gammas: Sequence[float], backbone: str = "dit"
 ) -> list[Method]:
     """Figure 6's rows: guidance with each k, and with each gamma, the other as in use."""
     plain, guided = plain_and_guided(experiment, backbone)
@@ -170,7 +172,7 @@ def sensitivity(
     return [plain, *by_k, *by_gamma]
 
 
-def flipped(experiment: Experiment, ipc: int, backbone: str = "dit") -> list[Method]:
+def flipped(experiment: Outline, ipc: int, backbone: str = "dit") -> list[Method]:
     """A backbone's guided row, and that row with one field of `Fidelity` changed at a time, towards the paper
     or (second_chain) the released code.
 
@@ -192,9 +194,9 @@ def flipped(experiment: Experiment, ipc: int, backbone: str = "dit") -> list[Met
     return [guided, *rows]
 
 
-def _matters(experiment: Experiment, field: str, changed: Fidelity, ipc: int) -> bool:
+def _matters(experiment: Outline, field: str, changed: Fidelity, ipc: int) -> bool:
     """Whether a field of `Fidelity` can change a set of `ipc` images a class at this scale."""
-    scale, listed = experiment.scale, experiment.surrogates.fixed is not None
+    scale, listed = experiment.scale, experiment.has_fixed_checkpoints
     filtered = scale.fidelity.checkpoints == "similarity" or not listed
     if field in ("vae", "timestep_frequencies"):  # of DiT's own weights
         return scale.papers
@@ -205,12 +207,11 @@ def _matters(experiment: Experiment, field: str, changed: Fidelity, ipc: int) ->
     if field == "memory_size":
         return scale.fidelity.memory_size is not None and ipc > scale.fidelity.memory_size
     if field == "surrogate":
-        classes = len(experiment.train.classes)
-        return scale.with_fidelity(changed, classes).training != scale.training
+        return scale.with_fidelity(changed, experiment.number_of_classes).training != scale.training
     return True
 
 
-def disputed(experiment: Experiment, backbone: str) -> list[Method]:
+def disputed(experiment: Outline, backbone: str) -> list[Method]:
     """What others measured below the paper: a backbone without guidance, with it, and with the released
     direction.
     """
@@ -220,29 +221,7 @@ def disputed(experiment: Experiment, backbone: str) -> list[Method]:
     return [plain, guided, row]
 
 
-def readings(experiment: Experiment, networks: Sequence[str]) -> list[tuple[Experiment, list[str]]]:
-    """The ways in which a set's accuracy may have been read: an experiment with each protocol and test set,
-    and the networks to train.
-
-    At the paper's scale both hard-label protocols, ResNet-10 beside ResNetAP-10 (the released scripts name
-    either), and fastai's images where they are found. On a stand-in its own protocol with ten tests, so that
-    the best accuracy can differ from the last.
-    """
-    experiment = replace(experiment, artefact=f"{experiment.artefact}_readings")
-    if not experiment.scale.papers:
-        own = experiment.scale.protocol
-        return [
-            (
-                experiment.with_protocol(replace(own, name=f"{own.name}, ten tests", evaluations=10)),
-                list(networks),
-            )
-        ]
-    names = [*networks, *(["resnet10"] if "resnetap10" in networks else [])]
-    ways = [experiment.with_protocol(protocol) for protocol in (IGD_HARD, MINIMAX_HARD)]
-    return [(one, names) for one in [*ways, *experiment.on_fastai()]]
-
-
-def by_cfg(experiment: Experiment, cfgs: Sequence[float], backbone: str = "dit") -> list[Method]:
+def by_cfg(experiment: Outline, cfgs: Sequence[float], backbone: str = "dit") -> list[Method]:
     """A backbone, G_D alone and both guidances, each at each cfg."""
     plain, guided = plain_and_guided(experiment, backbone)
     assert guided.guidance is not None
@@ -250,6 +229,6 @@ def by_cfg(experiment: Experiment, cfgs: Sequence[float], backbone: str = "dit")
     return [replace(row, cfg_scale=cfg, varies=("cfg",)) for row in rows for cfg in cfgs]
 
 
-def _tuned(experiment: Experiment, rows: Sequence[Method]) -> list[Method]:
+def _tuned(experiment: Outline, rows: Sequence[Method]) -> list[Method]:
     """The rows on the Minimax backbone, none where it is missing."""
-    return [] if experiment.models.minimax_missing else [replace(row, backbone="minimax") for row in rows]
+    return [] if experiment.minimax_missing else [replace(row, backbone="minimax") for row in rows]

@@ -73,9 +73,9 @@ def data_sets() -> list[str]:
 
 
 def models() -> list[str]:
-    """The stand-ins, the paper's weights and Inception-V3."""
-    from igd_lib.analysis import features
-    from igd_lib.experiment import plan
+    """The stand-ins, and every weight that some notebook needs at the paper's scale."""
+    from igd_lib.experiment.artefacts import ARTEFACTS
+    from igd_lib.experiment.pieces import Piece, pieces
     from igd_lib.models import standin
 
     lines = [
@@ -83,30 +83,24 @@ def models() -> list[str]:
         f"{'found' if (standin.ASSETS / name / 'model_index.json').is_file() else 'NOT FOUND'}"
         for name in standin.STANDINS
     ]
-    lacking = [line for line in plan.missing_for_paper("imagenet") if "weights" in line]
-    lines += lacking or ["DiT-XL/2 and its autoencoder: found"]
-    return lines + (
-        [f"Inception-V3 (FID): {line}" for line in features.missing_for_inception()]
-        or ["Inception-V3 (FID): found"]
-    )
+    named: dict[str, Piece] = {}
+    for artefact in ARTEFACTS.values():
+        if artefact.paper:
+            named |= {one.name: one for one in pieces(artefact.dataset, artefact) if one.kind != "machine"}
+    weights = [one for name, one in named.items() if not name.startswith("the images of")]
+    return lines + [f"{one.name}: {'; '.join(one.problems) or one.where}" for one in weights]
 
 
 def notebooks() -> list[str]:
-    """What each notebook does with scale "auto", by the data set of its parameters or its `prepare`."""
-    from igd_lib.experiment import plan
+    """What each notebook does with scale "auto", for its own data set."""
+    from igd_lib.experiment.artefacts import ARTEFACTS
+    from igd_lib.experiment.pieces import missing_for_paper
 
     lines = []
-    for path in sorted((PROJECT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
-        text = path.read_text()
-        names = re.findall(r'dataset: str = \\"([a-z0-9-]+)\\"', text) + re.findall(
-            r'prepare\(\\"[^"]+\\", \\"([a-z0-9-]+)\\"', text
-        )
-        if names:
-            lacking = plan.missing_for_paper(names[0])
-            scale, note = (
-                ("small", f"; {len(lacking)} of the paper's pieces are missing") if lacking else ("paper", "")
-            )
-            lines.append(f"{path.stem}: {scale} ({names[0]}{note})")
+    for name, artefact in ARTEFACTS.items():
+        lacking = missing_for_paper(artefact.dataset, artefact)
+        note = f"; {len(lacking)} of the paper's pieces are missing" if lacking else ""
+        lines.append(f"{name}: {'small' if lacking else 'paper'} ({artefact.dataset}{note})")
     return lines
 
 

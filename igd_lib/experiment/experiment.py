@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Literal
 
+import pandas as pd
 import torch
 from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor
@@ -14,24 +17,39 @@ from igd_lib.config import STANDARD, TABLE_12_IPCS, Fidelity, nearest_ipc
 from igd_lib.data.datasets import DATASETS, DataSpec
 from igd_lib.data.images import ImageData, load, missing
 from igd_lib.distillation import Wanted, fill
-from igd_lib.experiment.methods import SAMPLED, Method
-from igd_lib.experiment.models import Models, PaperModels, StandInModels
+from igd_lib.experiment import plan
+from igd_lib.experiment.artefacts import Artefact
+from igd_lib.experiment.artefacts import artefact as known
+from igd_lib.experiment.methods import SAMPLED, Method, chosen
+from igd_lib.experiment.models import Models, PaperModels, RehearsalModels, StandInModels
 from igd_lib.experiment.parameters import SCALES
-from igd_lib.experiment.plan import missing_for_paper
+from igd_lib.experiment.pieces import Piece, missing_for_paper, pieces, replaced
 from igd_lib.experiment.registry import BASELINES, GUIDES
-from igd_lib.experiment.scales import STAND_INS, TEST_IMAGES, Scale, paper_scale, small_scale, smoke_scale
+from igd_lib.experiment.run import AUTO, Run, split_names
+from igd_lib.experiment.scales import (
+    STAND_INS,
+    TEST_IMAGES,
+    Scale,
+    paper_scale,
+    rehearsal_scale,
+    small_scale,
+    smoke_scale,
+)
 from igd_lib.experiment.surrogates import Surrogates
-from igd_lib.protocols import Protocol
+from igd_lib.models import standin
+from igd_lib.models.dit import class_ids
+from igd_lib.protocols import PROTOCOLS, Protocol
 from igd_lib.sampling import Sampling
 from igd_lib.sets.store import DistilledSet
 from igd_lib.surrogate import Checkpoints
 from igd_lib.teachers import Teacher
 from igd_lib.tools import cluster, keys
-from igd_lib.tools.machine import cache_dir, ray_cluster, reuse_memory
+from igd_lib.tools.machine import ray_cluster, reuse_memory, work_dir, work_in
 from igd_lib.tools.progress import progress
 from igd_lib.tools.version import VERSION
 
 Images = ImageData | DistilledSet
+TOGETHER = 50  # classes whose gradients are held at a time
 _reported: set[str] = set()  # sets of another version that have been named in this process
 
 
@@ -77,6 +95,7 @@ class Experiment:
     """Data, models and settings at one scale."""
 
     artefact: str  # the notebook that its rows are of
+    run: Run
     scale: Scale
     models: Models
     surrogates: Surrogates
@@ -85,6 +104,7 @@ class Experiment:
     label_ids: tuple[int, ...]  # the diffusion model's, in label order
     spec: DataSpec
     banner: str  # Markdown, shown first
+    ending: str = ""  # Markdown, shown last
 
     @property
     def device(self) -> str:
@@ -100,20 +120,62 @@ class Experiment:
         config = self.models.pipe.transformer.config
         return config.in_channels * config.sample_size**2
 
-    def title(self, ipc: int, *networks: str) -> str:
+    @property
+    def ipc(self) -> int:
+        """Images a class."""
+        return self.scale.limit(self.run)[0]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The generation seeds."""
+        return self.scale.limit(self.run)[1]
+
+    @property
+    def networks(self) -> list[str]:
+        """What is trained on every set."""
+        return self.names(self.run.networks)
+
+    @property
+    def network(self) -> str:
+        """The network, where the notebook trains one. Raises ValueError for several."""
+        if len(self.networks) != 1:
+            raise ValueError(f"{self.artefact} trains one network, got {', '.join(self.networks)}")
+        return self.networks[0]
+
+    def names(self, text: str) -> list[str]:
+        """Comma-separated names of networks; "auto": those of the notebook at this scale."""
+        own = known(self.artefact)
+        usual = own.networks if self.scale.papers else own.small_networks
+        return split_names(usual if text == AUTO else text)
+
+    def title(self, *networks: str) -> str:
         """What figures of it are called: "fashion-mnist, IPC 10, convnet3, small"."""
-        return ", ".join([self.train.name, f"IPC {ipc}", *networks, self.scale.name])
+        return ", ".join([self.train.name, f"IPC {self.ipc}", *networks, self.scale.name])
 
     def describe(self, *more: str) -> str:
         """Its settings in a line."""
-        scale = self.scale
-        parts = (str(scale.guidance), f"{scale.num_steps} steps", f"protocol {scale.protocol.name}", *more)
-        return "; ".join(parts)
+        scale, networks = self.scale, self.networks
+        parts = [str(scale.guidance), f"{scale.num_steps} steps", f"protocol {scale.protocol.name}"]
+        parts += [f"networks {', '.join(networks)}"] if networks else []
+        parts += [f"precision {self.run.precision}"] if self.run.precision != "float32" else []
+        return "; ".join([*parts, *more])
 
-    def networks(self, names: str, *, paper: str, small: str = "convnet3") -> list[str]:
-        """From comma-separated `names`; "auto": the paper's at its scale, `small` on a stand-in."""
-        chosen = (paper if self.scale.papers else small) if names == "auto" else names
-        return [name.strip() for name in chosen.split(",")]
+    # --- an `Outline`
+
+    @property
+    def minimax_missing(self) -> str:
+        return self.models.minimax_missing
+
+    @property
+    def has_fixed_checkpoints(self) -> bool:
+        return self.surrogates.fixed is not None
+
+    @property
+    def number_of_classes(self) -> int:
+        return len(self.train.classes)
+
+    def choices(self, thresholds: Sequence[float]) -> pd.DataFrame:
+        return self.surrogates.choices(thresholds)
 
     # --- what guides, and what gives soft labels
 
@@ -137,22 +199,52 @@ class Experiment:
 
     # --- sets
 
-    def sets(self, methods: Sequence[Method], ipc: int, seeds: int) -> Sets:
-        """Every method's set for generation seeds 0 ... seeds - 1; the noise is the same for every method."""
-        cells = [(method, seed) for method in methods for seed in range(seeds)]
-        return Sets(ipc, {cell: self.set(*cell, ipc) for cell in progress(cells, "sets", every=20)})
+    def sets(
+        self, methods: Sequence[Method], ipc: int | None = None, seeds: Sequence[int] | None = None
+    ) -> Sets:
+        """The sets of the rows that the run asks for; the noise of a seed is the same for every method.
+
+        Where the run works on some classes only, the process ends here (SystemExit 0, which papermill takes
+        for a finished notebook) unless the others are there already: it says how many images are missing.
+        """
+        ipc = self.ipc if ipc is None else ipc
+        rows = chosen(methods, self.run.methods)
+        cells = [(row, seed) for row in rows for seed in (self.seeds if seeds is None else seeds)]
+        sampled = {cell: self._wanted(*cell, ipc) for cell in cells if cell[0].family == SAMPLED}
+        labels = self.run.labels(self.number_of_classes)
+        # Classes outermost: their gradients, which are large, are read once for all sets.
+        for part in self._parts(labels):
+            for wanted, folder in progress(list(sampled.values()), "sets", every=20):
+                self._fill(wanted, folder, part)
+        found = {cell: DistilledSet(folder) for cell, (_, folder) in sampled.items()}
+        if labels is not None:
+            end_if_lacking(found.values())
+        for one in found.values():
+            _report_version(one)
+        return Sets(ipc, {cell: found.get(cell) or self.set(*cell, ipc) for cell in cells})
 
     def set(self, method: Method, seed: int, ipc: int) -> Images:
         """A method's images for one generation seed: sampled, resumed, or made by another baseline."""
         if method.family != SAMPLED:
             return BASELINES[method.family].make(self, ipc, seed)
-        every = list(range(len(self.train.classes)))
-        wanted = Wanted(self.sampling(method), self.train, ipc, seed, every, list(self.label_ids))
-        folder = cache_dir() / "set" / f"{keys.key('set', wanted.settings)}-seed{seed}"
-        # Notebooks that run side by side share sets: one waits for the other.
-        found = fill(wanted, folder, wait=True, ray=ray_cluster())
+        found = self._fill(*self._wanted(method, seed, ipc))
         _report_version(found)
         return found
+
+    def _wanted(self, method: Method, seed: int, ipc: int) -> tuple[Wanted, Path]:
+        """A sampled set that is to be, and its folder."""
+        every = list(range(self.number_of_classes))
+        wanted = Wanted(self.sampling(method), self.train, ipc, seed, every, list(self.label_ids))
+        return wanted, work_dir() / "set" / f"{keys.key('set', wanted.settings)}-seed{seed}"
+
+    def _parts(self, labels: Sequence[int] | None) -> list[list[int]]:
+        """The classes to work on, as many at a time as there are class gradients in memory."""
+        every = list(range(self.number_of_classes)) if labels is None else list(labels)
+        return [every[start : start + TOGETHER] for start in range(0, len(every), TOGETHER)]
+
+    def _fill(self, wanted: Wanted, folder: Path, part: Sequence[int] | None = None) -> DistilledSet:
+        """Sample what is missing; notebooks that run side by side share sets, and wait for each other."""
+        return fill(wanted, folder, only=part, batch=self.run.batch, wait=True, ray=ray_cluster())
 
     def sampling(self, method: Method) -> Sampling:
         """How a method's images are sampled."""
@@ -217,6 +309,19 @@ def _report_version(found: DistilledSet) -> None:
         print(f"{found.path} was made by igd_lib {made} ({found.revision}), this is {VERSION}", flush=True)
 
 
+def end_if_lacking(sets: Iterable[DistilledSet]) -> None:
+    """End the notebook where images are missing: other runs are to sample the other classes."""
+    found = list(sets)
+    lacking, total = sum(one.lacking() for one in found), sum(len(one.selected) * one.ipc for one in found)
+    if lacking:
+        print(
+            f"{lacking} of {total} images of these {len(found)} sets are not there yet: run the other "
+            "classes, then once without `classes` for the evaluation",
+            flush=True,
+        )
+        raise SystemExit(0)
+
+
 # --- making one
 
 
@@ -225,16 +330,17 @@ def prepare(
     dataset: str,
     scale: str = "auto",
     *,
+    run: Run | None = None,  # what the notebook's parameters ask for
     fidelity: Fidelity = STANDARD,
-    ipc: int = 10,
-    labels: str = "hard",
+    labels: Literal["hard", "soft"] | None = None,  # of the evaluation; None: the notebook's own
     stand_in: str = "fashion-mnist",
     threshold: float = 0.7,
 ) -> Experiment:
-    """The experiment of a notebook for `dataset` at `scale`, evaluated with "hard" or "soft" labels.
+    """The experiment of a notebook for `dataset` at `scale`.
 
-    "auto" is "paper" where the paper's data and models are on this machine, else "small" on
-    `stand_in`. "paper" raises FileNotFoundError naming every missing piece and how to get it.
+    "auto" is "paper" where all that the notebook needs is usable on this machine, else "small" on `stand_in`.
+    "paper" raises FileNotFoundError naming every missing piece and how to get it; "rehearsal" only where the
+    data, the DiT or its autoencoder are missing.
     """
     disable_progress_bar()  # of loading models: not worth a line in a notebook
     if not torch.cuda.is_available():
@@ -243,17 +349,17 @@ def prepare(
         raise ValueError(f"scale is one of {', '.join(SCALES)}, got {scale!r}")
     if dataset not in DATASETS:
         raise ValueError(f"unknown data set {dataset!r}; known: {', '.join(sorted(DATASETS))}")
-    lacking = missing_for_paper(dataset, fidelity)
-    if scale == "paper" and lacking:
-        raise FileNotFoundError("scale='paper' lacks:\n" + "\n".join(f"- {line}" for line in lacking))
+    asked = _Asked(artefact, dataset, run or Run(), fidelity, labels or known(artefact).labels)
+    scale = _resolved(scale, asked)
+    work_in("rehearsal" if scale == "rehearsal" else "")
     if where := ray_cluster():  # once, for all its sets
         cluster.connect(where)
-    if scale == "paper" or (scale == "auto" and not lacking):
-        made = _paper(artefact, dataset, fidelity, ipc, labels)
+    if scale in ("paper", "rehearsal"):
+        made = _paper(asked, rehearsal=scale == "rehearsal")
     else:
         make = smoke_scale if scale == "smoke" else small_scale
-        made = _on_stand_in(artefact, stand_in, make(dataset, stand_in, fidelity=fidelity, labels=labels))
-    return _with_threshold(made, threshold)
+        made = _on_stand_in(asked, stand_in, make(dataset, stand_in, fidelity=fidelity, labels=asked.labels))
+    return _with_threshold(_with_named_protocol(made), threshold)
 
 
 def _with_threshold(made: Experiment, threshold: float) -> Experiment:
@@ -263,33 +369,129 @@ def _with_threshold(made: Experiment, threshold: float) -> Experiment:
     return replace(made, scale=surrogates.scale, surrogates=surrogates)
 
 
-def _paper(artefact: str, dataset: str, fidelity: Fidelity, ipc: int, labels: str) -> Experiment:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    models = PaperModels(dataset, fidelity, device)
-    train, test, spec = load(dataset, "train"), load(dataset, "test"), DATASETS[dataset]
-    models.pipe.check_images_of(train.name, train.image_size)  # before a surrogate is trained for hours
+def _with_named_protocol(made: Experiment) -> Experiment:
+    """Evaluated under the protocol that the run names."""
+    name = made.run.protocol
+    return made if name == AUTO else made.with_protocol(made.scale.cut(PROTOCOLS[name]))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What an experiment is asked for."""
+
+    artefact: str
+    dataset: str
+    run: Run
+    fidelity: Fidelity
+    labels: Literal["hard", "soft"]
+
+    @property
+    def needs(self) -> Artefact:
+        """The notebook, with the labels asked for."""
+        return replace(known(self.artefact), labels=self.labels)
+
+    def pieces(self) -> list[Piece]:
+        """What the paper's scale needs for it."""
+        return pieces(self.dataset, self.needs, self.fidelity)
+
+    def lacking(self) -> list[str]:
+        return missing_for_paper(self.dataset, self.needs, self.fidelity)
+
+
+def _resolved(scale: str, asked: _Asked) -> str:
+    """The scale that "auto" means here. Raises FileNotFoundError for one that cannot be had."""
+    if scale in ("smoke", "small"):
+        return scale
+    if scale == "rehearsal" and asked.dataset not in standin.STANDINS:
+        lacking = [line for piece in asked.pieces() if piece.blocks_rehearsal for line in piece.problems]
+    else:
+        lacking = asked.lacking()
+    if scale == "auto":
+        return "small" if lacking else "paper"
+    if lacking:
+        raise FileNotFoundError(f"scale={scale!r} lacks:\n" + "\n".join(f"- {line}" for line in lacking))
+    return scale
+
+
+def _paper(asked: _Asked, *, rehearsal: bool) -> Experiment:
+    """The paper's data and models; in a rehearsal little of them, with something for what is missing."""
+    dataset, fidelity = asked.dataset, asked.fidelity
+    device, spec = "cuda" if torch.cuda.is_available() else "cpu", DATASETS[dataset]
+    models = (RehearsalModels if rehearsal else PaperModels)(dataset, fidelity, device)
     scale = paper_scale(
         dataset,
         fidelity=fidelity,
-        ipc=ipc,
-        labels=labels,
-        num_classes=len(train.classes),
-        image_size=train.image_size,
+        ipc=asked.run.ipc,
+        labels=asked.labels,
+        num_classes=len(spec.classes),
+        image_size=spec.image_size,
     )
+    scale = rehearsal_scale(scale) if rehearsal else scale
+    spec = few_classes(spec, scale.classes)
+    train, test = images_of(spec, "train", scale), images_of(spec, "test", scale)
+    own = range(len(train.classes)) if scale.classes else None  # of a model that was tuned for the data
+    ids = tuple(class_ids(models.pipe.transformer, len(train.classes), spec.label_ids or own))
+    surrogates = Surrogates(scale, train, str(models.pipe._execution_device))
+    whole = plan.of(asked.artefact, dataset, asked.run)
+    first = _about_rehearsal(asked, scale) if rehearsal else whole.text
+    banner, ending = f"{_about_paper(asked, scale, models)}\n\n{first}", whole.text if rehearsal else ""
+    made = Experiment(
+        asked.artefact, asked.run, scale, models, surrogates, train, test, ids, spec, banner, ending
+    )
+    if "teacher" in asked.needs.needs:
+        models.fetch()
+    return made
+
+
+def _about_paper(asked: _Asked, scale: Scale, models: PaperModels) -> str:
+    """The scale, data and models in a sentence."""
+    ipc = asked.run.ipc
     source = "Table 12" if scale.from_table_12 else "not from Table 12, which has none for it"
     if scale.from_table_12 and ipc not in TABLE_12_IPCS:
         source += f" at IPC {nearest_ipc(ipc)}, for it has no IPC {ipc}"
-    banner = (
-        f"**Scale: paper.** {dataset}, {models.dit} (CC-BY-NC 4.0) and {fidelity.vae}; k and gamma {source}."
+    text = (
+        f"**Scale: {scale.name}.** {asked.dataset}, {models.dit} (CC-BY-NC 4.0) and {asked.fidelity.vae}; "
+        f"k and gamma {source}."
     )
     if models.minimax_missing:
-        banner += f" Without the rows on the Minimax backbone: {models.minimax_missing}."
-    ids = spec.label_ids or tuple(range(len(train.classes)))
-    surrogates = Surrogates(scale, train, str(models.pipe._execution_device))
-    return Experiment(artefact, scale, models, surrogates, train, test, ids, spec, banner)
+        text += f" Without the rows on the Minimax backbone: {models.minimax_missing}."
+    return text
 
 
-def _on_stand_in(artefact: str, stand_in: str, scale: Scale) -> Experiment:
+def _about_rehearsal(asked: _Asked, scale: Scale) -> str:
+    """What a rehearsal is, and what stands in for what."""
+    assert scale.images is not None
+    cut = (
+        f"The paper's code on {scale.classes} classes, {scale.images[0]} images of each and "
+        f"{scale.num_steps} steps: it shows that everything works with your data and models, "
+        "**and its numbers mean nothing.** The plan of the real run is at the end."
+    )
+    return "\n\n".join([cut, *replaced(asked.pieces())])
+
+
+def images_of(spec: DataSpec, split: str, scale: Scale) -> ImageData:
+    """A split's images, or as many of them as the scale takes."""
+    data = load(spec, split, check_sizes=scale.images is None)
+    if scale.classes is not None:
+        data = data.of_labels(range(scale.classes))
+    return data if scale.images is None else data.first(scale.images[split == "test"])
+
+
+def few_classes(spec: DataSpec, count: int | None) -> DataSpec:
+    """The first classes of a data set in class folders, so that the others are not looked through."""
+    if count is None or spec.layout != "image-folder":
+        return spec
+    return replace(
+        spec,
+        classes=spec.classes[:count],
+        label_ids=spec.label_ids[:count],
+        titles=spec.titles[:count],
+        sizes=(None, None),
+        subset=True,
+    )
+
+
+def _on_stand_in(asked: _Asked, stand_in: str, scale: Scale) -> Experiment:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     spec = DATASETS[STAND_INS[stand_in].dataset]
     train, test = load(spec, "train"), load(spec, "test").first(TEST_IMAGES[stand_in])
@@ -298,14 +500,21 @@ def _on_stand_in(artefact: str, stand_in: str, scale: Scale) -> Experiment:
     ids = spec.label_ids or tuple(range(len(train.classes)))
     surrogates = Surrogates(scale, train, str(torch.device(device)))
     models = StandInModels(stand_in, train, ids, surrogates, scale.minimax, device)
+    banner = _about_stand_in(asked, scale, spec)
+    return Experiment(asked.artefact, asked.run, scale, models, surrogates, train, test, ids, spec, banner)
+
+
+def _about_stand_in(asked: _Asked, scale: Scale, spec: DataSpec) -> str:
+    """The scale, and what is missing for the paper's."""
     banner = f"**Scale: {scale.name}.** "
     if scale.figures_mean_something:
         banner += f"The embedded stand-in: real {spec.name} images, a tiny DiT and autoencoder."
     else:
         banner += "A seconds-long run of the stand-in that only shows that everything works; "
         banner += "its numbers mean nothing."
-    if scale.dataset != spec.name:
-        banner += (
-            f" These are not {scale.dataset} results: the paper's data or models are not on this machine."
-        )
-    return Experiment(artefact, scale, models, surrogates, train, test, ids, spec, banner)
+    if scale.dataset == spec.name:
+        return banner
+    banner += f" These are not {scale.dataset} results"
+    if lacking := asked.lacking():
+        return "\n- ".join([f"{banner}, for which this machine lacks:\n", *lacking])
+    return f"{banner}: what the paper's scale needs is on this machine (`-p scale paper`)."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from igd_lib.analysis import features, metrics, results
 from igd_lib.data.images import ImageData
 from igd_lib.evaluation import evaluate_all
-from igd_lib.experiment import comparisons
 from igd_lib.experiment.experiment import Experiment, Images, Sets
 from igd_lib.experiment.methods import Method
+from igd_lib.protocols import IGD_HARD, MINIMAX_HARD
 from igd_lib.sets.store import DistilledSet, in_memory
 from igd_lib.tools import files, keys
-from igd_lib.tools.machine import cache_dir, ray_cluster
+from igd_lib.tools.machine import ray_cluster, work_dir
 from igd_lib.tools.progress import progress
 from igd_lib.tools.version import git_revision
 
@@ -103,7 +103,7 @@ def accuracy_rows(experiment: Experiment, sets: Sets, networks: str | Sequence[s
             protocol=experiment.scale.protocol,
             teacher=teacher,
             device=experiment.device,
-            folder=cache_dir() / "evaluation",
+            folder=work_dir() / "evaluation",
             ray=ray_cluster() if len(names) > 1 else False,
         )
         for score in scores:
@@ -122,9 +122,27 @@ def accuracy_rows(experiment: Experiment, sets: Sets, networks: str | Sequence[s
     return results.frame(rows)
 
 
+def readings(experiment: Experiment, networks: Sequence[str]) -> list[tuple[Experiment, list[str]]]:
+    """The ways in which a set's accuracy may have been read: an experiment with each protocol and test set,
+    and the networks to train.
+
+    At the paper's scale both hard-label protocols, ResNet-10 beside ResNetAP-10 (the released scripts name
+    either), and fastai's images where they are found. On a stand-in its own protocol with ten tests, so that
+    the best accuracy can differ from the last.
+    """
+    experiment = replace(experiment, artefact=f"{experiment.artefact}_readings")
+    if not experiment.scale.papers:
+        own = experiment.scale.protocol
+        ten = replace(own, name=f"{own.name}, ten tests", evaluations=10)
+        return [(experiment.with_protocol(ten), list(networks))]
+    names = [*networks, *(["resnet10"] if "resnetap10" in networks else [])]
+    ways = [experiment.with_protocol(experiment.scale.cut(one)) for one in (IGD_HARD, MINIMAX_HARD)]
+    return [(one, names) for one in [*ways, *experiment.on_fastai()]]
+
+
 def reading_rows(experiment: Experiment, sets: Sets, networks: Sequence[str]) -> pd.DataFrame:
-    """`accuracy_rows` of the same sets in every way of `comparisons.readings`."""
-    found = comparisons.readings(experiment, networks)
+    """`accuracy_rows` of the same sets in every way of `readings`."""
+    found = readings(experiment, networks)
     rows = [accuracy_rows(one, sets, names) for one, names in found]
     return pd.concat(rows, ignore_index=True)
 
@@ -241,10 +259,10 @@ def map_of_sets(
 
 
 def save(*frames: pd.DataFrame, folder: str = "") -> None:
-    """Store rows, one JSON file each, under `$IGD_CACHE/results`, and as `rows.csv` in `folder` if given."""
+    """Store rows, one JSON file each, in the cache's `results`, and as `rows.csv` in `folder` if given."""
     rows = pd.concat(frames, ignore_index=True)
     for record in rows.to_dict("records"):
-        results.append(cache_dir() / "results", results.Row(**record))
+        results.append(work_dir() / "results", results.Row(**record))
     if folder:
         files.write(Path(folder) / "rows.csv", rows.to_csv(index=False, lineterminator="\n"))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from igd_lib.analysis import results
 from igd_lib.config import STANDARD, Fidelity, Guidance
 from igd_lib.experiment.registry import BASELINES, GUIDES
+from igd_lib.experiment.run import ALL, AUTO, split_names
 from igd_lib.guides import Shortcuts
 
 SAMPLED = "sampled"
@@ -125,3 +127,17 @@ class Method:
     def look(self) -> str:
         """What figures tell it by."""
         return results.look(self.columns())
+
+
+def chosen(methods: Sequence[Method], names: str) -> list[Method]:
+    """The rows whose kind is among the comma-separated `names`; "auto" and "all": all of them.
+
+    Raises ValueError for a name that no row has.
+    """
+    if names in (AUTO, ALL):
+        return list(methods)
+    wanted, kinds = split_names(names), list(dict.fromkeys(method.kind for method in methods))
+    unknown = [name for name in wanted if name.casefold() not in map(str.casefold, kinds)]
+    if unknown:
+        raise ValueError(f"no row is called {unknown[0]!r} here; methods are among {', '.join(kinds)}")
+    return [method for method in methods if method.kind.casefold() in map(str.casefold, wanted)]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Protocol
 
+import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from igd_lib.analysis import features
@@ -15,15 +16,29 @@ from igd_lib.baselines import minimax
 from igd_lib.config import Fidelity
 from igd_lib.data.datasets import DATASETS, IMAGENET_CLASSES
 from igd_lib.data.images import ImageData, load
-from igd_lib.experiment.plan import dit_of, model_folder, vae_of
+from igd_lib.experiment.pieces import (
+    dit_of,
+    guidance_decoder,
+    minimax_folder,
+    minimax_problems,
+    model_folder,
+    own_teacher_file,
+    vae_of,
+)
 from igd_lib.experiment.surrogates import Surrogates
 from igd_lib.models import standin
 from igd_lib.models.dit import match_original
+from igd_lib.models.networks import keep_outputs, network
 from igd_lib.pipeline import IGDPipeline
 from igd_lib.teacher_training import teacher_recipe, train_teacher
-from igd_lib.teachers import Teacher, imagenet_teacher, least_for, teacher_from_file
+from igd_lib.teachers import (
+    Teacher,
+    imagenet_teacher,
+    imagenet_teacher_file,
+    least_for,
+    teacher_from_file,
+)
 from igd_lib.tools import files, keys
-from igd_lib.tools.machine import cache_dir
 
 
 class Models(Protocol):
@@ -70,34 +85,27 @@ class PaperModels:
             match_original(self.pipe.transformer)
 
     @property
-    def _minimax_folder(self) -> Path:
-        return cache_dir() / "models" / f"Minimax-{self.dataset}"
-
-    @property
     def minimax_missing(self) -> str:
-        folder = self._minimax_folder
-        if folder.is_dir():
-            return ""
-        return (
-            f"no Minimax model in {folder}: accelerate launch -m igd_lib minimax {self.dataset} {folder}, "
-            "or convert its checkpoint (igd convert)"
-        )
+        return "; ".join(minimax_problems(self.dataset))
 
     @cached_property
     def minimax(self) -> IGDPipeline:
         if self.minimax_missing:
             raise FileNotFoundError(self.minimax_missing)
-        return IGDPipeline.from_pretrained(self._minimax_folder, vae=self.pipe.vae).to(self.device)
+        return IGDPipeline.from_pretrained(minimax_folder(self.dataset), vae=self.pipe.vae).to(self.device)
 
     @cached_property
     def tiny_decoder(self) -> AutoencoderTiny:
-        folder = cache_dir() / "models" / "taesd"
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"no guidance decoder in {folder}: copy TAESD's folder there "
-                f"(hf download madebyollin/taesd --local-dir {folder})"
-            )
-        return AutoencoderTiny.from_pretrained(folder).to(self.device).eval()
+        piece = guidance_decoder()
+        if not piece.is_usable:
+            raise FileNotFoundError("; ".join(piece.problems))
+        return AutoencoderTiny.from_pretrained(piece.where).to(self.device).eval()
+
+    def fetch(self) -> None:
+        """Download what a teacher needs: one that cannot be had is known now, not after hours."""
+        spec = DATASETS[self.dataset]
+        if spec.classes == IMAGENET_CLASSES:
+            imagenet_teacher(spec.classes, spec.label_ids)
 
     def teacher(self, classes: Sequence[str], label_ids: Sequence[int]) -> Teacher:
         """As RDED has it: torchvision's ResNet-18 of ImageNet-1K, for other data a network trained there."""
@@ -108,20 +116,81 @@ class PaperModels:
     @cached_property
     def _own_teacher(self) -> Teacher:
         """The file `$IGD_CACHE/models/Teacher-DATASET`, else one that is trained here once, then read."""
-        train, least = load(self.dataset, "train"), least_for(self.dataset)
+        least, path = least_for(self.dataset), own_teacher_file(self.dataset)
+        train = load(self.dataset, "train")
+        if path is None:
+            return train_teacher(train, load(self.dataset, "test"), least=least, device=self.device)
         architecture, recipe = teacher_recipe(train.image_size)
-        for suffix in (".safetensors", ".pth", ".pt"):
-            path = cache_dir() / "models" / f"Teacher-{self.dataset}{suffix}"
-            if path.is_file():
-                size = recipe.image_size
-                return teacher_from_file(
-                    path, train.classes, architecture=architecture, image_size=size, least=least
-                )
-        return train_teacher(train, load(self.dataset, "test"), least=least, device=self.device)
+        size = recipe.image_size
+        return teacher_from_file(path, train.classes, architecture=architecture, image_size=size, least=least)
 
     def extractor(self) -> features.Extractor:
         """Inception-V3's features."""
         return features.inception(device=self.device)
+
+
+class RehearsalModels(PaperModels):
+    """The same, with something of the same interface in place of what is missing beside DiT.
+
+    Those are random networks, and the DiT itself where the Minimax model should be. No teacher has to be
+    right.
+    """
+
+    minimax_missing = ""
+
+    def fetch(self) -> None:
+        """Nothing is downloaded for a rehearsal."""
+
+    @cached_property
+    def minimax(self) -> IGDPipeline:
+        if minimax_problems(self.dataset):
+            return self.pipe
+        return IGDPipeline.from_pretrained(minimax_folder(self.dataset), vae=self.pipe.vae).to(self.device)
+
+    @cached_property
+    def tiny_decoder(self) -> AutoencoderTiny:
+        piece = guidance_decoder()
+        if piece.is_usable:
+            return AutoencoderTiny.from_pretrained(piece.where).to(self.device).eval()
+        with _seeded():
+            return AutoencoderTiny().to(self.device).eval()
+
+    def teacher(self, classes: Sequence[str], label_ids: Sequence[int]) -> Teacher:
+        """That of the real run where its file is here, else a random network."""
+        spec = DATASETS[self.dataset]
+        architecture, recipe = teacher_recipe(spec.image_size)
+        own, size = own_teacher_file(self.dataset), recipe.image_size
+        if spec.classes == IMAGENET_CLASSES and imagenet_teacher_file()[0] is not None:
+            return replace(imagenet_teacher(classes, label_ids), least=0.0)
+        if spec.classes != IMAGENET_CLASSES and own is not None:
+            return _of_first(
+                teacher_from_file(own, spec.classes, architecture=architecture, image_size=size), len(classes)
+            )
+        with _seeded():
+            model = network(architecture, num_classes=len(classes), image_size=size).eval()
+        return Teacher(model, architecture, "random", tuple(classes), recipe.mean, recipe.std, 0.0)
+
+    def extractor(self) -> features.Extractor:
+        """Inception-V3's features, or those of a random network."""
+        if not features.missing_for_inception():
+            return features.inception(device=self.device)
+        with _seeded():
+            model = network("convnet3", num_classes=10, image_size=32).to(self.device)
+        return features.network_extractor(model, "a random ConvNet-3", image_size=32)
+
+
+def _of_first(teacher: Teacher, count: int) -> Teacher:
+    """A teacher of the first classes alone, which need not be right."""
+    keep_outputs(teacher.model, len(teacher.classes), count)
+    return replace(teacher, classes=teacher.classes[:count], least=0.0)
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Random networks are the same in every run."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
 
 
 @dataclass

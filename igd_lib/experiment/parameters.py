@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-SCALES = ("auto", "smoke", "small", "paper")
+from igd_lib.experiment.run import Run
+
+SCALES = ("auto", "smoke", "small", "rehearsal", "paper")
 
 
 def read(namespace: Mapping[str, Any], **types: type) -> SimpleNamespace:
@@ -18,8 +20,8 @@ def read(namespace: Mapping[str, Any], **types: type) -> SimpleNamespace:
     A parameter is what a cell of nothing but literal assignments sets: the notebook's own parameters cell,
     and the one that papermill adds below it. Cells run before the parameters cell was last run do not count,
     nor do variables that other cells make. An int passes for a float; a number, or a list of numbers or
-    words, for its text. Raises NameError or TypeError with the
-    nearest known name, ValueError for a scale that there is not, and for fewer than one image or seed.
+    words, for its text. What all notebooks share is `run` of the result. Raises NameError or TypeError with
+    the nearest known name, ValueError for a scale that there is not, and as `Run`.
     """
     for name in _set_by_hand(namespace, types):
         close = difflib.get_close_matches(name, types, 1)
@@ -28,10 +30,7 @@ def read(namespace: Mapping[str, Any], **types: type) -> SimpleNamespace:
     found = {name: _typed(name, kind, namespace) for name, kind in types.items()}
     if found.get("scale", "auto") not in SCALES:
         raise ValueError(f"scale is one of {', '.join(SCALES)}, got {found['scale']!r}")
-    for name in ("ipc", "seeds"):
-        if found.get(name, 1) < 1:
-            raise ValueError(f"{name} is at least 1, got {found[name]}")
-    return SimpleNamespace(**found)
+    return SimpleNamespace(**found, run=Run.of(found))
 
 
 def _typed(name: str, kind: type, namespace: Mapping[str, Any]) -> Any:

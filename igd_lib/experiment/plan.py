@@ -1,62 +1,329 @@
-"""What a run at the paper's scale needs, and where it is."""
+"""`igd plan`: what a notebook would do at the paper's scale, what it needs, and what that costs."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
+import pandas as pd
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 
-from igd_lib.config import STANDARD, Fidelity
-from igd_lib.data.datasets import DATASETS
-from igd_lib.data.images import missing
-from igd_lib.models import standin
-from igd_lib.tools.machine import cache_dir
+from igd_lib import memory
+from igd_lib.config import STANDARD, fixed_checkpoints
+from igd_lib.data.datasets import DATASETS, IMAGENET_CLASSES
+from igd_lib.experiment import comparisons, costs
+from igd_lib.experiment.artefacts import ARTEFACTS, Artefact, artefact
+from igd_lib.experiment.methods import Method, chosen
+from igd_lib.experiment.outline import Outline
+from igd_lib.experiment.pieces import Piece, minimax_problems, own_teacher_file, pieces
+from igd_lib.experiment.run import AUTO, OPTIONS, SHARED, Options, Run, split_names
+from igd_lib.experiment.scales import Scale, paper_scale
+from igd_lib.models.shapes import dit_xl_2, sd_vae
+from igd_lib.protocols import PROTOCOLS
+from igd_lib.tools.machine import cache_dir, free_disk, total_memory
 
-DIT = ("facebook/DiT-XL-2-256", "eab87f77abd5aef071a632f08807fbaab0b704d0")  # CC-BY-NC 4.0
-SD_VAE = ("stabilityai/sd-vae-ft-mse", "31f26fdeee1355a5c34592e401dd41e45d25a493")
+GIB = 2**30
+# Where the machine to plan for is another one: a third of an RTX 4090's bfloat16 peak, and what small
+# networks reach of it. TFLOP/s.
+ASSUMED = (50.0, 20.0)
 
 
-def missing_for_paper(dataset: str, fidelity: Fidelity = STANDARD) -> list[str]:
-    """What the paper's scale still needs here, a line a piece with how to get it; empty if nothing."""
-    if dataset in standin.STANDINS:
-        return [f"{dataset} is a stand-in's data set and has no paper scale; use scale='small'"]
-    if dataset not in DATASETS:
-        return [f"unknown data set {dataset!r}"]
-    lines = missing(dataset)
-    for repository, revision in (dit_of(dataset), vae_of(fidelity)):
-        if model_folder(repository, revision) is None:
-            download = f"hf download {repository} --revision {revision}, or " if revision else ""
-            lines.append(
-                f"the weights {repository}: {download}copy the folder to "
-                f"{cache_dir() / 'models' / repository.split('/')[-1]}"
-            )
-    if not torch.cuda.is_available() and not os.environ.get("IGD_ALLOW_CPU"):
-        lines.append(
-            "a CUDA GPU: none was found (set IGD_ALLOW_CPU=1 to run the paper's scale on a CPU all the "
-            "same, very slowly)"
+@dataclass(frozen=True)
+class Machine:
+    """What a plan is for."""
+
+    name: str
+    memory: float  # bytes free on its GPU
+    sampling: float  # operations a second of the diffusion model
+    training: float  # ... of small networks
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """An `Outline` before anything is loaded."""
+
+    scale: Scale
+    minimax_missing: str
+    has_fixed_checkpoints: bool
+    number_of_classes: int
+
+    def choices(self, thresholds: Sequence[float]) -> pd.DataFrame:
+        """As many different choices as there may be; which, Algorithm 2 will say."""
+        kinds = ("mean", "per_class")
+        rows: list[tuple[object, ...]] = [
+            (kind, threshold, [0, number + 1], [], [0, number + 11])
+            for kind in kinds
+            for number, threshold in enumerate(thresholds)
+        ]
+        return pd.DataFrame(rows, columns=["similarity", "threshold", "kept", "epochs", "regular"])
+
+
+def _grid(outline: Outline, options: Options) -> list[Method]:
+    return comparisons.grid(outline, *outline.scale.grid_values(options.ks, options.gammas))
+
+
+def _sensitivity(outline: Outline, options: Options) -> list[Method]:
+    ks = "0,10,30,100" if options.ks == AUTO else options.ks
+    gammas = "0,120,480,960" if options.gammas == AUTO else options.gammas
+    return comparisons.sensitivity(outline, *outline.scale.grid_values(ks, gammas), options.backbone)
+
+
+def _early_stage(outline: Outline, options: Options) -> list[Method]:
+    ks = "10,30,100" if options.ks == AUTO else options.ks
+    return comparisons.early_stage(outline, outline.scale.grid_values(ks, AUTO)[0])
+
+
+def _paper_vs_code(outline: Outline, options: Options) -> list[Method]:
+    rows = [
+        *comparisons.by_cfg(outline, comparisons.CFGS, options.backbone),
+        *comparisons.flipped(outline, 10, options.backbone),
+        *comparisons.disputed(outline, options.backbone),
+    ]
+    return list(dict.fromkeys(rows))
+
+
+def _architectures(outline: Outline, options: Options) -> list[Method]:
+    names = artefact("04").networks if options.surrogates == AUTO else options.surrogates
+    return comparisons.surrogates(outline, split_names(names))
+
+
+def _baselines(outline: Outline, _: Options) -> list[Method]:
+    return comparisons.baselines(outline)
+
+
+ROWS: Mapping[str, Callable[[Outline, Options], list[Method]]] = {
+    "02": lambda outline, options: [],
+    "04": _architectures,
+    "05": lambda outline, options: comparisons.ablation(outline),
+    "06": lambda outline, options: comparisons.selections(outline, comparisons.THRESHOLDS, options.backbone),
+    "10": lambda outline, options: comparisons.solvers(outline),
+    "12": _grid,
+    "13": _paper_vs_code,
+    "14": lambda outline, options: comparisons.shortcuts(outline),
+    "22": _early_stage,
+    "24": lambda outline, options: comparisons.sampled(outline),
+    "25": lambda outline, options: list(comparisons.plain_and_guided(outline, "dit")),
+    "26": _sensitivity,
+    "27": lambda outline, options: list(comparisons.plain_and_guided(outline, options.backbone)),
+}  # others: `comparisons.baselines`
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A notebook at the paper's scale on a machine."""
+
+    name: str
+    run: Run
+    machine: Machine
+    pieces: Sequence[Piece]
+    work: costs.Work
+    footprint: memory.Footprint  # of a guided step, in bytes
+    decoding: memory.Footprint
+
+    @cached_property
+    def stages(self) -> list[costs.Stage]:
+        return costs.stages(self.work)
+
+    @property
+    def hours(self) -> float:
+        """Of one GPU, in all."""
+        return sum(self._hours(stage) for stage in self.stages)
+
+    def _hours(self, stage: costs.Stage) -> float:
+        speed = self.machine.sampling if stage.samples else self.machine.training
+        return stage.operations / speed / 3600
+
+    @property
+    def batch(self) -> int:
+        """Images side by side in a guided step; 0 where not even one fits."""
+        return self.run.batch or min(memory.MOST, self.footprint.batch(self.machine.memory))
+
+    @property
+    def ram(self) -> float:
+        """Bytes: the largest set in memory while networks are trained on it, beside torch and its buffers."""
+        return 3 * GIB + 1.5 * self.work.set_images * 3 * self.work.image_size**2
+
+    @property
+    def disk(self) -> float:
+        """Bytes of sets, checkpoints and class gradients."""
+        work = self.work
+        each = costs.PNG * 3 * work.image_size**2 + costs.LATENT
+        sets = len(work.sampled) * work.seeds * work.set_images * each
+        parameters = costs.parameters_of(work.scale.surrogate, work.image_size, work.classes)
+        checkpoints = (work.scale.training.epochs + 1 + costs.CHECKPOINTS * work.classes) * parameters * 4.0
+        return sets + len(work.surrogates) * checkpoints
+
+    @property
+    def files(self) -> int:
+        return 2 * len(self.work.sampled) * self.work.seeds * self.work.set_images
+
+    @property
+    def text(self) -> str:
+        """All of it as Markdown."""
+        return "\n\n".join([self._title, self._needed, self._stages, self._machine, self._reused])
+
+    @property
+    def _title(self) -> str:
+        work = self.work
+        rows = ", ".join(dict.fromkeys(row.kind for row in work.rows))
+        what = f"{len(work.rows)} rows ({rows}), {work.seeds} seeds" if work.rows else "the surrogate alone"
+        return f"**Plan of `{self.name}`** at IPC {work.ipc}, scale paper: {what}."
+
+    @property
+    def _needed(self) -> str:
+        lines = [
+            f"| {piece.name} | {piece.where or 'not found'} | {_state(piece)} |" for piece in self.pieces
+        ]
+        return "\n".join(["| needed | where | |", "|---|---|---|", *lines])
+
+    @property
+    def _stages(self) -> str:
+        lines = [
+            f"| {one.name} | {one.what} | {figure(one.operations / 1e15)} | {figure(self._hours(one))} |"
+            for one in self.stages
+        ]
+        head = ["| stage | work | PFLOP | GPU-hours |", "|---|---|---|---|"]
+        return "\n".join([*head, *lines, f"| **in all** | | | **{figure(self.hours)}** |"])
+
+    @property
+    def _machine(self) -> str:
+        own, free = self.machine, free_disk(cache_dir())
+        batch = f"{self.batch} images side by side" if self.batch else "not even one image fits"
+        sampling, training = own.sampling / 1e12, own.training / 1e12
+        step = f"{self.footprint.fixed / GIB:.1f} GiB and {self.footprint.image / GIB:.2f} an image"
+        return "\n".join(
+            [
+                f"- {own.name}: {sampling:.3g} TFLOP/s of sampling, {training:.3g} of training",
+                f"- GPU memory of a guided step in {self.run.precision}: {step}; "
+                f"{own.memory / GIB:.0f} GiB free: {batch}",
+                f"- memory of the machine: about {self.ram / GIB:.0f} GiB ({total_memory() / GIB:.0f} there)",
+                f"- disk: about {self.disk / GIB:,.1f} GiB in {self.files:,} files ({free / GIB:,.0f} free)",
+            ]
         )
-    return lines
+
+    @property
+    def _reused(self) -> str:
+        """What lies in the cache of this data set and IPC."""
+        done, begun = sets_on_disk(self.work.scale.dataset, self.work.ipc)
+        return (
+            f"On disk: {done} finished and {begun} unfinished sets of {self.work.scale.dataset} at IPC "
+            f"{self.work.ipc}; those of the same settings are read or gone on with."
+        )
 
 
-def dit_of(dataset: str) -> tuple[str, str | None]:
-    """DiT-XL/2 where it knows the classes; else a DiT fine-tuned on the data, from a local folder only."""
-    return DIT if DATASETS[dataset].label_ids else (f"DiT-{dataset}", None)
+def _state(piece: Piece) -> str:
+    """Whether a piece is usable, and what to do where it is not."""
+    if piece.is_usable:
+        return "usable"
+    without = " (without it, its rows are left out)" if piece.kind == "row" else ""
+    lines = (line.removeprefix(f"{piece.name}: ").replace("|", "/") for line in piece.problems)
+    return f"**{'; '.join(lines)}**{without}"
 
 
-def vae_of(fidelity: Fidelity) -> tuple[str, str | None]:
-    """The autoencoder and its pinned revision; one without a pin is taken from a local folder only."""
-    return SD_VAE if fidelity.vae == SD_VAE[0] else (fidelity.vae, None)
+def figure(value: float) -> str:
+    """A number of two digits or more: 0.23, 77, 1,400."""
+    if value >= 100:
+        return f"{float(f'{value:.2g}'):,.0f}"
+    return f"{value:.2g}"
 
 
-def model_folder(repository: str, revision: str | None) -> Path | None:
-    """A model's folder under `$IGD_CACHE/models`, or in the Hugging Face cache at the pinned revision."""
-    own = cache_dir() / "models" / repository.split("/")[-1]
-    if own.is_dir() or revision is None:
-        return own if own.is_dir() else None
-    try:
-        return Path(snapshot_download(repository, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
+def of(name: str, dataset: str, run: Run, machine: Machine | None = None) -> Plan:
+    """The plan of a notebook for a data set; machine: None for this one.
+
+    Raises ValueError for a notebook without a paper scale.
+    """
+    about, spec = artefact(name), DATASETS[dataset]
+    if not about.paper:
+        raise ValueError(f"{name} has no paper scale: it runs on a stand-in")
+    scale = paper_scale(
+        dataset,
+        fidelity=STANDARD,
+        ipc=run.ipc,
+        labels=about.labels,
+        num_classes=len(spec.classes),
+        image_size=spec.image_size,
+    )
+    if run.protocol != AUTO:
+        scale = replace(scale, protocol=PROTOCOLS[run.protocol])
+    work = _work(name, about, scale, run)
+    models, device = (dit_xl_2, sd_vae), machine or this_machine(run.precision)
+    guided = memory.guided_step(
+        *models, surrogate=scale.surrogate, classes=len(spec.classes), precision=run.precision
+    )
+    found = pieces(dataset, about)
+    return Plan(name, run, device, found, work, guided, memory.decoding(*models, precision=run.precision))
+
+
+def asked(notebook: str, given: Mapping[str, str]) -> tuple[str, str, Run]:
+    """A notebook's name, data set and run, from its name or number and parameters as a command line has them.
+
+    Raises ValueError for an unknown notebook, data set or parameter.
+    """
+    names = [known for known in ARTEFACTS if known == notebook or known.split("_")[0] == notebook]
+    if not names:
+        raise ValueError(f"no notebook {notebook!r}; there are {', '.join(ARTEFACTS)}")
+    known, without_cost = (*SHARED, *OPTIONS, "dataset"), ("scale", "save_to")
+    if unknown := [name for name in given if name not in (*known, *without_cost)]:
+        raise ValueError(f"unknown parameter {unknown[0]!r}; known: {', '.join(known)}")
+    numbers = {name: int(given[name]) for name in ("ipc", "batch") if name in given}
+    dataset = given.get("dataset", ARTEFACTS[names[0]].dataset)
+    if dataset not in DATASETS:
+        raise ValueError(f"unknown data set {dataset!r}; known: {', '.join(sorted(DATASETS))}")
+    return names[0], dataset, Run.of({**given, **numbers})
+
+
+def _work(name: str, about: Artefact, scale: Scale, run: Run) -> costs.Work:
+    spec = DATASETS[scale.dataset]
+    fixed = fixed_checkpoints(scale.dataset, scale.surrogate) is not None
+    missing = "; ".join(minimax_problems(scale.dataset))
+    outline = _Planned(scale, missing, fixed, len(spec.classes))
+    rows = chosen(ROWS.get(name[:2], _baselines)(outline, run.options), run.methods)
+    networks = split_names(about.networks if run.networks == AUTO else run.networks)
+    images = tuple(size or 1000 * len(spec.classes) for size in spec.sizes)
+    return costs.Work(
+        scale,
+        rows,
+        run.ipc,
+        len(run.generation_seeds),
+        networks if rows else [],
+        len(spec.classes),
+        (images[0], images[1]),
+        spec.image_size,
+        spec.classes == IMAGENET_CLASSES or own_teacher_file(scale.dataset) is not None,
+    )
+
+
+def this_machine(precision: str) -> Machine:
+    """The machine that this runs on, its speed timed in a few seconds."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else "this machine's CPU"
+    return Machine(
+        f"{name}, timed just now",
+        memory.free(device),
+        costs.sampling_speed(device, precision),
+        costs.training_speed(device),
+    )
+
+
+def other_machine(gib: float, tflops: Sequence[float] = ASSUMED) -> Machine:
+    """A card with so many GiB; TFLOP/s of sampling and training as assumed, or as given."""
+    sampling, training = (value * 1e12 for value in tflops)
+    return Machine(f"a card with {gib:g} GiB (speed assumed)", 0.95 * gib * GIB, sampling, training)
+
+
+def sets_on_disk(dataset: str, ipc: int) -> tuple[int, int]:
+    """How many finished and unfinished sets of a data set and IPC are in the cache."""
+    done = begun = 0
+    for path in (cache_dir() / "set").glob("*/manifest.json"):
+        try:
+            manifest = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+        if (manifest.get("dataset"), manifest.get("ipc")) != (dataset, ipc):
+            continue
+        wanted = ipc * len(manifest.get("selected", ()))
+        there = sum(1 for _ in (path.parent / "latents").glob("*/*.safetensors"))
+        done, begun = done + (there >= wanted), begun + (there < wanted)
+    return done, begun

@@ -1,7 +1,7 @@
 """What an experiment runs with at each scale: settings, as values, each made in one place.
 
-At "paper" the paper's data, models and settings; at "small" the stand-in, real but small; at "smoke" the
-stand-in cut to seconds.
+At "paper" the paper's data, models and settings; in a "rehearsal" the same cut to minutes; at "small" the
+stand-in, real but small; at "smoke" the stand-in cut to seconds.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from igd_lib.baselines.minimax import Minimax
 from igd_lib.config import AUGMENTATION, STANDARD, Augment, Fidelity, Guidance, preset, surrogate_training
+from igd_lib.experiment.run import Run
 from igd_lib.protocols import IGD_CIFAR, IGD_HARD, RDED_SOFT, SMALL_HARD, SMALL_SOFT, Protocol
 from igd_lib.surrogate import SurrogateTraining
 
@@ -21,7 +22,7 @@ class Scale:
     values.
     """
 
-    name: str  # "smoke", "small" or "paper"
+    name: str  # "smoke", "small", "rehearsal" or "paper"
     dataset: str  # the one asked for; a stand-in's data are another
     guidance: Guidance
     surrogate: str  # the network's name
@@ -42,7 +43,11 @@ class Scale:
     all_images: int | None = (
         None  # what "all images of a class" is read as where they are compared; None: all
     )
-    papers: bool = False  # the paper's own scale: its networks, whole splits, every field of `Fidelity`
+    papers: bool = (
+        False  # the paper's own data, models and code, whole or cut down: every field of `Fidelity`
+    )
+    classes: int | None = None  # so many of the data's, the first ones; None: all
+    images: tuple[int, int] | None = None  # at most so many of a class, for training and testing; None: all
     many_classes: bool = False  # class gradients of all checkpoints are too large to keep
     teacher_least: float = 50.0  # percent of real images that a teacher must get right
     from_table_12: bool = False  # whether k and gamma are the paper's for this data set
@@ -58,6 +63,10 @@ class Scale:
             )
         return replace(self, fidelity=fidelity, training=training)
 
+    def cut(self, protocol: Protocol) -> Protocol:
+        """Another protocol, as short as the scale is."""
+        return protocol if self.figures_mean_something else short(protocol)
+
     @property
     def guiding(self) -> tuple[object, ...]:
         """What decides which checkpoints guide, and their class gradients."""
@@ -65,9 +74,9 @@ class Scale:
         chosen = (own.checkpoints, own.similarity, own.filter_images, self.threshold)
         return self.surrogate, self.training, own.gradient_images, *chosen
 
-    def limit(self, ipc: int, seeds: int) -> tuple[int, int]:
-        """IPC and number of seeds to run: what was asked for, but no more than the scale allows."""
-        return (ipc, seeds) if self.most is None else (min(ipc, self.most), min(seeds, self.most))
+    def limit(self, run: Run) -> tuple[int, tuple[int, ...]]:
+        """IPC and generation seeds to run: what was asked for, but no more than the scale allows."""
+        return min(run.ipc, self.most or run.ipc), run.generation_seeds[: self.most]
 
     def on_minimax(self) -> Guidance:
         """The guidance of the Minimax backbone."""
@@ -108,6 +117,34 @@ def paper_scale(
     )
 
 
+def rehearsal_scale(paper: Scale) -> Scale:
+    """The paper's scale cut down, so that all of its code runs in minutes and its numbers mean nothing."""
+    guided = (1, 2)
+    return replace(
+        paper,
+        name="rehearsal",
+        guidance=replace(paper.guidance, guided_range=guided),
+        minimax_guidance=replace(paper.on_minimax(), guided_range=guided),
+        training=replace(paper.training, epochs=1),
+        protocol=short(paper.protocol),
+        num_steps=4,
+        few_steps=4,
+        few_range=guided,
+        classes=2,
+        images=(3, 2),
+        most=2,
+        candidates=3,
+        all_images=3,
+        teacher_least=0.0,
+        figures_mean_something=False,
+    )
+
+
+def short(protocol: Protocol) -> Protocol:
+    """A protocol cut to two epochs and one test."""
+    return replace(protocol, epochs=2, evaluations=1, test_every=None, test_after=0.0)
+
+
 # Chosen on the stand-in's validation split.
 STAND_INS: Mapping[str, Scale] = {
     "fashion-mnist": Scale(
@@ -145,7 +182,7 @@ def smoke_scale(dataset: str, stand_in: str, *, fidelity: Fidelity, labels: str)
         minimax_guidance=replace(small.on_minimax(), guided_range=(6, 7)),
         training=replace(small.training, epochs=1, saves_in_first_epoch=2),
         train_images=20,
-        protocol=replace(small.protocol, epochs=2, evaluations=1),
+        protocol=short(small.protocol),
         num_steps=10,
         fidelity=replace(fidelity, gradient_images=10, filter_images=(10, 20)),
         minimax=replace(small.minimax, epochs=1, images=2),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from igd_lib.tools import files
-from igd_lib.tools.machine import cache_dir
+from igd_lib.tools.machine import work_dir
 
 # Raised when the same settings give another result.
 SCHEMA = {
@@ -175,8 +175,8 @@ def key(kind: str, settings: Mapping[str, Any]) -> str:
 
 
 def folder(kind: str, settings: Mapping[str, Any]) -> Path:
-    """Where such a piece of work lies in the cache: `$IGD_CACHE/KIND/KEY`."""
-    return cache_dir() / kind / key(kind, settings)
+    """Where such a piece of work lies: `work_dir()/KIND/KEY`."""
+    return work_dir() / kind / key(kind, settings)
 
 
 def manifest(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:

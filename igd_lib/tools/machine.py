@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,20 @@ def data_dir() -> Path:
 def cache_dir() -> Path:
     """Where weights, distilled images and caches live: `$IGD_CACHE`, else `~/.cache/igd`."""
     return Path(os.environ.get("IGD_CACHE") or "~/.cache/igd").expanduser()
+
+
+_part = ""  # of the cache, for work
+
+
+def work_dir() -> Path:
+    """Where work is kept: the cache, or the part of it that `work_in` chose."""
+    return cache_dir() / _part
+
+
+def work_in(part: str) -> None:
+    """From now on this process keeps its work in that folder of the cache; "": in the cache itself."""
+    global _part
+    _part = part
 
 
 def ray_cluster() -> bool | str:
@@ -43,6 +58,17 @@ def ray_cluster() -> bool | str:
             f"{given!r}"
         )
     return given
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes free where a folder is, or will be."""
+    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    return shutil.disk_usage(there).free
+
+
+def total_memory() -> int:
+    """Bytes of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def reuse_memory() -> None:

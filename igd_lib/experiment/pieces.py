@@ -1,0 +1,212 @@
+"""What a run at the paper's scale needs on this machine, and whether it is usable: found means loadable."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from igd_lib.analysis import features
+from igd_lib.baselines import minimax
+from igd_lib.config import STANDARD, Fidelity
+from igd_lib.data.datasets import DATASETS, IMAGENET_CLASSES
+from igd_lib.data.images import count_problems, missing
+from igd_lib.experiment.artefacts import Artefact
+from igd_lib.models import loadable, standin
+from igd_lib.teachers import imagenet_teacher_file
+from igd_lib.tools.machine import cache_dir, data_dir
+
+DIT = ("facebook/DiT-XL-2-256", "eab87f77abd5aef071a632f08807fbaab0b704d0")  # CC-BY-NC 4.0
+SD_VAE = ("stabilityai/sd-vae-ft-mse", "31f26fdeee1355a5c34592e401dd41e45d25a493")
+TAESD = ("madebyollin/taesd", "taesd")  # and its folder's name
+MINUTE = 60.0  # seconds
+TEACHER_SUFFIXES = (".safetensors", ".pth", ".pt")
+
+# data, dit and autoencoder: without them there is no rehearsal either. row: without it rows are left out.
+Kind = Literal["base", "extra", "row", "machine"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Something that a notebook needs."""
+
+    name: str
+    where: str  # that it was found there; empty where it was not
+    problems: tuple[str, ...] = ()  # why it cannot be used, a line each with the remedy
+    kind: Kind = "base"
+
+    @property
+    def is_usable(self) -> bool:
+        return not self.problems
+
+    @property
+    def blocks(self) -> bool:
+        """Whether the paper's scale cannot be run without it as it should be."""
+        return not self.is_usable and self.kind != "row"
+
+    @property
+    def blocks_rehearsal(self) -> bool:
+        return not self.is_usable and self.kind == "base"
+
+
+def pieces(dataset: str, artefact: Artefact, fidelity: Fidelity = STANDARD) -> list[Piece]:
+    """All that a notebook needs for a data set, each with what is wrong with it."""
+    needs = artefact.needs
+    return [
+        images(dataset),
+        dit(dataset, fidelity),
+        autoencoder(fidelity),
+        *([teacher(dataset)] if "teacher" in needs else []),
+        *([guidance_decoder()] if "taesd" in needs else []),
+        *([inception()] if "inception" in needs else []),
+        *([minimax_model(dataset)] if "minimax" in needs else []),
+        gpu(),
+    ]
+
+
+def missing_for_paper(dataset: str, artefact: Artefact, fidelity: Fidelity = STANDARD) -> list[str]:
+    """What the paper's scale still needs here, a line a piece with how to get it; empty if nothing."""
+    if dataset in standin.STANDINS:
+        return [f"{dataset} is a stand-in's data set and has no paper scale; use scale='small'"]
+    return [line for piece in pieces(dataset, artefact, fidelity) if piece.blocks for line in piece.problems]
+
+
+def images(dataset: str) -> Piece:
+    """The images, all of them, in class folders or archives as expected."""
+    lines = missing(dataset) or _counted(dataset, str(data_dir()), int(time.monotonic() // MINUTE))
+    return Piece(f"the images of {dataset}", "" if lines else str(data_dir()), tuple(lines))
+
+
+@lru_cache
+def _counted(dataset: str, root: str, minute: int) -> list[str]:
+    """What is wrong with the images' folders and numbers: looked at once a minute, for many notebooks ask."""
+    return count_problems(dataset)
+
+
+def dit_of(dataset: str) -> tuple[str, str | None]:
+    """DiT-XL/2 where it knows the classes; else a DiT fine-tuned on the data, from a local folder only."""
+    return DIT if DATASETS[dataset].label_ids else (f"DiT-{dataset}", None)
+
+
+def vae_of(fidelity: Fidelity) -> tuple[str, str | None]:
+    """The autoencoder and its pinned revision; one without a pin is taken from a local folder only."""
+    return SD_VAE if fidelity.vae == SD_VAE[0] else (fidelity.vae, None)
+
+
+def model_folder(repository: str, revision: str | None) -> Path | None:
+    """A model's folder under `$IGD_CACHE/models`, or in the Hugging Face cache at the pinned revision."""
+    own = cache_dir() / "models" / repository.split("/")[-1]
+    if own.is_dir() or revision is None:
+        return own if own.is_dir() else None
+    try:
+        return Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def dit(dataset: str, fidelity: Fidelity) -> Piece:
+    """The diffusion model: of as many classes as asked for; DiT-XL/2 of the data's resolution too."""
+    spec, (repository, revision) = DATASETS[dataset], dit_of(dataset)
+    vae = model_folder(*vae_of(fidelity))
+    known = bool(spec.label_ids)
+    wanted: dict[str, Any] = {"classes": len(IMAGENET_CLASSES if known else spec.classes)}
+    wanted |= {"image_size": spec.image_size} if known else {}  # others' images may be resized
+    remedy = "" if known else f"igd finetune {dataset} {cache_dir() / 'models' / repository}, or "
+    return _model(repository, revision, loadable.problems, {"vae": vae, "parts": ("transformer",)} | wanted, remedy)
+
+
+def autoencoder(fidelity: Fidelity) -> Piece:
+    return _model(*vae_of(fidelity), loadable.problems, {"parts": ("vae",)}, "")
+
+
+def _model(repository: str, revision: str | None, check, wanted: dict, remedy: str) -> Piece:
+    name = f"the weights {repository}"
+    found = model_folder(repository, revision)
+    if found is not None:
+        return Piece(name, str(found), tuple(f"{name}: {line}" for line in check(found, **wanted)))
+    download = f"hf download {repository} --revision {revision}, or " if revision else remedy
+    place = cache_dir() / "models" / repository.split("/")[-1]
+    return Piece(name, "", (f"{name}: {download}copy the folder to {place}",))
+
+
+def teacher(dataset: str) -> Piece:
+    """What gives soft labels: torchvision's network of ImageNet-1K, else one that is trained here."""
+    name = f"the teacher of {dataset}"
+    if DATASETS[dataset].classes == IMAGENET_CLASSES:
+        path, lines = imagenet_teacher_file()
+        return Piece(name, str(path) if path else "downloaded at the start (45 MB)", tuple(lines), "extra")
+    path = own_teacher_file(dataset)
+    return Piece(name, str(path) if path else "trained here first", (), "extra")
+
+
+def own_teacher_file(dataset: str) -> Path | None:
+    """A teacher that somebody has put beside the models, `Teacher-DATASET`."""
+    paths = (cache_dir() / "models" / f"Teacher-{dataset}{suffix}" for suffix in TEACHER_SUFFIXES)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def guidance_decoder() -> Piece:
+    """TAESD, the small decoder that some rows guide through."""
+    place = cache_dir() / "models" / TAESD[1]
+    if not place.is_dir():
+        download = f"hf download {TAESD[0]} --local-dir {place}"
+        lines = [f"no guidance decoder in {place}: copy TAESD's folder there ({download})"]
+    else:
+        lines = loadable.problems_of_decoder(place)
+    return Piece("the guidance decoder TAESD", str(place) if not lines else "", tuple(lines), "extra")
+
+
+def inception() -> Piece:
+    lines = features.missing_for_inception()
+    return Piece("Inception-V3 (FID)", "" if lines else "found", tuple(lines), "extra")
+
+
+def minimax_model(dataset: str) -> Piece:
+    lines = minimax_problems(dataset)
+    return Piece("the Minimax model", "" if lines else str(minimax_folder(dataset)), tuple(lines), "row")
+
+
+def minimax_folder(dataset: str) -> Path:
+    return cache_dir() / "models" / f"Minimax-{dataset}"
+
+
+def minimax_problems(dataset: str) -> list[str]:
+    """Why there is no Minimax model for a data set, and how to make it."""
+    place = minimax_folder(dataset)
+    if not place.is_dir():
+        return [
+            f"no Minimax model in {place}: accelerate launch -m igd_lib minimax {dataset} {place}, "
+            "or convert its checkpoint (igd convert)"
+        ]
+    return minimax.problems(place, DATASETS[dataset])
+
+
+def gpu() -> Piece:
+    if torch.cuda.is_available():
+        own = torch.cuda.get_device_properties(0)
+        return Piece("a CUDA GPU", f"{own.name}, {own.total_memory / 2**30:.0f} GiB", (), "machine")
+    if os.environ.get("IGD_ALLOW_CPU"):
+        return Piece("a CUDA GPU", "none, but IGD_ALLOW_CPU is set", (), "machine")
+    line = (
+        "a CUDA GPU: none was found (set IGD_ALLOW_CPU=1 to run the paper's scale on a CPU all the "
+        "same, very slowly)"
+    )
+    return Piece("a CUDA GPU", "", (line,), "machine")
+
+
+def replaced(found: Sequence[Piece]) -> list[str]:
+    """What a rehearsal does without, a bold line each: another thing stands in."""
+    stand_ins = {"extra": "a random network of the same interface", "row": "the DiT itself"}
+    return [
+        f"**In place of {piece.name}: {stand_ins[piece.kind]}.** The real run needs it: {piece.problems[0]}."
+        for piece in found
+        if not piece.is_usable and piece.kind in stand_ins
+    ]
