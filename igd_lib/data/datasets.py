@@ -94,7 +94,8 @@ def image_folder(
     """Your data set: `path` holds `train` and `test` (else `val`), each with one folder of images a class.
 
     Without `classes` the label order is that of `path/classes.txt` (a class folder a line), else sorted
-    folder names. `label_ids` are ImageNet-1K's, where DiT knows the classes.
+    folder names. `label_ids` are ImageNet-1K's, where DiT knows the classes: `your_folder.imagenet_ids` reads
+    them from a file.
     """
     path = Path(path).expanduser().resolve()
     return DataSpec(name or path.name, tuple(classes), tuple(label_ids), image_size, holdout, str(path))
@@ -109,6 +110,9 @@ if len(set(IMAGENET_CLASSES)) != 1000 or list(IMAGENET_CLASSES) != sorted(IMAGEN
         "timm's ImageNet-1K class list is not 1,000 sorted wnids; install a release that pyproject.toml "
         "allows"
     )
+
+# The first WordNet name of each.
+IMAGENET_TITLES = tuple(_INFO.label_name_to_description(wnid).split(",")[0] for wnid in IMAGENET_CLASSES)
 
 # In the order of the hard-label protocol's class files. ImageNette's is sorted, ImageWoof's is not.
 IMAGENETTE_CLASSES = (
@@ -140,7 +144,7 @@ IMAGEWOOF_CLASSES = (
 def _imagenet(name: str, classes: tuple[str, ...], sizes: Counts, **options) -> DataSpec:
     """Classes of ImageNet-1K by wnid: DiT's ids and the first WordNet name of each are looked up."""
     ids = tuple(IMAGENET_CLASSES.index(wnid) for wnid in classes)
-    titles = tuple(_INFO.label_name_to_description(wnid).split(",")[0] for wnid in classes)
+    titles = tuple(IMAGENET_TITLES[number] for number in ids)
     return DataSpec(name, classes, ids, 256, titles=titles, sizes=sizes, **options)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -48,8 +50,12 @@ def _class_folders(folder: Path) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def _known(spec: DataSpec, base: Path) -> tuple[str, ...]:
-    """The class names as far as they are known without the split, so that one it lacks is found out."""
+def known_classes(spec: DataSpec, base: Path) -> tuple[str, ...]:
+    """The class names as far as they are known without the split, so that one it lacks is found out.
+
+    The DataSpec's, else those of `classes.txt`, else of the folders in `train`; empty without any of these.
+    Raises ValueError where DataSpec and `classes.txt` differ.
+    """
     listed = base / "classes.txt"
     order = tuple(lines(listed)) if listed.is_file() and not spec.subset else ()
     if spec.classes and order:
@@ -60,18 +66,27 @@ def _known(spec: DataSpec, base: Path) -> tuple[str, ...]:
 
 def read(spec: DataSpec, stored: str, root: str | Path | None) -> Found:
     base = place(spec, root)
-    known = _known(spec, base)
+    known = known_classes(spec, base)
     folder = _split_folder(base, stored, known)
     if folder is None:
         wanted = base / "train" if stored == "train" else f"{base / 'test'} or {base / 'val'}"
         raise FileNotFoundError(
             f"{spec.name}: no folder {wanted}; put one folder of images a class there, or set IGD_DATA"
         )
+    return read_classes(folder, known, others=spec.subset)
+
+
+def read_classes(folder: Path, known: tuple[str, ...] = (), *, others: bool = False) -> Found:
+    """A folder of class folders; `known`: the classes in label order, else sorted folder names.
+
+    others: folders of other classes may lie beside them. Raises ValueError where class folders are missing,
+    unexpected or empty.
+    """
     there = _class_folders(folder)
     classes = known or tuple(there)
     lacking = [name for name in classes if composed(name) not in there]
     expected = {composed(name) for name in classes}
-    extra = [] if spec.subset else [name for name in there if name not in expected]
+    extra = [] if others else [name for name in there if name not in expected]
     if lacking or extra or not classes:
         raise ValueError(
             f"{folder}: class folders do not match; missing: {lacking[:3] or 'none'}, unexpected: "
@@ -81,7 +96,7 @@ def read(spec: DataSpec, stored: str, root: str | Path | None) -> Found:
     labels: list[int] = []
     left_out = [str(folder / name) for name in sorted(os.listdir(folder)) if is_clutter(name)]
     for label, name in enumerate(classes):
-        images = list(_images(folder / there[composed(name)], (base, folder), left_out))
+        images = list(_images(folder / there[composed(name)], (folder.parent, folder), left_out))
         if not images:
             raise ValueError(f"{folder / name}: no images in this class folder ({', '.join(IMAGE_SUFFIXES)})")
         paths += images
@@ -92,6 +107,16 @@ def read(spec: DataSpec, stored: str, root: str | Path | None) -> Found:
             f"folder above, are left out, the first is {left_out[0]}"
         )
     return Found(folder, classes, torch.tensor(labels), paths)
+
+
+def listing(*found: Found) -> str:
+    """Six hex digits of which files there are: the relative path and the bytes of each image, in order."""
+    names = [
+        [Path(path).relative_to(one.where).as_posix(), os.stat(path).st_size]
+        for one in found
+        for path in one.images
+    ]
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:6]
 
 
 def _images(folder: Path, above: tuple[Path, ...], left_out: list[str]) -> Iterator[str]:
@@ -133,7 +158,7 @@ def _identity(path: str | Path) -> tuple[int, int]:
 def missing(spec: DataSpec, root: str | Path | None) -> list[str]:
     base = place(spec, root)
     try:
-        known = _known(spec, base)
+        known = known_classes(spec, base)
         folders = [_split_folder(base, stored, known) for stored in ("train", "test")]
     except ValueError as error:
         return [f"the images of {spec.name}: {error}"]
