@@ -25,6 +25,7 @@ from torch import Tensor
 
 from igd_lib.config import STANDARD, Fidelity, Guidance
 from igd_lib.data.images import ImageData, to_uint8
+from igd_lib.data.resizing import Filter, needed
 from igd_lib.guides import GuideFactory, Shortcuts
 from igd_lib.pipeline import IGDPipeline
 from igd_lib.sampling import Gradients, Sampling
@@ -58,6 +59,7 @@ def distill(
     cfg_scale: float = 4.0,
     num_steps: int = 50,
     fidelity: Fidelity = STANDARD,
+    resize: Filter | None = None,  # of a model's images to the data's size, where it makes others
     ray: bool
     | str = False,  # on a Ray cluster that sees `out_dir`: True a local one, or its address (extra [cluster])
     workers: int | None = None,  # of the cluster; None: one a GPU
@@ -68,9 +70,9 @@ def distill(
 
     The manifest has the settings, the digests of all weights, and the revision of the code that made the set.
     Raises ValueError when `out_dir` holds a set of other settings or weights (the first difference is named),
-    when the data's images have another size than the model's, or ipc < 1, FloatingPointError when latents or
-    pixels are not finite (nothing of that batch is stored), OSError when `out_dir` cannot be written,
-    BlockingIOError when another run is sampling into it.
+    when the data's images have another size than the model's and no resize is declared, or ipc < 1,
+    FloatingPointError when latents or pixels are not finite (nothing of that batch is stored), OSError when
+    `out_dir` cannot be written, BlockingIOError when another run is sampling into it.
     """
     decoder = shortcuts.pop("guidance_decoder", None)
     if unknown := set(shortcuts) - {"jacobian", "every", "checkpoints_per_step"}:
@@ -90,6 +92,7 @@ def distill(
         fidelity=fidelity,
         shortcuts=Shortcuts(**shortcuts),
         guidance_decoder=decoder,
+        resize=needed(resize, pipe.image_size, dataset.image_size),
     )
     wanted = Wanted(sampling, dataset, ipc, seed, _selected(dataset, classes), _ids(dataset, label_ids))
     return fill(wanted, out_dir, batch_classes=batch_classes, ray=ray, workers=workers, wait=wait)
@@ -109,7 +112,7 @@ class Wanted:
     def __post_init__(self) -> None:
         if self.ipc < 1:
             raise ValueError(f"ipc is at least 1, got {self.ipc}")
-        self.sampling.pipe.check_images_of(self.data.name, self.data.image_size)
+        self.sampling.check_images_of(self.data)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -268,7 +271,7 @@ def _sample(
     earlier = [torch.stack(list(memory[label])) if memory[label] else noise[:0] for label in labels]
     guides = sampling.guides(labels, [index for _, index in items], earlier, gradients, generators)
     latents = sampling.sample(noise, ids, guides, generators)
-    images = to_uint8(sampling.pipe.decode(latents)).cpu()
+    images = to_uint8(sampling.decode(latents)).cpu()
     seconds, found = (time.monotonic() - started) / len(items), {}
     for item, latent, image in zip(items, latents, images, strict=True):
         if item in lacking:

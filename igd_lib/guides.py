@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from igd_lib.config import STANDARD, Fidelity, Guidance
+from igd_lib.data.resizing import OutputResize
 from igd_lib.guidance import deviation_loss, influence_loss, influence_scale, predicted_clean
 from igd_lib.schedulers import step_options, step_output
 from igd_lib.surrogate import Checkpoints
@@ -174,6 +175,7 @@ class Influence(Guide):
     fidelity: Fidelity = STANDARD
     shortcuts: Shortcuts = field(default_factory=Shortcuts)
     second_chain: SecondChain | None = None  # the released code's
+    resize: OutputResize | None = None  # of decoded images, to the size that the surrogate sees
     _steered: int = field(default=0, init=False)  # guided steps so far
     _gradient: Tensor | None = field(default=None, init=False)  # the last one computed
 
@@ -253,6 +255,7 @@ class Influence(Guide):
     def _decoded(self, clean: Tensor) -> Tensor:
         latents = clean.to(self.decoder.dtype) / self.decoder.config.scaling_factor
         image = self.decoder.decode(latents).sample.to(clean.dtype)
+        image = image if self.resize is None else self.resize(image)
         return image.clamp(-1, 1) if self.fidelity.clamp_images else image
 
 

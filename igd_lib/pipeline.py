@@ -75,7 +75,8 @@ class IGDPipeline(DiTPipeline):
             raise ValueError(
                 f"the diffusion model makes images of {self.image_size} px, those of {name} have "
                 f"{image_size}: load the data at {self.image_size} px (`ImageData.at`, or a DataSpec's "
-                f"image_size), or take a model of {image_size} px"
+                f"image_size), take a model of {image_size} px, or declare how its images are resized "
+                "(resize='bilinear')"
             )
 
     @torch.no_grad()

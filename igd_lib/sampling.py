@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from igd_lib.config import STANDARD, Fidelity, Guidance
 from igd_lib.data.images import ImageData
+from igd_lib.data.resizing import OutputResize
 from igd_lib.guides import Deviation, Guide, GuideFactory, Influence, SecondChain, Shortcuts
 from igd_lib.pipeline import IGDPipeline
 from igd_lib.sampler import Denoiser, check_range, sample
@@ -40,6 +41,7 @@ class Sampling:
     fidelity: Fidelity = STANDARD
     shortcuts: Shortcuts = field(default_factory=Shortcuts)
     guidance_decoder: nn.Module | None = None  # decodes for G_I in the autoencoder's place
+    resize: OutputResize | None = None  # of decoded images to the data's size, where it is another
 
     def __post_init__(self) -> None:
         if self.influences and self.checkpoints is None:
@@ -68,6 +70,7 @@ class Sampling:
             "num_steps": self.num_steps,
             "fidelity": asdict(self.fidelity),
             "shortcuts": asdict(self.shortcuts) | {"guidance_decoder": named(self.guidance_decoder)},
+            "output_resize": self.resize and self.resize.filter,
             "scheduler": type(self.pipe.scheduler_for(self.fidelity)).__name__,
             "model": architecture(self.pipe.transformer),
             "transformer": files.digest(self.pipe.transformer.state_dict()),
@@ -130,12 +133,26 @@ class Sampling:
                     self.fidelity,
                     self.shortcuts,
                     second_chain=chain,
+                    resize=self.resize,
                 )
             )
         if self.guidance is not None and self.guidance.gamma > 0:
             size, floor = self.fidelity.memory_size, self.fidelity.cosine_floor
             found.append(Deviation(self.guidance, memory, size, floor))
         return [*found, *(factory(targets, indices, memory) for factory in self.others)]
+
+    def check_images_of(self, data: ImageData) -> None:
+        """Raise ValueError unless its images, resized where that is declared, have the data's size."""
+        if self.resize is None:
+            self.pipe.check_images_of(data.name, data.image_size)
+        elif self.resize.size != data.image_size:
+            sizes = f"to {self.resize.size} px, those of {data.name} have {data.image_size}"
+            raise ValueError(f"the declared resize brings images {sizes}")
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W), about [-1, 1], of final latents: the pipeline's, resized where declared."""
+        images = self.pipe.decode(latents)
+        return images if self.resize is None else self.resize(images)
 
     def sample(
         self,

@@ -74,6 +74,7 @@ FROZEN: dict[str, dict[str, Any]] = {
         },
         "shortcuts": {"jacobian": "full", "every": 1, "checkpoints_per_step": None, "guidance_decoder": None},
         "checkpoints": None,
+        "output_resize": None,
     },
     "evaluation": {
         "protocol": {
