@@ -150,6 +150,23 @@ def from_tensors(name: str, split: str, classes: Sequence[str], images: Tensor, 
     )
 
 
+def from_files(
+    name: str,
+    split: str,
+    classes: Sequence[str],
+    paths: Sequence[str],
+    labels: Tensor,
+    image_size: int | None = None,
+) -> ImageData:
+    """Image files, `labels` (N,) one each; `image_size`: by default the shorter side of the first, in px.
+
+    Raises ValueError as `read_original`.
+    """
+    size = image_size or min(read_original(paths[0]).size)
+    spec = DataSpec(name, tuple(classes), (), size)
+    return _image_data(spec, split, Found(Path(), spec.classes, labels.long(), list(paths)))
+
+
 def to_float(images: Tensor) -> Tensor:
     """uint8 [0, 255] to float32 [-1, 1]."""
     return images.float().div(127.5).sub(1)

@@ -28,13 +28,13 @@ def _split_folder(base: Path, stored: str, classes: Collection[str]) -> Path | N
     names = ("train",) if stored == "train" else ("test", "val")
     there = [base / name for name in names if (base / name).is_dir()]
     wanted = {composed(name) for name in classes}
-    fit = [folder for folder in there if not wanted.isdisjoint(_class_folders(folder))]
+    fit = [folder for folder in there if not wanted.isdisjoint(class_folders(folder))]
     if there and fit and fit[0] != there[0]:
         say_once(f"{there[0]} holds no class folders: the test images are those of {fit[0]}")
     return next(iter([*fit, *there]), None)
 
 
-def _class_folders(folder: Path) -> dict[str, str]:
+def class_folders(folder: Path) -> dict[str, str]:
     """The folders in it, but those that systems leave behind: composed name (NFC) to name on disk, sorted.
 
     Raises ValueError for two that differ in their Unicode normal form alone.
@@ -61,7 +61,7 @@ def known_classes(spec: DataSpec, base: Path) -> tuple[str, ...]:
     if spec.classes and order:
         check_order(spec.classes, order, listed)
     train = base / "train"
-    return spec.classes or order or (tuple(_class_folders(train)) if train.is_dir() else ())
+    return spec.classes or order or (tuple(class_folders(train)) if train.is_dir() else ())
 
 
 def read(spec: DataSpec, stored: str, root: str | Path | None) -> Found:
@@ -82,7 +82,7 @@ def read_classes(folder: Path, known: tuple[str, ...] = (), *, others: bool = Fa
     others: folders of other classes may lie beside them. Raises ValueError where class folders are missing,
     unexpected or empty.
     """
-    there = _class_folders(folder)
+    there = class_folders(folder)
     classes = known or tuple(there)
     lacking = [name for name in classes if composed(name) not in there]
     expected = {composed(name) for name in classes}
@@ -169,7 +169,7 @@ def missing(spec: DataSpec, root: str | Path | None) -> list[str]:
         ]
     found = []
     for folder in folders:
-        there = _class_folders(folder) if folder is not None else {}
+        there = class_folders(folder) if folder is not None else {}
         lacking = [name for name in spec.classes if composed(name) not in there]
         if lacking:
             found.append(
