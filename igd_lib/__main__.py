@@ -300,6 +300,13 @@ def minimax(
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--base", type=click.Path(path_type=Path), help="A pipeline's folder.  [default: DiT-XL/2]")
 @click.option("--vae", help="The autoencoder: a folder or a hub id.  [default: the pinned one; BASE's own]")
+@click.option(
+    "--image-size",
+    type=click.IntRange(8),
+    default=256,
+    show_default=True,
+    help="Px a side that a folder's images are used at; the DiT learns them at its own.",
+)
 @click.option("--parameters", type=click.Choice(["difffit", "all"]), default="difffit", show_default=True)
 @click.option("--steps", type=click.IntRange(1), help="Of the optimiser, instead of the recipe's.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images a step, instead of the recipe's.")
@@ -316,6 +323,7 @@ def finetune(
     out: Path,
     base: Path | None,
     vae: str | None,
+    image_size: int,
     parameters: Literal["all", "difffit"],
     mixed_precision: str,
     accumulate: int,
@@ -323,20 +331,31 @@ def finetune(
 ) -> None:
     """Fine-tune DiT on DATASET, whose classes it does not know, into the new folder OUT.
 
-    The paper's scale finds it as DiT-DATASET. Images are resized to the size that the DiT is made for.
+    DATASET is a name, or a folder of one's own with one folder of images a class in train and test. The
+    paper's scale finds it as DiT-NAME, NAME being the folder's. Images are resized to the DiT's own size.
 
-    Example: accelerate launch -m igd_lib finetune food-101 ~/.cache/igd/models/DiT-food-101
+    Example: accelerate launch -m igd_lib finetune ~/flowers ~/.cache/igd/models/DiT-flowers
     """
     from igd_lib.baselines import finetuning as library
+    from igd_lib.data.datasets import DATASETS
     from igd_lib.data.images import load
+    from igd_lib.data.your_folder import IDS, your_folder
     from igd_lib.experiment.pieces import DIT, dit_of
     from igd_lib.models.dit import match_original
     from igd_lib.pipeline import IGDPipeline
 
     try:
-        data = load(dataset, "train")
-        if base is None and dit_of(dataset) == DIT:
-            raise ValueError(f"DiT-XL/2 knows the classes of {dataset}: it is sampled as it is")
+        if dataset not in DATASETS and not Path(dataset).expanduser().is_dir():
+            known = ", ".join(sorted(DATASETS))
+            raise ValueError(f"DATASET is a folder or one of {known}; there is no folder {dataset}")
+        spec = DATASETS.get(dataset) or your_folder(dataset, image_size=image_size)
+        data = load(spec, "train")
+        if base is None and (dit_of(dataset) == DIT if dataset in DATASETS else spec.label_ids):
+            listed = "" if dataset in DATASETS else f" ({Path(spec.folder) / IDS})"
+            raise ValueError(
+                f"DiT-XL/2 knows the classes of {dataset}{listed}: it is sampled as it is; --base FOLDER "
+                "fine-tunes all the same"
+            )
         own = base is not None and vae is None
         models = {} if own else {"vae": _autoencoder(vae)}
         pipe = IGDPipeline.from_pretrained(base or _found_model(*DIT), **models)

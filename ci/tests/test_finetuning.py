@@ -15,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import DDPMScheduler
+from PIL import Image
 from safetensors.torch import load_file
 
 from igd_lib.__main__ import igd
@@ -217,6 +218,45 @@ def test_the_command_writes_what_the_paper_s_scale_looks_up(ten, monkeypatch, tm
     assert share_embedders(pipe.transformer)
     refused = CliRunner().invoke(igd, ["finetune", "imagewoof", str(tmp_path / "x")])
     assert refused.exit_code == 1 and "knows the classes of imagewoof" in refused.output
+
+
+@pytest.fixture
+def flowers(tmp_path):
+    """A folder of one's own: three classes of four images, of which DiT knows one perhaps."""
+    for split in ("train", "test"):
+        for shade, name in enumerate(("daisy", "rose", "tulip")):
+            (tmp_path / "flowers" / split / name).mkdir(parents=True)
+            for number in range(4):
+                image = Image.new("RGB", (20, 24), (60 * shade, 40 * number, 9))
+                image.save(tmp_path / "flowers" / split / name / f"{number}.png")
+    return tmp_path / "flowers"
+
+
+def test_the_command_takes_a_folder(ten, flowers):
+    """Its classes, in the order of their names; images of the DiT's size, of which it says so."""
+    ten.save_pretrained(cache_dir() / "models" / plan.DIT[0].split("/")[1])
+    ten.vae.save_pretrained(cache_dir() / "models" / plan.SD_VAE[0].split("/")[1])
+    out, short = cache_dir() / "models" / "DiT-flowers", ["--steps", "2", "--batch-size", "4"]
+    told = CliRunner().invoke(igd, ["finetune", str(flowers), str(out), *short, "--image-size", "20"])
+    assert told.exit_code == 0 and "images of 20 px are resized to the DiT's 16 px" in told.output, (
+        told.output
+    )
+    pipe = IGDPipeline.from_pretrained(out)
+    assert (
+        pipe.labels == {"daisy": 0, "rose": 1, "tulip": 2}
+        and pipe.transformer.config.num_embeds_ada_norm == 3
+    )
+    (flowers / "imagenet_ids.csv").write_text(
+        "folder,wnid\ndaisy,n11939491\nrose,n12620546\ntulip,n12057211\n"
+    )
+    refused = CliRunner().invoke(igd, ["finetune", str(flowers), str(out) + "2", *short])
+    assert refused.exit_code == 1 and "DiT-XL/2 knows the classes of" in refused.output
+    assert "imagenet_ids.csv): it is sampled as it is; --base FOLDER" in refused.output
+    base = ["--base", str(cache_dir() / "models" / plan.DIT[0].split("/")[1])]
+    told = CliRunner().invoke(igd, ["finetune", str(flowers), str(out) + "2", *short, *base])
+    assert told.exit_code == 0, told.output
+    lost = CliRunner().invoke(igd, ["finetune", str(flowers / "x"), str(out) + "3"])
+    assert lost.exit_code == 1 and "DATASET is a folder or one of cifar-10, " in lost.output
 
 
 def test_the_command_says_what_is_missing(monkeypatch, tmp_path):
