@@ -1,0 +1,296 @@
+"""An experiment of one's own folder of images; without a folder one of a stand-in's images is written."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.utils.logging import disable_progress_bar
+from torchvision.transforms.v2 import functional as TF
+
+from igd_lib.analysis import features
+from igd_lib.config import STANDARD, Fidelity, preset
+from igd_lib.data.datasets import DATASETS, DataSpec
+from igd_lib.data.images import ImageData, load
+from igd_lib.data.your_folder import IDS, your_folder
+from igd_lib.experiment import comparisons
+from igd_lib.experiment.experiment import Experiment, Sets
+from igd_lib.experiment.methods import Method
+from igd_lib.experiment.models import StandInModels
+from igd_lib.experiment.pictures import Gallery
+from igd_lib.experiment.plan import DIT, model_folder, vae_of
+from igd_lib.experiment.scales import TEST_IMAGES, Scale, paper_scale, small_scale, smoke_scale
+from igd_lib.experiment.surrogates import Surrogates
+from igd_lib.models.dit import class_ids, image_size_of, match_original
+from igd_lib.models.folder import is_whole
+from igd_lib.pipeline import IGDPipeline
+from igd_lib.protocols import PROTOCOLS
+from igd_lib.sets.export import check_folder_names
+from igd_lib.teacher_training import train_teacher
+from igd_lib.teachers import Teacher
+from igd_lib.tools import cluster, files
+from igd_lib.tools.machine import cache_dir, ray_cluster, reuse_memory
+
+TRAIN_IMAGES = {"small": 1000, "smoke": 40}  # a class, of the folder that is written
+
+
+def prepare(
+    artefact: str,
+    folder: str,  # with `train` and `test` (or `val`); empty: one of the stand-in's images is written
+    scale: str = "auto",
+    *,
+    ipc: int = 10,
+    k: str = "auto",  # of the influence guidance, and ...
+    gamma: str = "auto",  # ... of the deviation guidance; "auto": the scale's
+    save_to: str = "",
+    stand_in: str = "fashion-mnist",
+) -> Experiment:
+    """The experiment of a folder: at "paper" with DiT-XL/2 or a DiT fine-tuned on it, else with a stand-in.
+
+    "auto" is "paper" for a folder, else "small". Raises FileNotFoundError naming every piece that "paper"
+    lacks, ValueError where the stand-in's DiT does not know the folder's classes.
+    """
+    disable_progress_bar()
+    if not torch.cuda.is_available():
+        reuse_memory()
+    if where := ray_cluster():
+        cluster.connect(where)
+    if scale == "auto":
+        scale = "paper" if folder else "small"
+    if scale == "paper":
+        made = _with_dit(artefact, folder, ipc)
+    else:
+        made = _on_stand_in(artefact, folder or _lesson_folder(stand_in, scale, save_to), scale, stand_in)
+    own = made.scale.guidance
+    guidance = replace(own, k=_strength(k, own.k, "k"), gamma=_strength(gamma, own.gamma, "gamma"))
+    return replace(made, scale=replace(made.scale, guidance=guidance))
+
+
+def _strength(given: str, own: float, name: str) -> float:
+    try:
+        return own if given == "auto" else float(given)
+    except ValueError as error:
+        raise ValueError(f'{name} is a number, or "auto" for {own:g}, got {given!r}') from error
+
+
+def methods(experiment: Experiment) -> list[Method]:
+    """`comparisons.comparison`, DiT at its best cfg only where that was chosen on such images."""
+    rows = comparisons.comparison(experiment)
+    return [row for row in rows if not (experiment.scale.papers and row.cfg_choice)]
+
+
+# --- a folder with DiT
+
+
+def _with_dit(artefact: str, folder: str, ipc: int, fidelity: Fidelity = STANDARD) -> Experiment:
+    if not folder:
+        raise ValueError("scale='paper' is for a folder of yours: name it by the parameter `folder`")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    spec = your_folder(folder, image_size=1)  # the DiT says the size
+    if lacking := missing_for(spec, fidelity):
+        todo = "; or leave `folder` empty to see the notebook on the stand-in's images"
+        raise FileNotFoundError(f"{folder} lacks{todo}:\n" + "\n".join(f"- {line}" for line in lacking))
+    pipe = _dit(spec, fidelity).to(device)
+    ids = _ids(pipe, spec)
+    spec = replace(spec, image_size=image_size_of(pipe.transformer, pipe.vae))
+    train, test = load(spec, "train"), load(spec, "test")
+    scale = paper_scale(
+        spec.name,
+        fidelity=fidelity,
+        ipc=ipc,
+        labels="hard",
+        num_classes=len(train.classes),
+        image_size=train.image_size,
+    )
+    like = "imagewoof" if len(train.classes) <= 100 else "imagenet"
+    scale = replace(scale, guidance=preset(like, "dit", ipc))
+    dit = f"{DIT[0]} by {IDS}" if spec.label_ids else str(_own_dit(spec))
+    banner = (
+        f"**Scale: paper.** Your folder {spec.folder}, {len(train.classes)} classes, {dit} (CC-BY-NC 4.0). k "
+        f"and gamma, where not given, are Table 12's for {like}: nobody chose them on your images."
+    )
+    surrogates = Surrogates(scale, train, str(pipe._execution_device))
+    models = FolderModels(pipe, train, test, device)
+    return Experiment(artefact, scale, models, surrogates, train, test, tuple(ids), spec, banner)
+
+
+def missing_for(spec: DataSpec, fidelity: Fidelity = STANDARD) -> list[str]:
+    """What a folder still needs at the paper's scale, a line a piece with how to get it."""
+    lines = []
+    for repository, revision in (DIT, vae_of(fidelity)) if spec.label_ids else ():
+        if model_folder(repository, revision) is None:
+            place = cache_dir() / "models" / repository.split("/")[-1]
+            download = f"hf download {repository} --revision {revision}"
+            lines.append(f"the weights {repository}: {download}, or copy the folder to {place}")
+    if not spec.label_ids and not is_whole(_own_dit(spec)):
+        command = shlex.join(["igd_lib", "finetune", spec.folder, str(_own_dit(spec))])
+        lines.append(
+            "a DiT that knows its classes. Where they are ImageNet-1K's, say which: write "
+            f"{spec.folder}/{IDS}, columns folder,wnid. Else fine-tune DiT: accelerate launch -m {command}"
+        )
+    if not torch.cuda.is_available() and not os.environ.get("IGD_ALLOW_CPU"):
+        lines.append("a CUDA GPU: none was found (IGD_ALLOW_CPU=1 runs it on a CPU, very slowly)")
+    return lines
+
+
+def _own_dit(spec: DataSpec) -> Path:
+    """Where `igd finetune` puts the DiT of a folder."""
+    return cache_dir() / "models" / f"DiT-{Path(spec.folder).name}"
+
+
+def _dit(spec: DataSpec, fidelity: Fidelity) -> IGDPipeline:
+    """DiT-XL/2 where it knows the classes; else the folder's own, with the autoencoder it was made with."""
+    if not spec.label_ids:
+        return IGDPipeline.from_pretrained(_own_dit(spec))
+    vae = AutoencoderKL.from_pretrained(model_folder(*vae_of(fidelity)))
+    pipe = IGDPipeline.from_pretrained(model_folder(*DIT), vae=vae)
+    if fidelity.timestep_frequencies == "original":
+        match_original(pipe.transformer)
+    return pipe
+
+
+def _ids(pipe: IGDPipeline, spec: DataSpec) -> list[int]:
+    """The DiT's ids of the folder's classes. Raises ValueError for a DiT that was fine-tuned for others."""
+    ids = class_ids(pipe.transformer, len(spec.classes), spec.label_ids or None)
+    for label, name in enumerate(spec.classes) if pipe.labels and not spec.label_ids else ():
+        known = pipe.labels.get(name.replace(",", " ").strip())
+        if known != label:
+            place = "is none of its classes" if known is None else f"has its id {known}"
+            raise ValueError(
+                f"{_own_dit(spec)} was fine-tuned for other classes: {name!r}, label {label}, {place}; "
+                "fine-tune it anew, or rename your folder"
+            )
+    return ids
+
+
+@dataclass
+class FolderModels:
+    """The models of a folder at the paper's scale: a DiT, and a teacher that is trained on its images."""
+
+    pipe: IGDPipeline
+    train: ImageData
+    test: ImageData
+    device: str
+    minimax_missing: str = "Minimax is fine-tuned for data sets that have a name"
+
+    @property
+    def minimax(self) -> IGDPipeline:
+        raise FileNotFoundError(self.minimax_missing)
+
+    @property
+    def tiny_decoder(self) -> AutoencoderTiny:
+        raise FileNotFoundError("no guidance decoder is set up for a folder of one's own")
+
+    def teacher(self, *_: object) -> Teacher:
+        return self._teacher
+
+    @cached_property
+    def _teacher(self) -> Teacher:
+        return train_teacher(self.train, self.test, device=self.device)
+
+    def extractor(self) -> features.Extractor:
+        return features.inception(device=self.device)
+
+
+# --- a folder with the stand-in
+
+
+def _on_stand_in(artefact: str, folder: str | Path, name: str, stand_in: str) -> Experiment:
+    device, known = "cuda" if torch.cuda.is_available() else "cpu", DATASETS[stand_in]
+    spec = your_folder(folder, image_size=known.image_size)
+    for own in spec.classes:
+        if own not in known.classes:
+            raise ValueError(
+                f"{spec.folder}: the stand-in's DiT, which scale={name!r} samples with, does not know the "
+                f"class {own!r} but {', '.join(known.classes)}. Take scale='paper', or leave `folder` empty"
+            )
+    # Its ids are positions in its own order; here labels go by sorted folder names.
+    ids = tuple(known.classes.index(own) for own in spec.classes)
+    spec = replace(spec, label_ids=ids, titles=())
+    train, test = load(spec, "train"), load(spec, "test")
+    make = smoke_scale if name == "smoke" else small_scale
+    scale = _for_images(make(spec.name, stand_in, fidelity=STANDARD, labels="hard"), train)
+    surrogates = Surrogates(scale, train, str(torch.device(device)))
+    models = StandInModels(stand_in, train, ids, surrogates, scale.minimax, device)
+    banner = (
+        f"**Scale: {name}.** {spec.folder}: an ordinary folder with {len(train):,} training images of "
+        f"{stand_in}'s classes; the embedded stand-in, a tiny DiT and autoencoder."
+    )
+    if not scale.figures_mean_something:
+        banner += " Seconds long, to show that everything works: its numbers mean nothing."
+    return Experiment(artefact, scale, models, surrogates, train, test, ids, spec, banner)
+
+
+def _for_images(scale: Scale, train: ImageData) -> Scale:
+    """The scale with no more training images a class than there are."""
+    least = int(train.labels.bincount().min())
+    return replace(scale, train_images=min(scale.train_images or least, least))
+
+
+def _lesson_folder(stand_in: str, scale: str, save_to: str) -> Path:
+    """An ordinary ImageFolder of the first images of a stand-in's data set, written once."""
+    count = TRAIN_IMAGES[scale]
+    out = (Path(save_to) if save_to else cache_dir() / "folders") / f"{stand_in}-{count}"
+    if out.is_dir():
+        return out
+    train, test = load(stand_in, "train"), load(stand_in, "test")
+    few = {"train": train.first(count), "test": test.first(min(count, TEST_IMAGES[stand_in]))}
+    return write_folder(few, out)
+
+
+def write_folder(splits: Mapping[str, ImageData], out: Path) -> Path:
+    """Write `out/SPLIT/CLASS/00000.png` ..., and return `out`; a folder that is there is left as it is.
+
+    It is written beside and moved to its place when it is whole. Raises ValueError for a class name that
+    cannot be a folder's, OSError where it cannot be written.
+    """
+    with files.locked(out.parent, "a run that writes a folder of images", wait=True):
+        if out.is_dir():
+            return out
+        half = out.with_name(f".{out.name}.half")
+        shutil.rmtree(half, ignore_errors=True)  # of a process that was killed
+        for split, data in splits.items():
+            for label, name in enumerate(check_folder_names(data.classes)):
+                (half / split / name).mkdir(parents=True)
+                for number, image in enumerate(data.of_class(label)):
+                    TF.to_pil_image(image).save(half / split / name / f"{number:05d}.png")
+        os.rename(half, out)
+    return out
+
+
+# --- what the notebook shows
+
+
+def real_images(experiment: Experiment, classes: int = 10, count: int = 10) -> Gallery:
+    """The first training images of the first classes, a row a class."""
+    train = experiment.train
+    names = (experiment.spec.titles or train.classes)[:classes]
+    count = min(count, int(train.labels.bincount()[: len(names)].min()))
+    rows = {name: train.of_class(label, count) for label, name in enumerate(names)}
+    title = f"The first training images of {len(names)} of {len(train.classes)} classes"
+    return Gallery(rows, [str(number) for number in range(count)], title, {})
+
+
+def hand_over(
+    experiment: Experiment, sets: Sets, method: Method, networks: Sequence[str], save_to: str
+) -> tuple[Path, str]:
+    """Export a method's set of seed 0 as an ImageFolder; its place, and in Markdown what to do with it."""
+    found, protocol = sets.distilled(method, 0), experiment.scale.protocol
+    base = Path(save_to).resolve() if save_to else cache_dir() / "exports"
+    out = found.export(base / found.path.name)
+    command = ["igd", "evaluate", str(out), experiment.spec.folder, "--network", ",".join(networks)]
+    command += ["--protocol", protocol.name, "--seeds", "3"]
+    if protocol.epochs is not None and protocol != PROTOCOLS.get(protocol.name):
+        command += ["--epochs", str(protocol.epochs)]
+    return out, (
+        f"- {method.label}, seed 0, with its latents and settings: `{found.path}`\n"
+        f"- the same as a plain ImageFolder, with a manifest that names the class order: `{out}`\n"
+        f"- to evaluate it, here or elsewhere: `{shlex.join(command)}`"
+    )
