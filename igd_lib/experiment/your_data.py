@@ -38,7 +38,8 @@ from igd_lib.teachers import Teacher
 from igd_lib.tools import cluster, files
 from igd_lib.tools.machine import cache_dir, ray_cluster, reuse_memory
 
-TRAIN_IMAGES = {"small": 1000, "smoke": 40}  # a class, of the folder that is written
+# Classes, and training images a class, of the folder that is written.
+LESSON = {"small": (10, 1000), "smoke": (3, 40)}
 
 
 def prepare(
@@ -236,13 +237,19 @@ def _for_images(scale: Scale, train: ImageData) -> Scale:
 
 def _lesson_folder(stand_in: str, scale: str, save_to: str) -> Path:
     """An ordinary ImageFolder of the first images of a stand-in's data set, written once."""
-    count = TRAIN_IMAGES[scale]
+    classes, count = LESSON[scale]
     out = (Path(save_to) if save_to else cache_dir() / "folders") / f"{stand_in}-{count}"
     if out.is_dir():
         return out
-    train, test = load(stand_in, "train"), load(stand_in, "test")
-    few = {"train": train.first(count), "test": test.first(min(count, TEST_IMAGES[stand_in]))}
-    return write_folder(few, out)
+    train = _first(load(stand_in, "train"), classes, count)
+    test = _first(load(stand_in, "test"), classes, min(count, TEST_IMAGES[stand_in]))
+    return write_folder({"train": train, "test": test}, out)
+
+
+def _first(data: ImageData, classes: int, count: int) -> ImageData:
+    """The first images of the first classes."""
+    few = data.first(count)
+    return replace(few.subset((few.labels < classes).nonzero().flatten()), classes=few.classes[:classes])
 
 
 def write_folder(splits: Mapping[str, ImageData], out: Path) -> Path:
