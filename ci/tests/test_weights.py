@@ -325,7 +325,7 @@ def test_a_pointer_is_not_the_file(tmp_path, name):
     (tmp_path / name).write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 2700611775\n"
     )
-    with pytest.raises(ValueError, match="is a git-lfs pointer, .* in place of the weights; run git lfs"):
+    with pytest.raises(ValueError, match="is a git-lfs pointer, .* in place of the file; run git lfs"):
         weights.read(tmp_path / name)
     (tmp_path / name).write_bytes(b"\x00" * 64)
     with pytest.raises(ValueError, match="cannot be read as plain tensors"):

@@ -19,6 +19,8 @@ from diffusers import AutoencoderKL, DiTTransformer2DModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from igd_lib.tools import tensors
+
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # attention heads by width: DiT-S, B, L and XL
 
 # diffusers' names by the original's, below `blocks.I.` and `transformer_blocks.I.`.
@@ -229,8 +231,6 @@ def image_size_of(transformer: DiTTransformer2DModel, vae: AutoencoderKL) -> int
 
 # --- files
 
-_POINTER = b"version https://git-lfs"
-
 
 def read(path: str | Path) -> dict[str, Tensor]:
     """The original-layout state in a `.pt` or `.safetensors` file.
@@ -242,12 +242,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    with open(path, "rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
-            raise ValueError(
-                f"{path} is a git-lfs pointer, {path.stat().st_size} bytes of text in place of the weights; "
-                "run git lfs pull in its repository, or download the file itself"
-            )
+    tensors.refuse_pointer(path)
     content = _tensors(path)
     for name in ("ema", "model"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
