@@ -8,8 +8,6 @@ RDED's README, which says no more of how. `teacher_from_file` reads such a netwo
 
 from __future__ import annotations
 
-import argparse
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +22,7 @@ from igd_lib.data.augment import centre, normalise
 from igd_lib.data.images import ImageData
 from igd_lib.models.networks import network
 from igd_lib.protocols import RDED_SOFT, Protocol
-from igd_lib.tools import files
+from igd_lib.tools import files, tensors
 
 # Top-1, in percent, that RDED's README gives for its ResNet-18 teachers ("modified" for CIFAR).
 RDED_TEACHERS: Mapping[str, float] = {
@@ -135,8 +133,9 @@ def least_for(dataset: str) -> float:
 def imagenet_teacher(classes: Sequence[str], label_ids: Sequence[int]) -> Teacher:
     """torchvision's ResNet-18 of ImageNet-1K (RDED's teacher), with `classes`' logits at `label_ids` only.
 
-    Its file is checked against the hash in its name and read as weights only. Raises ValueError where the
-    classes have no ids in ImageNet-1K, FileNotFoundError where the file can neither be found nor downloaded.
+    Its file is checked against the hash in its name, wherever it comes from, and read as weights only.
+    Raises ValueError where the classes have no ids in ImageNet-1K and for a damaged file, FileNotFoundError
+    where the file can neither be found nor downloaded.
     """
     if len(label_ids) != len(classes) or not set(label_ids) <= set(range(1000)):
         raise ValueError(
@@ -145,10 +144,12 @@ def imagenet_teacher(classes: Sequence[str], label_ids: Sequence[int]) -> Teache
             "(teacher_from_file), or train one (train_teacher)"
         )
     weights = ResNet18_Weights.IMAGENET1K_V1
+    place = imagenet_teacher_file()
+    if place.is_file() and (lines := problems_of_imagenet_teacher()):
+        raise ValueError(lines[0])
     try:
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
-        place = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
         raise FileNotFoundError(
             f"the teacher's weights could not be had ({error}); download {weights.url} to {place}"
         ) from error
@@ -158,8 +159,66 @@ def imagenet_teacher(classes: Sequence[str], label_ids: Sequence[int]) -> Teache
     model.fc.weight, model.fc.bias = (
         torch.nn.Parameter(value.detach()[ids]) for value in (model.fc.weight, model.fc.bias)
     )
-    name = weights.url.rsplit("/", 1)[-1]
-    return Teacher(model, "torchvision/resnet18", name, tuple(classes), RDED_SOFT.mean, RDED_SOFT.std)
+    return Teacher(model, "torchvision/resnet18", place.name, tuple(classes), RDED_SOFT.mean, RDED_SOFT.std)
+
+
+def imagenet_teacher_file() -> Path:
+    """Where the weights of ImageNet's teacher lie, in torch.hub's cache, once they are there."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / ResNet18_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]
+
+
+def problems_of_imagenet_teacher() -> list[str]:
+    """What keeps ImageNet's teacher from being loaded without a network, a line a problem.
+
+    torch.hub checks the hash in a file's name when it downloads, and never again.
+    """
+    path = imagenet_teacher_file()
+    if not path.is_file():
+        url = ResNet18_Weights.IMAGENET1K_V1.url
+        return [
+            f"the teacher's weights (45 MB): not in {path}; curl -L --create-dirs -o {path} {url}, or let "
+            "the first run download them where there is a network"
+        ]
+    published = path.stem.rpartition("-")[2]
+    found = files.sha256(path)
+    if found.startswith(published):
+        return []
+    return [
+        f"{path} is damaged or another file: its SHA-256 begins with {found[: len(published)]}, not "
+        f"{published}; delete it and run again"
+    ]
+
+
+def problems_of_teacher_file(
+    path: str | Path, num_classes: int, *, architecture: str = "torchvision/resnet18", image_size: int = 224
+) -> list[str]:
+    """What keeps `teacher_from_file` from reading a file, a line a problem; no weights are loaded."""
+    path = Path(path)
+    if not path.is_file():
+        return [f"no teacher in {path}; put its state dict there"]
+    what = f"{path} is no state dict of {architecture} for {num_classes} classes at {image_size} px"
+    try:
+        found = _shapes(path)
+    except ValueError as error:
+        return [str(error)]
+    except (TypeError, AttributeError):  # plain values, but not those of a state dict
+        return [f"{what}; put that of one there"]
+    with torch.device("meta"):
+        model = network(architecture, num_classes=num_classes, image_size=image_size)
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    # torch adds a normalisation's count of batches to states of before 2018.
+    wanted = {name: shape for name, shape in own.items() if not name.endswith(".num_batches_tracked")}
+    line = tensors.difference(found, wanted)
+    if line is None and (more := [name for name in found if name not in own]):
+        line = f"it has {len(more)} tensors that the network has not, the first is {more[0]}"
+    return [f"{what}: {line}; put that of one there"] if line else []
+
+
+def _shapes(path: Path) -> tensors.Shapes:
+    """The shapes of a teacher's tensors, by the names that the network has for them."""
+    if path.suffix == ".safetensors":
+        return tensors.shapes(path)
+    return {name: tuple(value.shape) for name, value in _plain(tensors.mapped(path)).items()}
 
 
 def teacher_from_file(
@@ -185,7 +244,7 @@ def teacher_from_file(
     model = network(architecture, num_classes=len(classes), image_size=image_size)
     try:
         model.load_state_dict(_state(path))
-    except (RuntimeError, pickle.UnpicklingError, ValueError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         wanted = f"{architecture} for {len(classes)} classes at {image_size} px"
         raise ValueError(f"{path} is no state dict of {wanted}: {error}") from error
     weights = f"{path.name}, sha256 {files.sha256(path)[:12]}"
@@ -194,12 +253,12 @@ def teacher_from_file(
 
 def _state(path: Path) -> dict[str, Tensor]:
     """A file's state dict, by the names that the network has for itself."""
-    if path.suffix == ".safetensors":
-        found: Any = load_file(path)
-    else:
-        # The reference code saves its settings beside the weights: plain values in a Namespace.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            found = torch.load(path, map_location="cpu", weights_only=True)
+    # The reference code saves its settings beside the weights: plain values in a Namespace.
+    return _plain(load_file(path) if path.suffix == ".safetensors" else tensors.mapped(path))
+
+
+def _plain(found: Any) -> dict[str, Tensor]:
+    """A state dict from under the names that training scripts put it and its tensors under."""
     for key in ("model", "state_dict"):
         found = found.get(key, found)
     return {name.removeprefix("module."): value for name, value in found.items()}

@@ -17,7 +17,14 @@ from torch import nn
 import reference
 from igd_lib.analysis import features as feature_spaces
 from igd_lib.analysis import metrics
-from igd_lib.analysis.features import Extractor, features, inception, missing_for_inception, network_extractor
+from igd_lib.analysis.features import (
+    Extractor,
+    features,
+    inception,
+    missing_for_inception,
+    network_extractor,
+    problems_of_inception,
+)
 from igd_lib.analysis.metrics import (
     coverage,
     coverage_threshold,
@@ -215,8 +222,12 @@ def test_other_bytes_are_no_inception(nowhere, own_cache, monkeypatch, name, pla
     folder = own_cache / "models" if place == "cache" else nowhere / "torch" / "hub" / "checkpoints"
     files.write(folder / name, b"something else")
     assert missing_for_inception() == []
+    [line] = problems_of_inception()
+    assert str(folder / name) in line and "delete it and download" in line
     with pytest.raises(ValueError, match="another file"):
         inception()
+    monkeypatch.setattr(feature_spaces, "INCEPTION_SHA256", hashlib.sha256(b"something else").hexdigest())
+    assert problems_of_inception() == []
 
 
 def test_inception_features(tmp_path, monkeypatch):

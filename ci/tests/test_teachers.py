@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -16,7 +20,16 @@ from igd_lib.experiment import models
 from igd_lib.experiment.models import PaperModels
 from igd_lib.models.networks import network
 from igd_lib.teacher_training import TEACHER, teacher_recipe, train_teacher
-from igd_lib.teachers import check_teacher, imagenet_teacher, least_for, predict, teacher_from_file
+from igd_lib.teachers import (
+    check_teacher,
+    imagenet_teacher,
+    imagenet_teacher_file,
+    least_for,
+    predict,
+    problems_of_imagenet_teacher,
+    problems_of_teacher_file,
+    teacher_from_file,
+)
 
 CLASSES = ("a", "b", "c")
 HALF = (0.5, 0.5, 0.5)
@@ -66,6 +79,47 @@ def test_classes_without_imagenet_ids_never_get_imagenets_teacher(monkeypatch):
             imagenet_teacher(food.classes, ids)
 
 
+@pytest.fixture
+def teacher_file(monkeypatch, tmp_path) -> Path:
+    """The file of ImageNet's teacher in torch.hub's cache, with random weights and the hash of those."""
+    model = network("torchvision/resnet18", num_classes=1000, image_size=224)
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    name = f"resnet18-{hashlib.sha256((tmp_path / 'a.pth').read_bytes()).hexdigest()[:8]}.pth"
+    weights = SimpleNamespace(url=f"https://download.pytorch.org/models/{name}")
+
+    def state(**_):
+        if not place.is_file():
+            raise URLError("no network")
+        return torch.load(place, weights_only=True)
+
+    weights.get_state_dict = state
+    monkeypatch.setattr("igd_lib.teachers.ResNet18_Weights", SimpleNamespace(IMAGENET1K_V1=weights))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    place = imagenet_teacher_file()
+    assert place == tmp_path / "torch" / "hub" / "checkpoints" / name
+    place.parent.mkdir(parents=True)
+    return (tmp_path / "a.pth").rename(place)
+
+
+def test_imagenets_teacher_is_checked_where_it_is_cached(teacher_file):
+    """One bit of one weight of a file that loads: torch.hub does not look at a file that is there."""
+    assert problems_of_imagenet_teacher() == []
+    assert imagenet_teacher(("tench", "goldfish"), (0, 1)).model.fc.out_features == 1000
+    raw = bytearray(teacher_file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    teacher_file.write_bytes(raw)
+    torch.load(teacher_file, weights_only=True)
+    [line] = problems_of_imagenet_teacher()
+    assert str(teacher_file) in line and "is damaged or another file" in line and "delete it" in line
+    with pytest.raises(ValueError, match="is damaged or another file: .* delete it and run again"):
+        imagenet_teacher(("tench", "goldfish"), (0, 1))
+    teacher_file.unlink()
+    [line] = problems_of_imagenet_teacher()
+    assert "not in" in line and f"curl -L --create-dirs -o {teacher_file} https://download" in line
+    with pytest.raises(FileNotFoundError, match="could not be had .*no network"):
+        imagenet_teacher(("tench", "goldfish"), (0, 1))
+
+
 # --- from a file
 
 
@@ -88,6 +142,11 @@ def test_a_teacher_is_read_from_its_file(tmp_path, layout):
     assert torch.equal(found.model.eval()(images), model.eval()(images))
     assert (found.architecture, found.classes, found.least) == ("convnet3-bn", CLASSES, 30.0)
     assert found.weights.startswith(f"{path.name}, sha256 ") and len(found.weights.split()[-1]) == 12
+    assert problems_of_teacher_file(path, 3, architecture="convnet3-bn", image_size=16) == []
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    [line] = problems_of_teacher_file(path, 3, architecture="convnet3-bn", image_size=16)
+    assert f"{path} is cut short" in line
 
 
 class Harmful:
@@ -111,9 +170,13 @@ def test_a_file_of_something_else_is_refused(tmp_path, capsys):
             ValueError, match=r"x\.pth is no state dict of convnet3-bn for 3 classes at 16 px"
         ):
             teacher_from_file(path, CLASSES, **options)
+        assert len(problems_of_teacher_file(path, 3, **options)) == 1
     path.write_bytes(b"not a file of torch's")
     with pytest.raises(ValueError, match=r"x\.pth is no state dict"):
         teacher_from_file(path, CLASSES, **options)
+    [line] = problems_of_teacher_file(path, 3, **options)
+    assert "cannot be read as plain tensors" in line
+    assert "no teacher in" in problems_of_teacher_file(tmp_path / "none.pth", 3)[0]
     assert "run" not in capsys.readouterr().out  # nothing in it was called
 
 

@@ -116,13 +116,9 @@ def inception(
     """
     if lines := missing_for_inception(weights):
         raise FileNotFoundError("FID lacks:\n" + "\n".join(f"- {line}" for line in lines))
+    if lines := problems_of_inception(weights):
+        raise ValueError(lines[0])
     path = _inception_file(weights)
-    assert path is not None  # or it would be missing
-    if files.sha256(path) != INCEPTION_SHA256:
-        raise ValueError(
-            f"{path} is damaged or another file: its SHA-256 is not {INCEPTION_SHA256}; download "
-            f"{INCEPTION_URL}"
-        )
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -145,6 +141,17 @@ def missing_for_inception(weights: str | Path | None = None) -> list[str]:
         lines.append(
             f"its weights (96 MB): curl -L --create-dirs -o {place} {INCEPTION_URL}; or on another "
             "machine, and copy the file there"
+        )
+    return lines
+
+
+def problems_of_inception(weights: str | Path | None = None) -> list[str]:
+    """What keeps `inception` from loading, a line a problem: what is missing, and a file of other bytes."""
+    lines, path = missing_for_inception(weights), _inception_file(weights)
+    if path is not None and files.sha256(path) != INCEPTION_SHA256:
+        lines.append(
+            f"{path} is damaged or another file: its SHA-256 is not {INCEPTION_SHA256}; delete it and "
+            f"download {INCEPTION_URL}"
         )
     return lines
 

@@ -125,10 +125,11 @@ def _misfits(
     side, blocks = transformer.value("sample_size"), autoencoder.value("block_out_channels")
     if image_size is not None and side is not None and blocks is not None:
         factor = 2 ** (len(blocks) - 1)
-        if side * factor != image_size:
+        made = side * factor
+        if made != image_size:
             lines.append(
-                f"{transformer.folder} makes images of {side} x {factor} = {side * factor} px, and the "
-                f"data's have {image_size} px; take a DiT of {image_size} px, or load the data at {side * factor} px"
+                f"{transformer.folder} makes images of {side} x {factor} = {made} px, and the data's have "
+                f"{image_size} px; take a DiT of {image_size} px, or load the data at {made} px"
             )
     return lines
 
