@@ -144,8 +144,8 @@ def imagenet_teacher(classes: Sequence[str], label_ids: Sequence[int]) -> Teache
             "(teacher_from_file), or train one (train_teacher)"
         )
     weights = ResNet18_Weights.IMAGENET1K_V1
-    place = imagenet_teacher_file()
-    if place.is_file() and (lines := problems_of_imagenet_teacher()):
+    place = _imagenet_teacher_place()
+    if lines := imagenet_teacher_file()[1]:
         raise ValueError(lines[0])
     try:
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
@@ -162,31 +162,36 @@ def imagenet_teacher(classes: Sequence[str], label_ids: Sequence[int]) -> Teache
     return Teacher(model, "torchvision/resnet18", place.name, tuple(classes), RDED_SOFT.mean, RDED_SOFT.std)
 
 
-def imagenet_teacher_file() -> Path:
-    """Where the weights of ImageNet's teacher lie, in torch.hub's cache, once they are there."""
+def _imagenet_teacher_place() -> Path:
+    """Where torch.hub puts the weights of ImageNet's teacher."""
     return Path(torch.hub.get_dir()) / "checkpoints" / ResNet18_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]
 
 
-def problems_of_imagenet_teacher() -> list[str]:
-    """What keeps ImageNet's teacher from being loaded without a network, a line a problem.
+def imagenet_teacher_file() -> tuple[Path | None, list[str]]:
+    """The file of ImageNet's teacher in torch.hub's cache, None where it is not, and what is wrong with it.
 
     torch.hub checks the hash in a file's name when it downloads, and never again.
     """
-    path = imagenet_teacher_file()
+    path = _imagenet_teacher_place()
     if not path.is_file():
-        url = ResNet18_Weights.IMAGENET1K_V1.url
-        return [
-            f"the teacher's weights (45 MB): not in {path}; curl -L --create-dirs -o {path} {url}, or let "
-            "the first run download them where there is a network"
-        ]
-    published = path.stem.rpartition("-")[2]
-    found = files.sha256(path)
+        return None, []
+    published, found = path.stem.rpartition("-")[2], files.sha256(path)
     if found.startswith(published):
-        return []
-    return [
+        return path, []
+    line = (
         f"{path} is damaged or another file: its SHA-256 begins with {found[: len(published)]}, not "
         f"{published}; delete it and run again"
-    ]
+    )
+    return path, [line]
+
+
+def problems_of_imagenet_teacher() -> list[str]:
+    """What keeps ImageNet's teacher from being loaded without a network, a line a problem."""
+    path, lines = imagenet_teacher_file()
+    if path is not None:
+        return lines
+    url, place = ResNet18_Weights.IMAGENET1K_V1.url, _imagenet_teacher_place()
+    return [f"the teacher's weights (45 MB): not in {place}; curl -L --create-dirs -o {place} {url}"]
 
 
 def problems_of_teacher_file(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,13 +24,27 @@ from safetensors.torch import load_file
 from torch.distributions import Normal, kl_divergence
 
 from igd_lib.baselines import tuning
-from igd_lib.baselines.minimax import Memory, Minimax, Shards, finetune, minimax_losses, shards
+from igd_lib.baselines.minimax import (
+    Memory,
+    Minimax,
+    ShardedSampling,
+    Shards,
+    fill_by_shard,
+    finetune,
+    minimax_losses,
+    problems,
+    shards,
+)
 from igd_lib.baselines.tuning import diffusion_loss, work_folder
+from igd_lib.config import STANDARD, Guidance
 from igd_lib.data.datasets import image_folder
 from igd_lib.data.images import from_tensors, load, square
+from igd_lib.distillation import Wanted, distill, fill
 from igd_lib.experiment.scales import STAND_INS
 from igd_lib.models.difffit import add_scales, fold_scales, is_trained, share_embedders
 from igd_lib.pipeline import IGDPipeline
+from igd_lib.sampling import Sampling
+from igd_lib.sets.store import DistilledSet
 
 SHORT = Minimax(epochs=2, batch_size=4, memory_size=3)
 
@@ -532,44 +548,122 @@ def test_a_folder_of_something_else_is_left_alone(tiny_pipe, toy_data, tmp_path)
 # --- shards
 
 
-def test_every_class_is_sampled_by_the_model_of_its_shard(tiny_pipe, toy_data, tmp_path):
-    """Two shards of three classes: each label is in exactly one, whose folder alone was trained on it."""
-    division = Shards(tmp_path, toy_data.classes, 2)
-    assert Shards.find(tmp_path, toy_data.classes) is None and division.missing == [0, 1]
+TABLE = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
+
+
+@pytest.fixture
+def division(tiny_pipe, toy_data, tmp_path) -> Shards:
+    """Two shards of three classes, each fine-tuned on its own: (0,) and (1, 2)."""
+    found = Shards(tmp_path / "shards", toy_data.classes, 2)
+    recipe = replace(SHORT, ema=0.5, label_dropout=0.0, batch_size=2)
+    for shard, labels in enumerate(found.labels):
+        finetune(tiny_pipe, toy_data, found.path(shard), recipe=recipe, classes=labels)
+    return found
+
+
+def test_every_class_is_in_the_shard_that_was_trained_on_it(division, tiny_pipe, toy_data, tmp_path):
+    assert Shards.find(division.folder, toy_data.classes) == division and division.missing == []
+    assert division.labels == [[0], [1, 2]] and division.parts([2, 0, 1]) == {0: [0], 1: [2, 1]}
+    assert division.problems() == []
+    before = tiny_pipe.transformer.state_dict()[TABLE]
     for shard, labels in enumerate(division.labels):
-        finetune(
-            tiny_pipe,
-            toy_data,
-            division.path(shard),
-            recipe=replace(SHORT, ema=0.5, label_dropout=0.0, batch_size=2),
-            classes=labels,
-        )
-        found = Shards.find(tmp_path, toy_data.classes)
-        assert found == division and found.missing == [1][shard:]
-        if shard == 0:
-            assert found.describe() == f"1 of 2 shards in {tmp_path}; missing: 1"
-            with pytest.raises(FileNotFoundError, match=r"shard-001-of-002: 1 of 2 shards .*missing: 1"):
-                found.pipe(2)
-            with pytest.raises(FileNotFoundError, match="missing: 1"):
-                found.pipes()
-    name = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
-    before, sampled = tiny_pipe.transformer.state_dict()[name], []
-    for labels, pipe in found.pipes(vae=tiny_pipe.vae):
-        changed = (pipe.transformer.state_dict()[name] != before).any(1).nonzero().flatten().tolist()
+        pipe = division.pipe(shard, vae=tiny_pipe.vae)
+        changed = (pipe.transformer.state_dict()[TABLE] != before).any(1).nonzero().flatten().tolist()
         assert changed == labels and pipe.vae is tiny_pipe.vae
-        for label in labels:
-            assert torch.equal(
-                found.pipe(label).transformer.state_dict()[name], pipe.transformer.state_dict()[name]
-            )
-        sampled += labels
-    assert sampled == [0, 1, 2]
     with pytest.raises(ValueError, match=r"labels are 0 \.\.\. 2, got 3"):
-        found.pipe(3)
+        division.parts([3])
     with pytest.raises(ValueError, match="fine-tuned on other classes: a ..., wanted b"):
-        Shards(tmp_path, ("b", "a", "c"), 2).pipe(0)
-    finetune(tiny_pipe, toy_data, tmp_path / "shard-000-of-003", recipe=SHORT)
+        Shards(division.folder, ("b", "a", "c"), 2).pipe(0)
+    finetune(tiny_pipe, toy_data, division.folder / "shard-000-of-003", recipe=SHORT)
     with pytest.raises(ValueError, match="holds shards of 2 and of 3"):
-        Shards.find(tmp_path, toy_data.classes)
+        Shards.find(division.folder, toy_data.classes)
+
+
+def test_shards_that_are_missing_or_damaged_are_named(division, toy_data, tmp_path):
+    assert Shards.find(tmp_path, toy_data.classes) is None
+    spec = image_folder(tmp_path, image_size=16, classes=toy_data.classes)
+    assert problems(division.folder, spec) == []
+    weights = division.path(0) / "transformer" / "diffusion_pytorch_model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 100)
+    [line] = problems(division.folder, spec)
+    assert str(weights) in line and "is cut short" in line
+    (division.path(1) / "model_index.json").unlink()
+    lines = problems(division.folder, spec)
+    assert lines[0] == f"1 of 2 shards in {division.folder}; missing: 1" and len(lines) == 2
+    with pytest.raises(FileNotFoundError, match=r"shard-001-of-002: 1 of 2 shards .*missing: 1"):
+        division.pipe(1)
+    [line] = problems(tmp_path / "none", spec)
+    assert line == f"no Minimax model in {tmp_path / 'none'}"
+    work_folder(tmp_path / "none").mkdir()
+    assert "unfinished, the same command goes on" in problems(tmp_path / "none", spec)[0]
+
+
+def test_a_minimax_folder_of_other_classes_or_sizes_is_refused(tiny_pipe, toy_data, tmp_path):
+    out = finetune(tiny_pipe, toy_data, tmp_path / "out", recipe=SHORT)
+    spec = image_folder(tmp_path, image_size=16, classes=toy_data.classes)
+    assert problems(out, spec) == []
+    [line] = problems(out, replace(spec, image_size=32))
+    assert "images of 8 x 2 = 16 px, and the data's have 32 px" in line
+    [line] = problems(out, replace(spec, classes=("c", "b", "a")))
+    assert "fine-tuned on other classes: a, b, c ..., wanted c, b, a" in line
+    [line] = problems(out, replace(spec, label_ids=(1, 2, 3)))  # ImageNet's
+    assert "knows 3 classes, and 1000 are wanted" in line
+    (out / "minimax.json").unlink()  # a checkpoint that was converted has none
+    assert problems(out, spec) == []
+
+
+def test_a_sharded_set_is_the_sets_of_its_shards(division, tiny_pipe, toy_data, tmp_path, monkeypatch):
+    """Image by image, with one model in memory at a time; a shard whose classes are there is not read."""
+    guidance, steps, made = Guidance(k=0.0, gamma=50.0, guided_range=(1, 3)), 5, []
+    common = dict(guidance=guidance, num_steps=steps, fidelity=replace(STANDARD, solver="configured"))
+    wanted = Wanted(
+        ShardedSampling(tiny_pipe, shards=division, **common), toy_data, 2, 0, [0, 1, 2], [0, 1, 2]
+    )
+
+    def alone(shard: int, labels: list[int]) -> DistilledSet:
+        pipe = division.pipe(shard, vae=tiny_pipe.vae, scheduler=tiny_pipe.scheduler)
+        out = tmp_path / f"alone-{shard}-{labels}"
+        return distill(pipe, toy_data, ipc=2, checkpoints=None, out_dir=out, classes=labels, **common)
+
+    first, second, wrong = alone(0, [0]), alone(1, [1, 2]), alone(0, [2])
+    read = Shards.pipe
+
+    def counted(self, shard, **models):
+        gc.collect()
+        assert all(model() is None for model in made), "another shard's model is still in memory"
+        pipe = read(self, shard, **models)
+        made.append(weakref.ref(pipe.transformer))
+        return pipe
+
+    monkeypatch.setattr(Shards, "pipe", counted)
+    fill_by_shard(wanted, tmp_path / "set", only=[2])
+    assert len(made) == 1
+    found = fill_by_shard(wanted, tmp_path / "set")
+    assert len(made) == 3 and found.verify() == []  # the second shard had one of its classes
+    assert torch.equal(found.latents(0), first.latents(0))
+    for label in (1, 2):  # in other batches than alone
+        torch.testing.assert_close(found.latents(label), second.latents(label), rtol=1e-4, atol=1e-4)
+    assert (found.latents(2) - wrong.latents(2)).abs().mean() > 1e-2
+    fill_by_shard(wanted, tmp_path / "set")
+    assert len(made) == 3
+    with pytest.raises(RuntimeError, match="shard by shard"):
+        fill(replace(wanted, sampling=wanted.sampling), tmp_path / "other")
+    # A shard that was trained anew is another set.
+    note = division.path(0) / "minimax.json"
+    note.write_text(note.read_text().replace(division.digest_of(0), "0" * 12))
+    again = replace(wanted, sampling=replace(wanted.sampling, shards=replace(division)))
+    with pytest.raises(ValueError, match="other settings: transformer"):
+        fill_by_shard(again, tmp_path / "set")
+    with pytest.raises(ValueError, match="its weights are not those that it was finished with"):
+        fill_by_shard(again, tmp_path / "anew")
+
+
+def test_without_shards_a_set_is_filled_as_ever(tiny_pipe, toy_data, tmp_path):
+    sampling = Sampling(tiny_pipe, num_steps=3, fidelity=replace(STANDARD, solver="configured"))
+    wanted = Wanted(sampling, toy_data, 1, 0, [0, 1, 2], [0, 1, 2])
+    found, other = fill_by_shard(wanted, tmp_path / "a", only=[1]), fill(wanted, tmp_path / "b")
+    assert [found.finished(label) for label in range(3)] == [0, 1, 0]
+    torch.testing.assert_close(found.latents(1), other.latents(1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("count", [1, 7, 100, 1000])

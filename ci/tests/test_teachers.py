@@ -95,15 +95,14 @@ def teacher_file(monkeypatch, tmp_path) -> Path:
     weights.get_state_dict = state
     monkeypatch.setattr("igd_lib.teachers.ResNet18_Weights", SimpleNamespace(IMAGENET1K_V1=weights))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    place = imagenet_teacher_file()
-    assert place == tmp_path / "torch" / "hub" / "checkpoints" / name
+    place = tmp_path / "torch" / "hub" / "checkpoints" / name
     place.parent.mkdir(parents=True)
     return (tmp_path / "a.pth").rename(place)
 
 
 def test_imagenets_teacher_is_checked_where_it_is_cached(teacher_file):
     """One bit of one weight of a file that loads: torch.hub does not look at a file that is there."""
-    assert problems_of_imagenet_teacher() == []
+    assert problems_of_imagenet_teacher() == [] and imagenet_teacher_file() == (teacher_file, [])
     assert imagenet_teacher(("tench", "goldfish"), (0, 1)).model.fc.out_features == 1000
     raw = bytearray(teacher_file.read_bytes())
     raw[len(raw) // 2] ^= 1
@@ -114,6 +113,7 @@ def test_imagenets_teacher_is_checked_where_it_is_cached(teacher_file):
     with pytest.raises(ValueError, match="is damaged or another file: .* delete it and run again"):
         imagenet_teacher(("tench", "goldfish"), (0, 1))
     teacher_file.unlink()
+    assert imagenet_teacher_file() == (None, [])
     [line] = problems_of_imagenet_teacher()
     assert "not in" in line and f"curl -L --create-dirs -o {teacher_file} https://download" in line
     with pytest.raises(FileNotFoundError, match="could not be had .*no network"):

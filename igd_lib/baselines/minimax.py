@@ -11,22 +11,28 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from igd_lib.baselines.tuning import Tuning, Work, settings_of, tune
-from igd_lib.data.datasets import Resize
+from igd_lib.baselines.tuning import TRANSFORMER, Tuning, Work, settings_of, tune, work_folder
+from igd_lib.data.datasets import IMAGENET_CLASSES, DataSpec, Resize
 from igd_lib.data.images import ImageData
+from igd_lib.distillation import Wanted, fill
+from igd_lib.models import loadable
 from igd_lib.models.dit import class_ids
 from igd_lib.models.folder import is_whole, names_by_id
 from igd_lib.pipeline import IGDPipeline
+from igd_lib.sampling import Sampling, architecture
+from igd_lib.sets.store import DistilledSet
+from igd_lib.tools import files, keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,29 +251,158 @@ class Shards:
         line = f"{self.count - len(lacking)} of {self.count} shards in {self.folder}"
         return f"{line}; missing: {', '.join(map(str, lacking))}" if lacking else line
 
-    def pipe(self, label: int, **models: Any) -> IGDPipeline:
-        """The pipeline that a label's images are sampled with; `models` as of `from_pretrained` (`vae`).
+    def parts(self, labels: Sequence[int]) -> dict[int, list[int]]:
+        """The labels by their shard, in the shards' order."""
+        found: dict[int, list[int]] = {}
+        for label in labels:
+            found.setdefault(self.shard_of(label), []).append(label)
+        return dict(sorted(found.items()))
 
-        It is read anew each time: `pipes` reads each once. Raises FileNotFoundError where the shard is
-        missing, ValueError where it was trained on other classes.
+    def problems(self) -> list[str]:
+        """What keeps the classes from being sampled, a line a problem; no weights are loaded."""
+        lines = [self.describe()] if self.missing else []
+        for shard in range(self.count):
+            if is_whole(self.path(shard)):
+                try:
+                    self.digest_of(shard)
+                except ValueError as error:
+                    lines.append(str(error))
+                lines += loadable.problems(self.path(shard), parts=("transformer",))
+        return lines
+
+    def digest_of(self, shard: int) -> str:
+        """The digest of a shard's weights when they were finished.
+
+        Raises FileNotFoundError where the shard is missing, ValueError where it was trained on other classes.
         """
-        return self._read(self.shard_of(label), models)
-
-    def pipes(self, **models: Any) -> Iterator[tuple[list[int], IGDPipeline]]:
-        """(labels, pipeline) of every shard, one in memory at a time. Raises as `pipe`, at once."""
-        if self.missing:
-            raise FileNotFoundError(self.describe())
-        return ((labels, self._read(shard, models)) for shard, labels in enumerate(self.labels))
-
-    def _read(self, shard: int, models: dict[str, Any]) -> IGDPipeline:
         path = self.path(shard)
         if not is_whole(path):
             raise FileNotFoundError(f"no model in {path}: {self.describe()}")
-        wanted = [self.classes[label] for label in self.labels[shard]]
-        trained = json.loads((path / "minimax.json").read_text())["settings"]["classes"]
-        if trained != wanted:
-            raise ValueError(
-                f"{path} was fine-tuned on other classes: {', '.join(trained[:3])} ..., wanted "
-                f"{', '.join(wanted[:3])} ...; is it of another data set or class order?"
-            )
-        return IGDPipeline.from_pretrained(path, **models)
+        return _trained_on(path, [self.classes[label] for label in self.labels[shard]])
+
+    @cached_property
+    def digest(self) -> str:
+        """Twelve hex digits of all shards' weights; raises as `digest_of`."""
+        return keys.settings_hash([self.digest_of(shard) for shard in range(self.count)])
+
+    def pipe(self, shard: int, **models: Any) -> IGDPipeline:
+        """A shard's pipeline, read anew each time; `models` as of `from_pretrained` (`vae`).
+
+        Raises as `digest_of`, and ValueError where its weights are no longer those that were finished.
+        """
+        digest, path = self.digest_of(shard), self.path(shard)
+        found = IGDPipeline.from_pretrained(path, **models)
+        if files.digest(found.transformer.state_dict()) != digest:
+            raise ValueError(f"{path}: its weights are not those that it was finished with; copy it again")
+        return found
+
+
+def _trained_on(folder: Path, classes: Sequence[str]) -> str:
+    """The digest of a fine-tuned folder's weights; ValueError where it was tuned on other classes."""
+    note = folder / "minimax.json"
+    try:
+        content = json.loads(note.read_text())
+        trained, digest = list(content["settings"]["classes"]), str(content[TRANSFORMER])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{note} is damaged, or of an earlier version ({type(error).__name__}: {error}); copy the folder "
+            "again, or fine-tune again"
+        ) from error
+    if trained != list(classes):
+        raise ValueError(
+            f"{folder} was fine-tuned on other classes: {', '.join(trained[:3])} ..., wanted "
+            f"{', '.join(classes[:3])} ...; is it of another data set or class order?"
+        )
+    return digest
+
+
+def problems(folder: str | Path, spec: DataSpec) -> list[str]:
+    """What keeps a folder from being the Minimax model of a data set, or its shards; a line a problem.
+
+    One model may be fine-tuned here or converted; shards are fine-tuned here.
+    """
+    folder = Path(folder)
+    known = len(IMAGENET_CLASSES) if spec.label_ids else len(spec.classes) or None
+    if not is_whole(folder):
+        try:
+            division = Shards.find(folder, spec.classes)
+        except ValueError as error:
+            return [str(error)]
+        if division is not None:
+            return division.problems()
+        begun = work_folder(folder).is_dir()
+        again = "; its fine-tuning is unfinished, the same command goes on" if begun else ""
+        return [f"no Minimax model in {folder}{again}"]
+    lines = loadable.problems(folder, parts=("transformer",), classes=known, image_size=spec.image_size)
+    if (folder / "minimax.json").is_file():
+        try:
+            _trained_on(folder, spec.classes)
+        except ValueError as error:
+            lines.append(str(error))
+    return lines
+
+
+# --- sampling with shards
+
+
+@dataclass(frozen=True)
+class ShardedSampling(Sampling):
+    """Sampling of a set whose classes are denoised by the models of their shards.
+
+    Its `pipe` has the autoencoder and the scheduler. It names the set, by all shards' weights; `of_shard` is
+    what samples.
+    """
+
+    shards: Shards = field(kw_only=True)
+    shard: int | None = None  # whose model `pipe` has
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As one model's, with a digest of all."""
+        own = {"model": self._architecture, "transformer": self.shards.digest}
+        return super().settings | own
+
+    @property
+    def _architecture(self) -> dict[str, Any]:
+        """That of the first shard's model, of which no weights are read."""
+        kind = DiTTransformer2DModel
+        with torch.device("meta"):
+            return architecture(kind.from_config(kind.load_config(self.shards.path(0) / "transformer")))
+
+    def of_shard(self, shard: int) -> ShardedSampling:
+        """The same with a shard's model. Raises as `Shards.pipe`, ValueError for another architecture."""
+        pipe = self.shards.pipe(shard, vae=self.pipe.vae, scheduler=self.pipe.scheduler)
+        if difference := files.difference(architecture(pipe.transformer), self._architecture, "model"):
+            raise ValueError(f"{self.shards.path(shard)} is another model than the first shard: {difference}")
+        return replace(self, pipe=pipe.to(self.pipe._execution_device), shard=shard)
+
+    def sample(self, *given: Any, **options: Any) -> Tensor:
+        """As `Sampling.sample`. Raises RuntimeError where no shard was chosen."""
+        if self.shard is None:
+            raise RuntimeError("a set of several shards is sampled shard by shard: `fill_by_shard`")
+        return super().sample(*given, **options)
+
+
+def fill_by_shard(
+    wanted: Wanted, out_dir: str | Path, *, only: Sequence[int] | None = None, **options: Any
+) -> DistilledSet:
+    """`distillation.fill`, each class by the model of its shard where there are shards.
+
+    One is in memory at a time; one whose classes are finished is not read.
+    """
+    sampling = wanted.sampling
+    if not isinstance(sampling, ShardedSampling):
+        return fill(wanted, out_dir, only=only, **options)
+    labels = wanted.selected if only is None else list(only)
+    for shard, own in sampling.shards.parts(labels).items():
+        if not _is_finished(out_dir, own):
+            fill(replace(wanted, sampling=sampling.of_shard(shard)), out_dir, only=own, **options)
+    return fill(wanted, out_dir, only=labels, **options)  # nothing is left: it compares the settings
+
+
+def _is_finished(folder: str | Path, labels: Sequence[int]) -> bool:
+    """Whether a set has all images of these classes."""
+    if not (Path(folder) / "manifest.json").is_file():
+        return False
+    found = DistilledSet(folder)
+    return all(found.finished(label) == found.ipc for label in labels)

@@ -36,6 +36,7 @@ from igd_lib.tools.progress import progress
 
 SAVE_SECONDS = 60.0  # at most one training state is written in so much time, ...
 SAVE_TIMES = 20.0  # ... and in so many times the seconds that the last one took
+TRANSFORMER = "transformer"  # the finished weights' digest, in the file that has the settings
 Parameters = Literal["all", "difffit"]
 
 
@@ -236,8 +237,10 @@ def tune(
             parts = (f"{name} {mean:.4f}" for name, mean in zip(training.names, means, strict=True))
             print(f"{work.kind}: mean of the last {len(said)} steps: {', '.join(parts)}")
         print(untuned(work.kind, recipe.ema, batches.steps), flush=True)
-        notes = {work.note: json.dumps(keys.manifest(work.kind, work.settings), indent=2) + "\n"}
-        write_pipeline(out, training.model.finished(), pipe.vae, pipe.scheduler, work.names, notes)
+        finished = training.model.finished()
+        note = keys.manifest(work.kind, work.settings) | {TRANSFORMER: files.digest(finished.state_dict())}
+        notes = {work.note: json.dumps(note, indent=2) + "\n"}
+        write_pipeline(out, finished, pipe.vae, pipe.scheduler, work.names, notes)
         shutil.rmtree(unfinished, ignore_errors=True)
     accelerator.wait_for_everyone()
     return out

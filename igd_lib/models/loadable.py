@@ -10,7 +10,7 @@ import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,26 +32,32 @@ def problems(
     *,
     classes: int | None = None,  # how many its DiT has to know
     image_size: int | None = None,  # px a side of the images that it has to make
-    parts: Sequence[Part] = ("transformer", "vae"),  # the autoencoder alone may be a folder without an index
-    vae: str | Path | None = None,  # the autoencoder's folder where it is another one
+    parts: Sequence[Part] = ("transformer", "vae"),  # those that are read from this folder
+    vae: str | Path | None = None,  # the folder of the autoencoder that is used, where it is another one
 ) -> list[str]:
     """What keeps a folder from being loaded as the pipeline that is wanted, a line a problem.
 
     Looked at are the files that `IGDPipeline.from_pretrained` (for the autoencoder alone,
-    `AutoencoderKL.from_pretrained`) reads, their lengths, their tensors' names and shapes, the number of
-    classes, and whether transformer, autoencoder and images fit each other. Values are not looked at.
+    `AutoencoderKL.from_pretrained`, of a pipeline or of a folder of its own) reads, their lengths, their
+    tensors' names and shapes, the number of classes, and whether transformer, autoencoder and images fit each
+    other. Values are not looked at.
     """
     folder = Path(folder)
     if not folder.is_dir():
         return [f"{folder} is no folder; download or copy the model's folder there"]
     if "transformer" not in parts:
         return _Stored(_autoencoder_in(folder), AutoencoderKL).lines
-    if lines := _of_index(folder, vae is None):
+    if lines := _of_index(folder, "vae" in parts and vae is None):
         return lines
     transformer = _Stored(folder / "transformer", DiTTransformer2DModel)
     autoencoder = _Stored(_autoencoder_in(Path(vae) if vae is not None else folder), AutoencoderKL)
     lines = transformer.lines + (autoencoder.lines if "vae" in parts else [])
     return lines + _misfits(transformer, autoencoder, classes, image_size)
+
+
+def problems_of_autoencoder(folder: str | Path) -> list[str]:
+    """`problems` of an autoencoder alone, in a folder of its own or in a pipeline's."""
+    return problems(folder, parts=("vae",))
 
 
 def problems_of_decoder(folder: str | Path, *, latent_channels: int | None = None) -> list[str]:
@@ -179,18 +185,16 @@ class _Stored:
         return [f"{self.folder}: {line}: {remedy}"] if line else []
 
     def _wanted(self) -> tensors.Shapes:
-        """The tensors of the model that the configuration describes, which is built without memory."""
+        """The tensors of the model that the configuration describes."""
         known = inspect.signature(self.kind.__init__).parameters
         options = {name: value for name, value in self.config.items() if name in known}
         try:
-            with torch.device("meta"):
-                model = self.kind(**options)
+            return _tensors_of(self.kind, json.dumps(options, sort_keys=True))
         except Exception as error:  # whatever a wrong value leads to
             raise ValueError(
                 f"{self.folder / 'config.json'} describes no {self.kind.__name__} ({error}); download it "
                 "again"
             ) from error
-        return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
     def _weights(self) -> list[Path]:
         """The files that are read: those of the index, else the safetensors file, else the torch file."""
@@ -216,6 +220,14 @@ class _Stored:
             f"{self.folder} holds no weights, neither {_FILE}.safetensors nor {_FILE}.bin{what}; download "
             "the file into it"
         )
+
+
+@lru_cache(maxsize=8)
+def _tensors_of(kind: Any, options: str) -> tensors.Shapes:
+    """A model's tensors, of its options as JSON: it is built without memory, once for all shards."""
+    with torch.device("meta"):
+        model = kind(**json.loads(options))
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 def _present_name(name: str, wanted: tensors.Shapes) -> str:
