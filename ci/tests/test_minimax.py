@@ -563,15 +563,19 @@ def division(tiny_pipe, toy_data, tmp_path) -> Shards:
 
 def test_every_class_is_in_the_shard_that_was_trained_on_it(division, tiny_pipe, toy_data, tmp_path):
     assert Shards.find(division.folder, toy_data.classes) == division and division.missing == []
-    assert division.labels == [[0], [1, 2]] and division.parts([2, 0, 1]) == {0: [0], 1: [2, 1]}
+    assert division.labels == [[0], [1, 2]]
+    assert division.parts(toy_data.classes, [2, 0, 1]) == {0: [0], 1: [2, 1]}
+    assert division.parts(("c", "a"), [0, 1]) == {0: [1], 1: [0]}  # a set of some classes, in another order
     assert division.problems() == []
     before = tiny_pipe.transformer.state_dict()[TABLE]
     for shard, labels in enumerate(division.labels):
         pipe = division.pipe(shard, vae=tiny_pipe.vae)
         changed = (pipe.transformer.state_dict()[TABLE] != before).any(1).nonzero().flatten().tolist()
         assert changed == labels and pipe.vae is tiny_pipe.vae
+    with pytest.raises(ValueError, match="no shard in .* is of the class 'd'"):
+        division.parts(("a", "d"), [0, 1])
     with pytest.raises(ValueError, match=r"labels are 0 \.\.\. 2, got 3"):
-        division.parts([3])
+        division.shard_of(3)
     with pytest.raises(ValueError, match="fine-tuned on other classes: a ..., wanted b"):
         Shards(division.folder, ("b", "a", "c"), 2).pipe(0)
     finetune(tiny_pipe, toy_data, division.folder / "shard-000-of-003", recipe=SHORT)

@@ -251,11 +251,17 @@ class Shards:
         line = f"{self.count - len(lacking)} of {self.count} shards in {self.folder}"
         return f"{line}; missing: {', '.join(map(str, lacking))}" if lacking else line
 
-    def parts(self, labels: Sequence[int]) -> dict[int, list[int]]:
-        """The labels by their shard, in the shards' order."""
+    def parts(self, classes: Sequence[str], labels: Sequence[int]) -> dict[int, list[int]]:
+        """The labels of a set that has these classes, or some of them, by their shard, in the shards' order.
+
+        Raises ValueError for a class that no shard knows.
+        """
+        own = {name: label for label, name in enumerate(self.classes)}
+        if unknown := [classes[label] for label in labels if classes[label] not in own]:
+            raise ValueError(f"no shard in {self.folder} is of the class {unknown[0]!r}")
         found: dict[int, list[int]] = {}
         for label in labels:
-            found.setdefault(self.shard_of(label), []).append(label)
+            found.setdefault(self.shard_of(own[classes[label]]), []).append(label)
         return dict(sorted(found.items()))
 
     def problems(self) -> list[str]:
@@ -394,7 +400,7 @@ def fill_by_shard(
     if not isinstance(sampling, ShardedSampling):
         return fill(wanted, out_dir, only=only, **options)
     labels = wanted.selected if only is None else list(only)
-    for shard, own in sampling.shards.parts(labels).items():
+    for shard, own in sampling.shards.parts(wanted.data.classes, labels).items():
         if not _is_finished(out_dir, own):
             fill(replace(wanted, sampling=sampling.of_shard(shard)), out_dir, only=own, **options)
     return fill(wanted, out_dir, only=labels, **options)  # nothing is left: it compares the settings
