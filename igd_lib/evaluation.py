@@ -401,7 +401,7 @@ def resident(data: ImageData, device: str) -> ImageData:
     ):
         return data
     pixels = torch.cat([images.to(device) for images, _ in data.batches(500)])
-    return replace(data, fetch=lambda indices: pixels[indices.to(device)])
+    return replace(data, fetch=lambda indices: pixels[indices.to(device)], slow=False)
 
 
 def make_optimizer(

@@ -2,7 +2,11 @@
 
 import gzip
 import hashlib
+import itertools
+import json
 import shutil
+import threading
+import time
 import unicodedata
 from collections import Counter
 from dataclasses import replace
@@ -16,7 +20,7 @@ from torchvision.datasets.folder import default_loader
 
 from igd_lib.data import images as data
 from igd_lib.data.datasets import DATASETS, DataSpec
-from igd_lib.data.images import load, missing, read_image, read_images, to_float, to_uint8
+from igd_lib.data.images import ImageData, Pass, load, missing, read_image, read_images, to_float, to_uint8
 from igd_lib.data.sources import fashion
 from igd_lib.tools import locks
 
@@ -136,6 +140,92 @@ def test_batches_visit_every_image_once(toy_data):
         shuffled = data.from_tensors("toy", "train", toy_data.classes, images, labels)
         assert sums(shuffled) == sums(toy_data)
         assert torch.equal(labels, toy_data.labels) == (generator is None)
+
+
+# --- batches that are fetched ahead
+
+
+def slowly(memory: ImageData, seconds: float = 0.0, wrong: int = -1) -> ImageData:
+    """The same read as files are: each fetch takes a while, and the one with image `wrong` fails."""
+
+    def fetch(indices):
+        time.sleep(seconds)
+        if wrong in indices.tolist():
+            raise ValueError(f"cannot read {wrong}")
+        return memory.fetch(indices)
+
+    return replace(memory, fetch=fetch, slow=True)
+
+
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
+
+
+def test_fetching_overlaps_with_what_is_done_with_a_batch(toy_data):
+    """Nine batches, 50 ms to fetch and 50 ms to use each: 0.9 s one after the other."""
+    began = time.monotonic()
+    for _ in slowly(toy_data, 0.05).batches(2):
+        time.sleep(0.05)
+    assert time.monotonic() - began < 0.75 * 0.9
+    assert not readers()
+
+
+@pytest.mark.parametrize("done", [0, 2])
+def test_batches_fetched_ahead_are_the_same(toy_data, done):
+    for generators in ((None, None), tuple(torch.Generator().manual_seed(5) for _ in range(2))):
+        here, there = (
+            list(own.batches(4, generator, done))
+            for own, generator in zip((toy_data, slowly(toy_data)), generators, strict=True)
+        )
+        assert len(here) == len(there) == 5 - done
+        for (images, labels), (others, numbers) in zip(here, there, strict=True):
+            assert torch.equal(images, others) and torch.equal(labels, numbers)
+
+
+def test_an_error_is_raised_where_its_batch_is_asked_for(toy_data):
+    found = slowly(toy_data, wrong=5).batches(2)
+    assert [len(next(found)[1]) for _ in range(2)] == [2, 2]
+    with pytest.raises(ValueError, match="cannot read 5"):
+        next(found)
+    assert not readers()
+
+
+def test_the_thread_ends_with_a_consumer_that_stops(toy_data):
+    found = slowly(toy_data, 0.01).batches(2)
+    next(found)
+    assert readers()
+    found.close()
+    assert not readers()
+    for _ in slowly(toy_data, 0.01).batches(2):
+        break
+    assert not readers()
+    unused = slowly(toy_data).batches(2)
+    assert not readers() and unused
+
+
+def test_files_are_read_ahead_and_memory_is_not(animals, monkeypatch):
+    held = load(SPEC, "train", animals)
+    assert not held.slow and not held.at(5).slow
+    monkeypatch.setattr(data, "MEMORY_LIMIT", 0)
+    lazy = load(SPEC, "train", animals)
+    assert lazy.slow and lazy.subset(torch.tensor([1, 0])).slow and lazy.at(5).slow and held.at(5).slow
+
+
+def test_a_pass_is_taken_up_in_its_middle(toy_data):
+    """After whoever uses the batches has drawn from the same generator, as augmentation does."""
+
+    def drawn(found, generator):
+        return [(labels.tolist(), torch.rand((), generator=generator).item()) for _, labels in found]
+
+    whole, first, second = (torch.Generator().manual_seed(1) for _ in range(3))
+    expected = drawn(Pass.begin(whole).batches(toy_data, 4, whole), whole)
+    place = Pass.begin(first)
+    begun = drawn(itertools.islice(place.batches(toy_data, 4, first), 2), first)
+    note = json.loads(json.dumps(place.note))
+    second.set_state(first.get_state())
+    rest = drawn(Pass.of(note).batches(toy_data, 4, second), second)
+    assert begun + rest == expected and len(rest) == 3 and Pass.of({"step": 4}) is None
+    assert torch.equal(second.get_state(), whole.get_state())
 
 
 def test_uint8_round_trip():

@@ -164,6 +164,36 @@ def test_the_first_difference_is_named():
     assert files.difference(old, {"a": {"b": [1]}}) == "a.b = [1, 2], wanted [1]"
 
 
+# --- locks
+
+HOLDER = """
+import sys, time
+from igd_lib.tools import files
+with files.locked(sys.argv[1], "a run", name=sys.argv[2]):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[3]))
+"""
+
+
+def test_waiting_for_another_process_is_said(tmp_path, capsys):
+    """And a lock of another name in the folder is another lock."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path), ".part.lock", "0.5"]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with (
+        files.locked(tmp_path, "a run"),
+        pytest.raises(BlockingIOError, match=f"a run .process {holder.pid}"),
+    ):
+        files.locked(tmp_path, "a run", name=".part.lock").__enter__()
+    assert capsys.readouterr().out == ""
+    began = time.monotonic()
+    with files.locked(tmp_path, "a run", wait=True, name=".part.lock"):
+        assert time.monotonic() - began > 0.1
+    said = capsys.readouterr().out
+    assert said.startswith(f"waiting for a run (process {holder.pid} on ") and str(tmp_path) in said
+    assert holder.wait() == 0 and list(tmp_path.iterdir()) == []
+
+
 # --- locks where there is no flock
 
 KILLED = """

@@ -11,7 +11,6 @@ import copy
 import json
 import math
 import shutil
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,14 +24,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from igd_lib.data.datasets import Resize
-from igd_lib.data.images import ImageData, to_float
+from igd_lib.data.images import ImageData, ahead, to_float
 from igd_lib.guidance import predicted_clean
 from igd_lib.models.difffit import add_scales, fold_scales, is_trained, share_embedders
 from igd_lib.models.dit import image_size_of
 from igd_lib.models.folder import is_whole, refuse_taken, write_pipeline
 from igd_lib.pipeline import IGDPipeline
 from igd_lib.tools import files, keys
-from igd_lib.tools.progress import progress
+from igd_lib.tools.progress import Pace, progress, resumable
 
 SAVE_SECONDS = 60.0  # at most one training state is written in so much time, ...
 SAVE_TIMES = 20.0  # ... and in so many times the seconds that the last one took
@@ -222,15 +221,7 @@ def tune(
     keys.claim(unfinished / work.note, work.kind, work.settings, "a fine-tuned model")
     training, state = Training(pipe, transformer, work, accelerator), unfinished / "training.safetensors"
     batches.done = training.load(state)
-    saved, took, said = time.monotonic(), 0.0, deque[Tensor](maxlen=500)
-    for number, images, labels, generator in progress(batches, f"{work.kind}, step"):
-        said.append(training.step(number, images, labels, generator))
-        main = accelerator.sync_gradients and accelerator.is_main_process
-        if main and time.monotonic() - saved >= max(SAVE_SECONDS, SAVE_TIMES * took):
-            began = time.monotonic()
-            training.save(state, number + 1)
-            saved = time.monotonic()
-            took = saved - began
+    said = _train(training, batches, state)
     if accelerator.is_main_process:
         if said:
             means = torch.stack(list(said)).mean(0).tolist()
@@ -244,6 +235,20 @@ def tune(
         shutil.rmtree(unfinished, ignore_errors=True)
     accelerator.wait_for_everyone()
     return out
+
+
+def _train(training: Training, batches: Batches, state: Path) -> deque[Tensor]:
+    """Train on all batches that are left, saving in the file `state`; the last steps' losses."""
+    accelerator, pace, kept = training.accelerator, Pace(SAVE_SECONDS, SAVE_TIMES), batches.done
+    said, label = deque[Tensor](maxlen=500), f"{training.work.kind}, step"
+    with resumable(lambda: f"{kept // batches.parts} of {batches.steps} steps are in {state.parent}"):
+        for number, images, labels, generator in progress(batches, label, done=batches.done):
+            said.append(training.step(number, images, labels, generator))
+            if accelerator.sync_gradients and accelerator.is_main_process and pace.due:
+                with pace.saving():
+                    training.save(state, number + 1)
+                kept = number + 1
+    return said
 
 
 def untuned(kind: str, ema: float, steps: int) -> str:
@@ -398,21 +403,30 @@ class Batches:
         return self.steps * self.parts - self.done
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor, torch.Generator]]:
-        size, seed = self.size, self.recipe.seed
+        made = ahead(self._images, self._parts()) if self.data.slow else map(self._images, self._parts())
+        for number, own, images in made:
+            first = (self.recipe.seed + 1) * 1_000_003 + number
+            generator = torch.Generator().manual_seed(first * 1_009 + self.rank)
+            if self.recipe.flip:
+                flipped = torch.rand(self.size, generator=generator) < 0.5
+                images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+            yield number, images, self.data.labels[own], generator
+
+    def _images(self, part: tuple[int, Tensor]) -> tuple[int, Tensor, Tensor]:
+        number, own = part
+        return number, own, self.data.fetch(own)
+
+    def _parts(self) -> Iterator[tuple[int, Tensor]]:
+        """The number of every part that is left, and where its images lie in the data."""
         epoch, order = -1, self.indices
         for number in range(self.done, self.steps * self.parts):
             step, part = divmod(number, self.parts)
             if step // self.per_epoch != epoch:
                 epoch = step // self.per_epoch
                 order = self._order(epoch)
-            first = step % self.per_epoch * self.recipe.batch_size + (part * self.world + self.rank) * size
-            own = order[first : first + size]
-            generator = torch.Generator().manual_seed(((seed + 1) * 1_000_003 + number) * 1_009 + self.rank)
-            images = self.data.fetch(own)
-            if self.recipe.flip:
-                flipped = torch.rand(size, generator=generator) < 0.5
-                images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
-            yield number, images, self.data.labels[own], generator
+            first = step % self.per_epoch * self.recipe.batch_size
+            first += (part * self.world + self.rank) * self.size
+            yield number, order[first : first + self.size]
 
     def _order(self, epoch: int) -> Tensor:
         """Where an epoch's images lie in the data."""

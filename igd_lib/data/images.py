@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -56,6 +56,7 @@ class ImageData:
     # An image as it is stored, of any shape, by its position; None: `fetch` has them.
     original: Callable[[int], Image.Image] | None = None
     resize: Resize = "bilinear"  # how originals come to `image_size`
+    slow: bool = False  # whether `fetch` reads files: batches are fetched while the one before is in use
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -98,7 +99,7 @@ class ImageData:
             return self
         split = self.split if how == self.resize else f"{self.split}, {how}"
         found = replace(self, split=split, image_size=size, resize=how, original=self.photograph)
-        return _held(replace(found, fetch=_maker(self.photograph, size, how)))
+        return _held(replace(found, fetch=_maker(self.photograph, size, how), slow=True))
 
     def of_labels(self, labels: Sequence[int]) -> ImageData:
         """The images of some classes alone, which get the labels 0, 1, ... in that order."""
@@ -132,13 +133,75 @@ class ImageData:
             chosen.append(indices[torch.randperm(len(indices), generator=generator)[:count]])
         return self.subset(torch.cat(chosen), f"{self.split}, random {count} a class, seed {seed}")
 
-    def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """(uint8 images, labels) in batches; shuffled when a generator is given."""
+    def batches(
+        self, size: int, generator: torch.Generator | None = None, done: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(uint8 images, labels) in batches, without the first `done`; shuffled when a generator is given.
+
+        The order is drawn at once, before the first batch is asked for.
+        """
         order = (
             torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
         )
-        for indices in order.split(size):
-            yield self.fetch(indices), self.labels[indices]
+        parts = order.split(size)[done:]
+        found = ahead(self.fetch, parts) if self.slow else map(self.fetch, parts)
+        return ((images, self.labels[indices]) for indices, images in zip(parts, found, strict=True))
+
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+
+
+def ahead(make: Callable[[Given], Made], items: Iterable[Given]) -> Iterator[Made]:
+    """`map`, where each item is made in a thread while the one before is in use.
+
+    What `make` raises is raised where its item is asked for. The thread ends with the iterator.
+    """
+    with ThreadPoolExecutor(1, "ahead") as pool:
+        following: Future[Made] | None = None
+        for item in items:
+            current, following = following, pool.submit(make, item)
+            if current is not None:
+                yield current.result()
+        if following is not None:
+            yield following.result()
+
+
+@dataclass
+class Pass:
+    """How far a shuffled pass over data is: what goes on within one needs it beside the generator's state."""
+
+    begun: Tensor  # the generator's state before the pass
+    done: int = 0  # batches
+
+    @classmethod
+    def begin(cls, generator: torch.Generator) -> Pass:
+        return cls(generator.get_state())
+
+    @classmethod
+    def of(cls, note: Mapping[str, Any]) -> Pass | None:
+        """From a `note`, None where it was made between two passes."""
+        if "begun" not in note:
+            return None
+        return cls(torch.tensor(note["begun"], dtype=torch.uint8), note["batches"])
+
+    @property
+    def note(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"begun": self.begun.tolist(), "batches": self.done}
+
+    def batches(
+        self, data: ImageData, size: int, generator: torch.Generator
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches that are left, as `ImageData.batches`; `done` counts the one that is in use."""
+        now = generator.get_state()
+        generator.set_state(self.begun)
+        left = data.batches(size, generator, self.done)
+        if self.done:
+            generator.set_state(now)
+        for batch in left:
+            self.done += 1
+            yield batch
 
 
 def from_tensors(name: str, split: str, classes: Sequence[str], images: Tensor, labels: Tensor) -> ImageData:
@@ -267,7 +330,8 @@ def _image_data(spec: DataSpec, stored: str, found: Found) -> ImageData:
         return read_original(images[index])
 
     fetch = _maker(original, size, how)
-    return _held(ImageData(spec.name, split, found.classes, found.labels, size, fetch, original, how))
+    data = ImageData(spec.name, split, found.classes, found.labels, size, fetch, original, how, slow=True)
+    return _held(data)
 
 
 def _split(name: str, spec: DataSpec) -> str:
@@ -285,7 +349,7 @@ def _held(data: ImageData) -> ImageData:
     if len(data) * 3 * data.image_size**2 > MEMORY_LIMIT:
         return data
     images = data.fetch(torch.arange(len(data)))
-    return replace(data, fetch=lambda indices: images[indices])
+    return replace(data, fetch=lambda indices: images[indices], slow=False)
 
 
 def _stacked(make: Callable[[Any], Image.Image], items: Sequence[Any], size: int) -> Tensor:

@@ -96,14 +96,14 @@ LOCK = ".lock"
 
 
 @contextmanager
-def locked(folder: str | Path, what: str, *, wait: bool = False) -> Iterator[None]:
+def locked(folder: str | Path, what: str, *, wait: bool = False, name: str = LOCK) -> Iterator[None]:
     """Hold a folder's lock, which the system releases when the process ends, however it ends.
 
-    Where another process holds it, wait for it, or raise BlockingIOError. On a file system without `flock`
-    the lock is a file that names its process (`locks`), which is said once. Raises OSError where the folder
-    cannot be written.
+    Or the lock `name` in it, of a part of the work. Where another process holds it, wait for it, which is
+    said, or raise BlockingIOError. On a file system without `flock` the lock is a file that names its process
+    (`locks`), which is said once. Raises OSError where the folder cannot be written.
     """
-    path = Path(folder) / LOCK
+    path = Path(folder) / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         flock = locks.has_flock(path.parent)
@@ -115,15 +115,11 @@ def locked(folder: str | Path, what: str, *, wait: bool = False) -> Iterator[Non
 
 @contextmanager
 def _flocked(path: Path, what: str, wait: bool) -> Iterator[None]:
-    lock = FileLock(path, timeout=-1 if wait else 0)
+    lock = FileLock(path)
     try:
-        lock.acquire()
-    except Timeout as error:
-        with suppress(OSError, IndexError):
-            what = f"{what} ({path.read_text().splitlines()[0]})"
-        raise BlockingIOError(
-            errno.EAGAIN, f"{path.parent} is in use by {what}; wait for it, or choose another folder"
-        ) from error
+        _acquire(lock, path, what, wait)
+    except BlockingIOError:
+        raise
     except OSError as error:
         raise _cannot_write(path, error) from error
     try:
@@ -133,6 +129,20 @@ def _flocked(path: Path, what: str, wait: bool) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)  # a process that waits for it takes another file
         lock.release()
+
+
+def _acquire(lock: FileLock, path: Path, what: str, wait: bool) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        with suppress(OSError, IndexError):
+            what = f"{what} ({path.read_text().splitlines()[0]})"
+        if not wait:
+            raise BlockingIOError(
+                errno.EAGAIN, f"{path.parent} is in use by {what}; wait for it, or choose another folder"
+            ) from error
+        locks.say_once(f"waiting for {what} in {path.parent}")
+        lock.acquire(timeout=-1)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 Item = TypeVar("Item", covariant=True)
+LONGEST = 480.0  # seconds between two saves: with a slow step on top, less than ten minutes
 
 
 class Sized(Protocol[Item]):
@@ -18,6 +19,31 @@ class Sized(Protocol[Item]):
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[Item]: ...
+
+
+class Pace:
+    """Says when to save: once in `seconds`, and in `times` the seconds that the last save took.
+
+    However long that was, the next is due after `LONGEST`.
+    """
+
+    def __init__(self, seconds: float, times: float = 0.0):
+        self.seconds, self.times = seconds, times
+        self.saved, self.took = time.monotonic(), 0.0
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for the next."""
+        wanted = min(LONGEST, max(self.seconds, self.times * self.took))
+        return time.monotonic() - self.saved >= wanted
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around what saves."""
+        began = time.monotonic()
+        yield
+        self.saved = time.monotonic()
+        self.took = self.saved - began
 
 
 class Interrupted(KeyboardInterrupt):
@@ -44,7 +70,21 @@ def in_jupyterlab() -> bool:
     return bool(os.environ.get("JPY_SESSION_NAME"))
 
 
-def progress(items: Sized[Item], label: str, every: float = 10.0) -> Iterator[Item]:
+def duration(seconds: float) -> str:
+    """A time for people: "28 s", "45 min", "7.5 h"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def progress(
+    items: Sized[Item],
+    label: str,
+    every: float = 10.0,
+    *,
+    done: int = 0,  # items that an earlier run has had
+    delay: float = 0.0,  # seconds without a bar: what is done by then needs none
+) -> Iterator[Item]:
     """Iterate, saying how far it is: `label 3/10, 12 s, 28 s left`, at most one line in `every` seconds.
 
     A terminal or JupyterLab gets a bar, which goes when all is done. `IGD_QUIET=1` silences it.
@@ -58,7 +98,9 @@ def progress(items: Sized[Item], label: str, every: float = 10.0) -> Iterator[It
         else:
             from tqdm import tqdm
 
-        yield from tqdm(items, desc=label, leave=False)
+        begun: dict[str, int] = {"initial": done, "total": done + len(items)} if done else {}
+        late: dict[str, float] = {"delay": delay} if delay else {}
+        yield from tqdm(items, desc=label, leave=False, **begun, **late)
         return
     started = said = time.monotonic()
     for index, item in enumerate(items):
@@ -66,9 +108,6 @@ def progress(items: Sized[Item], label: str, every: float = 10.0) -> Iterator[It
         now = time.monotonic()
         if now - said >= every and index + 1 < len(items):
             said = now
-            done, spent = index + 1, now - started
-            print(
-                f"{label} {done}/{len(items)}, {spent:.0f} s, {spent / done * (len(items) - done):.0f} s "
-                "left",
-                flush=True,
-            )
+            had, spent = index + 1, now - started
+            left = duration(spent / had * (len(items) - had))
+            print(f"{label} {done + had}/{done + len(items)}, {duration(spent)}, {left} left", flush=True)
