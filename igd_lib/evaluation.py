@@ -7,7 +7,8 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from igd_lib.data.augment import augment, cutmix, mixup, normalise
-from igd_lib.data.images import ImageData
+from igd_lib.data.images import ImageData, Pass
 from igd_lib.models.networks import keep_outputs
 from igd_lib.models.networks import network as make_network
 from igd_lib.protocols import Protocol
@@ -25,6 +26,7 @@ from igd_lib.sets.store import DistilledSet, in_memory
 from igd_lib.teachers import Teacher, accuracy, check_class_order, check_teacher
 from igd_lib.tools import cluster, files, keys
 from igd_lib.tools.machine import has_bfloat16, tf32
+from igd_lib.tools.progress import Pace, progress, resumable
 
 CHECKPOINT_SECONDS = 60.0  # at most one training state is written in so much time
 
@@ -63,23 +65,25 @@ def evaluate(
     """Train `network` on `distilled` under `protocol`, test on `dataset`; both best and last accuracy.
 
     Images of another size than the protocol's are made from their originals where they have any. With a
-    `folder`, an interrupted run goes on after its last state and a finished one is read; a folder of other
-    settings is refused. The teacher is checked first (`check_teacher`). Raises ValueError when the two
-    class orders differ (naming the first difference) or a teacher is missing, and FloatingPointError on a
-    non-finite loss.
+    `folder`, an interrupted run goes on after its last state, a finished one is read, one that is under way
+    in another process is waited for, and a folder of other settings is refused. The teacher is checked first
+    (`check_teacher`). Raises ValueError when the two class orders differ (naming the first difference) or a
+    teacher is missing, and FloatingPointError on a non-finite loss.
     """
-    cell = Cell.of(distilled, dataset, network, protocol, seed, teacher, device, mixed_precision)
-    if teacher is not None:
-        teacher = replace(teacher, model=teacher.model.to(cell.device).eval())
-        check_teacher(teacher, cell.test, protocol)
-        cell = replace(cell, teacher=teacher)
-    if folder is None:
-        return train_network(cell)[1]
-    folder = Path(folder)
-    if (score := _finished(folder, cell.settings)) is None:
-        _, score = train_network(cell, folder / "training.safetensors")
-        files.write(folder / "score.json", json.dumps(asdict(score), sort_keys=True) + "\n")
-        (folder / "training.safetensors").unlink(missing_ok=True)
+    cell = Cell.of(distilled, dataset, network, protocol, seed, teacher, device, mixed_precision).checked()
+    return train_network(cell)[1] if folder is None else _scored(cell, Path(folder))
+
+
+def _scored(cell: Cell, folder: Path) -> Score:
+    """The score of a cell, from its folder or trained for it."""
+    state = folder / "training.safetensors"
+    if (score := _finished(folder, cell.settings)) is not None:
+        return score
+    with files.locked(folder, f"an evaluation of {cell.network}", wait=True):
+        if (score := _finished(folder, cell.settings)) is None:  # nor by another process meanwhile
+            _, score = train_network(cell, state)
+            files.write(folder / "score.json", json.dumps(asdict(score), sort_keys=True) + "\n")
+            state.unlink(missing_ok=True)
     return score
 
 
@@ -120,7 +124,15 @@ class Cell:
         train, test = at_sizes(distilled, dataset, protocol)
         return cls(train, test, network, protocol, seed, teacher, device, precision)
 
-    @property
+    def checked(self) -> Cell:
+        """Itself, its teacher on its device and checked, where it has one."""
+        if self.teacher is None:
+            return self
+        teacher = replace(self.teacher, model=self.teacher.model.to(self.device).eval())
+        check_teacher(teacher, self.test, self.protocol)
+        return replace(self, teacher=teacher)
+
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """What names the evaluation on disk.
 
@@ -154,42 +166,72 @@ def evaluate_all(
     *,
     networks: Sequence[str],
     seeds: Sequence[int],
+    **options: Any,  # `evaluate_sets`'
+) -> list[Score]:
+    """`evaluate` for every network and training seed of a set, its images read once."""
+    cells = [(0, name, seed) for name in networks for seed in seeds]
+    return evaluate_sets([distilled], dataset, cells, **options)
+
+
+def evaluate_sets(
+    sets: Sequence[DistilledSet | ImageData],
+    dataset: ImageData,
+    cells: Sequence[tuple[int, str, int]],  # each a set's number, a network and a training seed
+    *,
     protocol: Protocol,
     folder: str | Path | None = None,  # gets a folder a cell, named by its key
-    ray: bool | str = False,  # cells as tasks of a Ray cluster, as in `distill`
+    ray: bool | str = False,  # all cells that are missing as tasks of a Ray cluster, as in `distill`
     workers: int | None = None,
     **options: Any,  # `evaluate`'s other ones
 ) -> list[Score]:
-    """`evaluate` for every network and training seed of a set, its images read once."""
-    cells = [(name, seed) for name in networks for seed in seeds]
-    train, test = at_sizes(distilled, dataset, protocol)
-    shared = _Shared(train, test, folder, options | {"protocol": protocol})
+    """`evaluate` for cells of several sets, in their order; consecutive cells of a set read it once."""
+    test = dataset.at(protocol.test_resize or protocol.image_size)
+    shared = _Shared(sets, test, folder, options | {"protocol": protocol})
+    label = "evaluate, cell"
     if not ray:
-        return [shared.run(cell) for cell in cells]
-    with cluster.cluster(ray) as connected:
-        return cluster.run_all(
-            connected, _Shared.run, shared, cells, workers=workers, label="evaluate, cells"
-        )
+        return [shared.run(cell) for cell in progress(cells, label, every=20)]
+    there = shared.finished(cells)
+    missing = [cell for cell in cells if cell not in there]
+    if missing:
+        with cluster.cluster(ray) as connected:
+            work, own = _Shared.run, replace(shared)  # without the images that were read here
+            made = cluster.run_all(connected, work, own, missing, workers=workers, label=label)
+        there |= dict(zip(missing, made, strict=True))
+    return [there[cell] for cell in cells]
 
 
 @dataclass(frozen=True)
 class _Shared:
     """What the cells of a table have in common."""
 
-    train: ImageData
+    sets: Sequence[DistilledSet | ImageData]
     test: ImageData
     folder: str | Path | None
     options: dict[str, Any]
+    _read: dict[int, ImageData] = field(default_factory=dict, init=False)  # the set that was asked for last
 
-    def run(self, cell: tuple[str, int]) -> Score:
-        name, seed = cell
-        options = self.options | {"network": name, "seed": seed}
-        own = None
-        if self.folder is not None:
-            own = Path(self.folder) / keys.key(
-                "evaluation", Cell.of(self.train, self.test, **options).settings
-            )
-        return evaluate(self.train, self.test, folder=own, **options)
+    def cell(self, cell: tuple[int, str, int]) -> Cell:
+        number, name, seed = cell
+        if number not in self._read:
+            self._read.clear()
+            self._read[number] = in_memory(self.sets[number])
+        return Cell.of(self._read[number], self.test, network=name, seed=seed, **self.options)
+
+    def run(self, cell: tuple[int, str, int]) -> Score:
+        own = self.cell(cell).checked()
+        return train_network(own)[1] if self.folder is None else _scored(own, self._folder(own))
+
+    def finished(self, cells: Sequence[tuple[int, str, int]]) -> dict[tuple[int, str, int], Score]:
+        """The scores that are on disk; none where the device of their keys is not on this machine."""
+        on_gpu = torch.device(self.options.get("device") or "cpu").type == "cuda"
+        if self.folder is None or (on_gpu and not torch.cuda.is_available()):
+            return {}
+        owns = ((cell, self.cell(cell)) for cell in cells)
+        scores = {cell: _finished(self._folder(own), own.settings) for cell, own in owns}
+        return {cell: score for cell, score in scores.items() if score is not None}
+
+    def _folder(self, own: Cell) -> Path:
+        return Path(self.folder or "") / keys.key("evaluation", own.settings)
 
 
 def at_sizes(
@@ -214,26 +256,26 @@ def train_network(cell: Cell, state: Path | None = None) -> tuple[nn.Module, Sco
     """
     with torch.random.fork_rng(), tf32(cell.device, cell.protocol.tf32):
         torch.manual_seed(cell.seed)
-        run = _Training(cell)
-        return run.model, _trained(run, state)
+        run = _Training(cell, state)
+        return run.model, _trained(run)
 
 
-def _trained(run: _Training, state: Path | None) -> Score:
-    """Train to the end, from `state` on if there is one."""
-    cell = run.cell
-    if state is not None and state.is_file():
-        run.load(state)
-    saved = time.monotonic()
-    for epoch in range(run.done + 1, run.plan.epochs + 1):
-        total = run.epoch(epoch)
-        if not torch.isfinite(total):
-            where = f"the loss is {total.item()} in epoch {epoch} of {run.plan.epochs}"
-            raise FloatingPointError(f"{cell.network}: {where}; lower lr ({run.plan.lr}) in the protocol")
-        if epoch in run.tests:
-            run.test(epoch)
-        if state is not None and epoch < run.plan.epochs and time.monotonic() - saved >= CHECKPOINT_SECONDS:
-            run.save(state, epoch)
-            saved = time.monotonic()
+def _trained(run: _Training) -> Score:
+    """Train to the end, from the state on that is on disk if there is one."""
+    cell, last = run.cell, run.plan.epochs
+    run.load()
+    epochs, label = range(run.done + 1, last + 1), f"{cell.network}, epoch"
+    with resumable(lambda: run.kept):
+        for epoch in progress(epochs, label, every=20, done=run.done, delay=20):
+            total = run.epoch(epoch)
+            if not torch.isfinite(total):
+                where = f"the loss is {total.item()} in epoch {epoch} of {last}"
+                raise FloatingPointError(f"{cell.network}: {where}; lower lr ({run.plan.lr}) in the protocol")
+            if epoch in run.tests:
+                run.test(epoch)
+            run.done = epoch
+            if epoch < last:
+                run.save_in_time()
     return Score(
         **run.found,
         epochs=run.plan.epochs,
@@ -249,8 +291,9 @@ def _trained(run: _Training, state: Path | None) -> Score:
 class _Training:
     """A network in training: its optimiser, its generator, and the accuracies found so far."""
 
-    def __init__(self, cell: Cell):
+    def __init__(self, cell: Cell, state: Path | None = None):
         self.cell, self.started, self.before = cell, time.monotonic(), 0.0
+        self.state, self.pace = state, Pace(CHECKPOINT_SECONDS)
         protocol, classes = cell.protocol, len(cell.test.classes)
         ipc = max(1, round(len(cell.train) / len(cell.train.labels.unique())))
         self.plan = protocol.training(cell.network, ipc, classes)
@@ -275,7 +318,9 @@ class _Training:
             "best_top5": 0.0,
             "best_epoch": 0,
         }
-        self.done = 0
+        self.done = self.saved = 0  # whole epochs
+        self.within: Pass | None = None  # where it is in the next one, ...
+        self.total = torch.zeros((), device=cell.device)  # ... and the sum of its losses so far
 
     @property
     def seconds(self) -> float:
@@ -288,14 +333,17 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.lr * factor
         self.model.train()
-        total = torch.zeros((), device=self.cell.device)
-        for images, labels in self.train.batches(self.plan.batch_size, self.generator):
+        if self.within is None:
+            self.within, self.total = Pass.begin(self.generator), torch.zeros_like(self.total)
+        for images, labels in self.within.batches(self.train, self.plan.batch_size, self.generator):
             loss = self.loss(images, labels.to(self.cell.device))
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-            total += loss.detach()
-        return total
+            self.total += loss.detach()
+            self.save_in_time()
+        self.within = None
+        return self.total
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """The loss of one augmented and mixed batch."""
@@ -334,17 +382,41 @@ class _Training:
                 "best_epoch": epoch,
             }
 
-    def load(self, path: Path) -> None:
-        """Go on where `save` left off."""
-        note = files.load_training(path, self.optimizer, generator=self.generator, model=self.model)
-        self.done, self.before, self.found = note["step"], note["seconds"], note["found"]
+    @property
+    def kept(self) -> str:
+        """What an interruption leaves, in words."""
+        if self.state is None:
+            return "nothing of an evaluation is kept without a folder"
+        network, last = self.cell.network, self.plan.epochs
+        return f"{self.saved} of {last} epochs of {network} are in {self.state.parent}"
+
+    def load(self) -> None:
+        """Go on where `save` left off, if it did."""
+        if self.state is None or not self.state.is_file():
+            return
+        note = files.load_training(self.state, self.optimizer, generator=self.generator, model=self.model)
+        self.before, self.found = note["seconds"], note["found"]
+        self.done = self.saved = note["step"]
+        self.within = Pass.of(note)
+        self.total = torch.full_like(self.total, note.get("total", 0.0))
         _set_global_state(note["global"], self.cell.device)
 
-    def save(self, path: Path, epoch: int) -> None:
+    def save_in_time(self) -> None:
+        """Save once in CHECKPOINT_SECONDS, within an epoch too, since one can take longer."""
+        if self.state is None or not self.pace.due:
+            return
+        within = self.within.note | {"total": self.total.item()} if self.within else {}
         note = {"seconds": self.seconds, "found": self.found, "global": _global_state(self.cell.device)}
-        files.save_training(
-            path, epoch, self.optimizer, generator=self.generator, note=note, model=self.model
-        )
+        with self.pace.saving():
+            files.save_training(
+                self.state,
+                self.done,
+                self.optimizer,
+                generator=self.generator,
+                note=note | within,
+                model=self.model,
+            )
+        self.saved = self.done
 
 
 def _finished(folder: Path, settings: dict[str, Any]) -> Score | None:

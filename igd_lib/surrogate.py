@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +16,12 @@ from torch.nn import functional as F
 
 from igd_lib.config import Augment
 from igd_lib.data.augment import augment, normalise
-from igd_lib.data.images import ImageData, to_float
+from igd_lib.data.images import ImageData, Pass, to_float
 from igd_lib.tools import files, keys
-from igd_lib.tools.progress import progress, resumable
+from igd_lib.tools.progress import Pace, progress, resumable
+
+SAVE_SECONDS = 120.0  # a training within an epoch, and sums over classes, are saved once in so much time
+STATE = "training.safetensors"
 
 
 @dataclass(frozen=True)
@@ -126,10 +129,10 @@ def train_surrogate(
 ) -> Checkpoints:
     """Train by SGD at a constant rate and keep the trajectory, initialisation (epoch 0) included.
 
-    Defaults are the released code's for up to 100 classes. With a `folder`, an interrupted run resumes after
-    its last whole epoch and ends as if it had not been interrupted. Raises FloatingPointError on a non-finite
-    loss, ValueError when `folder` holds a trajectory of other settings (the first difference is named) or an
-    epoch of `keep_epochs` has no checkpoint.
+    Defaults are the released code's for up to 100 classes. With a `folder`, an interrupted run goes on where
+    it was saved, within an epoch too, and ends as if it had not been interrupted; of two processes one waits
+    for the other. Raises FloatingPointError on a non-finite loss, ValueError when `folder` holds a trajectory
+    of other settings (the first difference is named) or an epoch of `keep_epochs` has no checkpoint.
     """
     training = SurrogateTraining(
         epochs, lr, momentum, weight_decay, batch_size, saves_in_first_epoch, seed, keep_epochs, augment
@@ -138,38 +141,154 @@ def train_surrogate(
 
 
 def run_training(
-    model: nn.Module, data: ImageData, training: SurrogateTraining, folder: str | Path | None = None
+    model: nn.Module,
+    data: ImageData,
+    training: SurrogateTraining,
+    folder: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,  # what names it on disk; None: `training.settings`
 ) -> Checkpoints:
     """`train_surrogate` for a training that has been described."""
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay
-    )
-    generator = torch.Generator().manual_seed(training.seed)
-    steps = -(-len(data) // training.batch_size)
-    saves, chosen = training.saves(steps), training.kept(steps)
-    trajectory = _Trajectory(model, Path(folder) if folder is not None else None)
-    if trajectory.folder is not None:
-        keys.claim(
-            trajectory.folder / "trajectory.json", "surrogate", training.settings(model, data), "a trajectory"
+    run = _Run(model, data, training, Path(folder) if folder is not None else None)
+    if run.folder is None:
+        run.train()
+        return run.checkpoints()
+    own = training.settings(model, data) if settings is None else settings
+    keys.claim(run.folder / "trajectory.json", "surrogate", own, "a trajectory")
+    run.load()
+    if run.epoch < training.epochs:
+        with files.locked(run.folder, "a surrogate's training", wait=True):
+            run.load()  # what another process has done meanwhile
+            run.train()
+    return run.checkpoints()
+
+
+def trained_epochs(folder: str | Path) -> int:
+    """How many whole epochs of a trajectory are in a folder."""
+    state = Path(folder) / STATE
+    return files.load_tensors(state)[1]["step"] if state.is_file() else 0
+
+
+class _Run:
+    """A surrogate in training and its trajectory so far, which a folder, if there is one, holds too.
+
+    Iterated over it gives the batches that are left.
+    """
+
+    def __init__(self, model: nn.Module, data: ImageData, training: SurrogateTraining, folder: Path | None):
+        self.model, self.data, self.training, self.folder = model, data, training, folder
+        self.steps = -(-len(data) // training.batch_size)  # an epoch
+        self.saves, self.chosen = training.saves(self.steps), training.kept(self.steps)
+        self.optimizer = torch.optim.SGD(
+            model.parameters(),
+            lr=training.lr,
+            momentum=training.momentum,
+            weight_decay=training.weight_decay,
         )
-    if 0.0 in chosen:
-        trajectory.add(0.0)
-    done = trajectory.resume(optimizer, generator)
-    if done > training.epochs:  # a longer run is on disk: its beginning is what was asked for
-        trajectory.cut(training.epochs, whole=training.keep_epochs is None)
-    model.train()
-    with resumable(lambda: trajectory.kept):
-        for epoch in progress(range(done, training.epochs), "surrogate, epoch"):
-            for step, (images, labels) in enumerate(data.batches(training.batch_size, generator), start=1):
-                inputs = _inputs(images, training.augment, generator)
-                _train_step(model, optimizer, inputs, labels, f"epoch {epoch + 1}; lower lr ({training.lr})")
-                now = epoch + 1.0 if step == steps else epoch + step / steps
-                if now in chosen and (step == steps or (epoch == 0 and step in saves)):
-                    trajectory.add(now)
-            trajectory.save(epoch + 1, optimizer, generator)
-    return Checkpoints(
-        model.eval(), trajectory.states, trajectory.epochs, [training.lr] * len(trajectory.states)
-    )
+        self.generator = torch.Generator().manual_seed(training.seed)
+        self.states: list[dict[str, Tensor]] = []
+        self.epochs: list[float] = []  # of the states
+        self.epoch = 0  # whole ones
+        self.within: Pass | None = None  # where it is in the next one
+        self.saved = self._place
+
+    @property
+    def done(self) -> int:
+        """Steps."""
+        return self.epoch * self.steps + (self.within.done if self.within else 0)
+
+    def __len__(self) -> int:
+        return self.training.epochs * self.steps - self.done
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        while self.epoch < self.training.epochs:
+            if self.within is None:
+                self.within = Pass.begin(self.generator)
+            yield from self.within.batches(self.data, self.training.batch_size, self.generator)
+
+    def train(self) -> None:
+        """Train to the end, saving at the end of every epoch and within long ones."""
+        if self.done == 0 and 0.0 in self.chosen:
+            self._add(0.0)
+        pace, label = Pace(SAVE_SECONDS), f"surrogate ({self.steps:,} steps an epoch), step"
+        self.model.train()
+        with resumable(lambda: self.kept):
+            for images, labels in progress(self, label, every=15, done=self.done):
+                self._step(images, labels)
+                if self.within is None or pace.due:
+                    with pace.saving():
+                        self._save()
+
+    def _step(self, images: Tensor, labels: Tensor) -> None:
+        assert self.within is not None  # a batch is of an epoch
+        inputs = _inputs(images, self.training.augment, self.generator)
+        where = f"epoch {self.epoch + 1}; lower lr ({self.training.lr})"
+        _train_step(self.model, self.optimizer, inputs, labels, where)
+        step = self.within.done
+        if step == self.steps:
+            self.epoch, self.within = self.epoch + 1, None
+            if self.epoch in self.chosen:
+                self._add(float(self.epoch))
+        elif self.epoch == 0 and step in self.saves and step / self.steps in self.chosen:
+            self._add(step / self.steps)
+
+    def _add(self, epoch: float) -> None:
+        """Keep the model as it is now."""
+        self.states.append({name: value.detach().clone() for name, value in self.model.state_dict().items()})
+        self.epochs.append(epoch)
+        if self.folder is not None:
+            path = self.folder / f"{len(self.states) - 1:05d}.safetensors"
+            files.save_tensors(path, self.states[-1], epoch=epoch)
+
+    def _save(self) -> None:
+        if self.folder is not None:
+            note = self.within.note if self.within else {}
+            files.save_training(
+                self.folder / STATE,
+                self.epoch,
+                self.optimizer,
+                generator=self.generator,
+                note=note,
+                model=self.model,
+            )
+            self.saved = self._place
+
+    def load(self) -> None:
+        """Go on where it was saved, if it was; checkpoints behind that are made again."""
+        assert self.folder is not None  # asked with one alone
+        state = self.folder / STATE
+        if not state.is_file():
+            return
+        note = files.load_training(state, self.optimizer, generator=self.generator, model=self.model)
+        self.epoch, self.within = note["step"], Pass.of(note)
+        reached = self.epoch + (self.within.done / self.steps if self.within else 0.0)
+        device = next(self.model.parameters()).device
+        found = [files.load_tensors(path) for path in sorted(self.folder.glob("[0-9]*.safetensors"))]
+        whole = [(tensors, about["epoch"]) for tensors, about in found if about["epoch"] <= reached]
+        self.states = [{name: value.to(device) for name, value in tensors.items()} for tensors, _ in whole]
+        self.epochs = [epoch for _, epoch in whole]
+        self.saved = self._place
+
+    @property
+    def _place(self) -> str:
+        """Where it is, in words."""
+        within = f" and {self.within.done} of {self.steps} steps" if self.within else ""
+        return f"{self.epoch} of {self.training.epochs} epochs{within}"
+
+    @property
+    def kept(self) -> str:
+        """What an interruption leaves, in words."""
+        if self.folder is None:
+            return "nothing of the trajectory is kept without a folder"
+        return f"{self.saved} of the trajectory are in {self.folder}"
+
+    def checkpoints(self) -> Checkpoints:
+        """The trajectory, of a longer run its beginning; of a whole one the last is the model's state too."""
+        count = sum(epoch <= self.training.epochs for epoch in self.epochs)
+        longer = self.epoch > self.training.epochs or self.within is not None
+        if longer and self.training.keep_epochs is None:
+            self.model.load_state_dict(self.states[count - 1])
+        rates = [self.training.lr] * count
+        return Checkpoints(self.model.eval(), self.states[:count], self.epochs[:count], rates)
 
 
 @dataclass(frozen=True)
@@ -198,59 +317,6 @@ def _train_step(
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-
-
-class _Trajectory:
-    """The checkpoints kept so far, in memory and, with a folder, on disk, one safetensors file each."""
-
-    def __init__(self, model: nn.Module, folder: Path | None):
-        self.model, self.folder = model, folder
-        self.states: list[dict[str, Tensor]] = []
-        self.epochs: list[float] = []
-
-    def add(self, epoch: float) -> None:
-        """Keep the model as it is now."""
-        self.states.append({name: value.detach().clone() for name, value in self.model.state_dict().items()})
-        self.epochs.append(epoch)
-        if self.folder is not None:
-            files.save_tensors(
-                self.folder / f"{len(self.states) - 1:05d}.safetensors", self.states[-1], epoch=epoch
-            )
-
-    def resume(self, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> int:
-        """Go on after the last whole epoch on disk; how many are done."""
-        if self.folder is None:
-            return 0
-        state = self.folder / "training.safetensors"
-        done = files.load_training(state, optimizer, generator=generator, model=self.model)["step"]
-        if done:  # checkpoints of an epoch that did not end are made again
-            device = next(self.model.parameters()).device
-            found = [files.load_tensors(path) for path in sorted(self.folder.glob("[0-9]*.safetensors"))]
-            whole = [(tensors, note["epoch"]) for tensors, note in found if note["epoch"] <= done]
-            self.states = [
-                {name: value.to(device) for name, value in tensors.items()} for tensors, _ in whole
-            ]
-            self.epochs = [epoch for _, epoch in whole]
-        return done
-
-    @property
-    def kept(self) -> str:
-        """What an interruption leaves, in words."""
-        if self.folder is None:
-            return "nothing of the trajectory is kept without a folder"
-        return f"the trajectory's whole epochs are in {self.folder}"
-
-    def cut(self, epochs: int, *, whole: bool) -> None:
-        """Keep the first `epochs` epochs alone; of a whole trajectory the last is also the model's state."""
-        count = sum(epoch <= epochs for epoch in self.epochs)
-        self.states, self.epochs = self.states[:count], self.epochs[:count]
-        if whole:
-            self.model.load_state_dict(self.states[-1])
-
-    def save(self, epoch: int, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
-        if self.folder is not None:
-            state = self.folder / "training.safetensors"
-            files.save_training(state, epoch, optimizer, generator=generator, model=self.model)
 
 
 def _norm(state: dict[str, Tensor]) -> float:

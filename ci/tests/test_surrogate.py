@@ -2,13 +2,18 @@
 
 import copy
 import math
+import os
+import threading
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
 
 import reference
+from igd_lib import surrogate
 from igd_lib.config import AUGMENTATION
 from igd_lib.data.images import ImageData, from_tensors, to_float
 from igd_lib.models.networks import ConvNet
@@ -26,6 +31,7 @@ from igd_lib.surrogate import (
     similarity_matrices,
     train_surrogate,
 )
+from igd_lib.tools import files, progress
 
 # Two classes, two parameters, five epochs; every cosine below can be done in the head.
 TRAJECTORY = torch.tensor(
@@ -408,7 +414,115 @@ def test_interrupted_training_says_where_its_epochs_are(toy_data, tmp_path, monk
         raise KeyboardInterrupt
 
     monkeypatch.setattr("igd_lib.surrogate._train_step", stop)
-    with pytest.raises(KeyboardInterrupt, match="whole epochs are in .*; run the same again"):
+    with pytest.raises(KeyboardInterrupt, match="0 of 1 epochs of the trajectory are in .*; run the same ag"):
         train_surrogate(ConvNet(2, 3, 16, width=8), toy_data, epochs=1, folder=tmp_path)
     with pytest.raises(KeyboardInterrupt, match="nothing of the trajectory is kept without a folder"):
         train_surrogate(ConvNet(2, 3, 16, width=8), toy_data, epochs=1)
+
+
+# --- saved within an epoch
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """A clock by which each step takes a second, and what may happen after so many: `steps["end"]`."""
+    train_step, count = surrogate._train_step, {"done": 0, "end": 10**6}
+
+    def counted(*arguments):
+        if count["done"] == count["end"]:
+            raise KeyboardInterrupt
+        count["done"] += 1
+        return train_step(*arguments)
+
+    monkeypatch.setattr(surrogate, "_train_step", counted)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(count["done"]))
+    monkeypatch.setattr(surrogate, "SAVE_SECONDS", 2.0)
+    return count
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("0*.safetensors")}
+
+
+@pytest.mark.parametrize("augment", [None, AUGMENTATION], ids=["plain", "augmented"])
+@pytest.mark.parametrize(
+    ("end", "kept"),
+    [
+        (1, "0 of 3 epochs of"),  # nothing is saved yet
+        (3, "0 of 3 epochs and 2 of 5 steps of"),  # behind a checkpoint of the first epoch that was saved
+        (4, "0 of 3 epochs and 4 of 5 steps of"),
+        (5, "1 of 3 epochs of"),  # at an epoch's end
+        (8, "1 of 3 epochs and 2 of 5 steps of"),
+        (14, "2 of 3 epochs and 4 of 5 steps of"),
+    ],
+)
+def test_a_training_goes_on_within_an_epoch(toy_data, tmp_path, steps, augment, end, kept):
+    """Every two steps of five are saved; checkpoints of the first epoch lie behind steps 2, 3 and 5."""
+    options = dict(epochs=3, batch_size=4, saves_in_first_epoch=3, augment=augment)
+    whole = train_surrogate(fresh_model(), toy_data, folder=tmp_path / "whole", **options)
+    steps["done"], steps["end"] = 0, end
+    with pytest.raises(KeyboardInterrupt, match=f"interrupted: {kept} the trajectory are in .*cut; run the"):
+        train_surrogate(fresh_model(), toy_data, folder=tmp_path / "cut", **options)
+    steps["end"] = 10**6
+    model = fresh_model()
+    found = train_surrogate(model, toy_data, folder=tmp_path / "cut", **options)
+    assert steps["done"] == 15 + end % 5 % 2  # what had not been saved is done again
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole") and len(found.states) == 6
+    assert found.epochs == whole.epochs
+    for state, expected in zip(found.states, whole.states, strict=True):
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
+    last = model.state_dict()
+    assert all(torch.equal(last[name], value) for name, value in found.states[-1].items())
+
+
+def test_of_a_longer_run_that_is_within_an_epoch_the_beginning_is_read(toy_data, tmp_path, steps):
+    """Two epochs and two steps of a third are on disk: two epochs are all there."""
+    options = dict(batch_size=4)
+    whole = train_surrogate(fresh_model(), toy_data, epochs=2, **options)
+    steps["done"], steps["end"] = 0, 13
+    with pytest.raises(KeyboardInterrupt):
+        train_surrogate(fresh_model(), toy_data, epochs=3, folder=tmp_path, **options)
+    model = fresh_model()
+    found = train_surrogate(model, toy_data, epochs=2, folder=tmp_path, **options)
+    assert steps["done"] == 13 and found.epochs == [0, 1, 2]
+    last = model.state_dict()
+    for name, value in whole.states[-1].items():
+        assert torch.equal(found.states[-1][name], value) and torch.equal(last[name], value)
+
+
+def test_between_epochs_a_state_is_as_it_was_before_there_were_others(toy_data, tmp_path):
+    """A trajectory on disk that says whole epochs alone goes on."""
+    train_surrogate(fresh_model(), toy_data, epochs=2, batch_size=4, folder=tmp_path)
+    _, note = files.load_tensors(tmp_path / surrogate.STATE)
+    assert note == {"step": 2} and surrogate.trained_epochs(tmp_path) == 2
+    assert surrogate.trained_epochs(tmp_path / "none") == 0
+
+
+def test_of_two_that_want_a_trajectory_one_trains(toy_data, tmp_path, monkeypatch, capsys):
+    train_step, trained, begun = surrogate._train_step, [], threading.Event()
+
+    def slow(*arguments):
+        trained.append(threading.current_thread().name)
+        begun.set()
+        time.sleep(0.02)
+        return train_step(*arguments)
+
+    monkeypatch.setattr(surrogate, "_train_step", slow)
+    options = dict(epochs=3, batch_size=4, folder=tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(train_surrogate, fresh_model(), toy_data, **options)
+        assert begun.wait(5)
+        second = train_surrogate(fresh_model(), toy_data, **options)
+    assert len(trained) == 15 and len(set(trained)) == 1
+    assert f"waiting for a surrogate's training (process {os.getpid()} on " in capsys.readouterr().out
+    for state, expected in zip(second.states, first.result().states, strict=True):
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert not (tmp_path / files.LOCK).exists()
+
+
+def test_a_long_training_says_how_long_it_takes(toy_data, steps, monkeypatch, capsys):
+    monkeypatch.delenv("IGD_QUIET")
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    train_surrogate(fresh_model(), toy_data, epochs=10, batch_size=4)
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == "surrogate (5 steps an epoch), step 15/50, 15 s, 35 s left" and len(rest) == 2

@@ -103,11 +103,11 @@ def progress(
         yield from tqdm(items, desc=label, leave=False, **begun, **late)
         return
     started = said = time.monotonic()
-    for index, item in enumerate(items):
+    count = len(items)
+    for had, item in enumerate(items, start=1):
         yield item
         now = time.monotonic()
-        if now - said >= every and index + 1 < len(items):
-            said = now
-            had, spent = index + 1, now - started
-            left = duration(spent / had * (len(items) - had))
-            print(f"{label} {done + had}/{done + len(items)}, {duration(spent)}, {left} left", flush=True)
+        if now - said >= every and had < count:
+            said, spent = now, now - started
+            left = duration(spent / had * (count - had))
+            print(f"{label} {done + had}/{done + count}, {duration(spent)}, {left} left", flush=True)
