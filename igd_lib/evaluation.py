@@ -214,7 +214,7 @@ class _Shared:
         number, name, seed = cell
         if number not in self._read:
             self._read.clear()
-            self._read[number] = in_memory(self.sets[number])
+            self._read[number], _ = at_sizes(self.sets[number], self.test, self.options["protocol"])
         return Cell.of(self._read[number], self.test, network=name, seed=seed, **self.options)
 
     def run(self, cell: tuple[int, str, int]) -> Score:

@@ -2,9 +2,12 @@
 
 import copy
 import math
+import os
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -13,7 +16,7 @@ import torchvision
 
 from igd_lib import evaluation as module
 from igd_lib.config import STANDARD
-from igd_lib.data.images import from_tensors
+from igd_lib.data.images import ImageData, from_tensors
 from igd_lib.evaluation import Cell, evaluate, evaluate_all, make_optimizer, schedule, soft_label_loss
 from igd_lib.experiment.scales import paper_scale
 from igd_lib.models.networks import network
@@ -33,6 +36,7 @@ from igd_lib.protocols import (
     Training,
 )
 from igd_lib.teachers import Teacher, accuracy, check_class_order, check_teacher, predict, test_inputs
+from igd_lib.tools import files, progress
 
 HALF = (0.5, 0.5, 0.5)
 PLAIN = Protocol(
@@ -745,7 +749,7 @@ from dataclasses import replace
 from pathlib import Path
 torch.set_num_threads(1)
 from igd_lib import evaluation as module
-from igd_lib.data.images import from_tensors
+from igd_lib.data.images import ImageData, from_tensors
 from igd_lib.protocols import IGD_HARD
 module.CHECKPOINT_SECONDS = 0.0
 generator = torch.Generator().manual_seed(2)
@@ -832,3 +836,112 @@ def test_a_whole_cell_equals_its_single_runs(toy_data, tmp_path):
     alone = evaluate(toy_data, toy_data, network="convnet2", seed=0, **options)
     assert replace(found[2], seconds=0) == replace(alone, seconds=0)
     assert len(list(tmp_path.glob("*/score.json"))) == 4
+
+
+# --- within an epoch, beside another process, and of several sets
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """A clock by which each training batch takes a minute, and what may be done before Ctrl-C."""
+    loss, count = module._Training.loss, {"done": 0, "end": 10**6}
+
+    def counted(self, *batch):
+        if count["done"] == count["end"]:
+            raise KeyboardInterrupt
+        count["done"] += 1
+        return loss(self, *batch)
+
+    monkeypatch.setattr(module._Training, "loss", counted)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: 60.0 * count["done"])
+    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 120.0)
+    return count
+
+
+NAMES = ["convnet2-bn", "mobilenetv3_small_050"]
+
+
+@pytest.mark.parametrize(("name", "end"), [(NAMES[0], 3), (NAMES[0], 7), (NAMES[1], 12)])
+def test_an_evaluation_goes_on_within_an_epoch(toy_data, tmp_path, batches, name, end):
+    """Five batches an epoch, saved at every second: statistics, drop-out and CutMix go on as they were."""
+    protocol = replace(IGD_HARD, image_size=32, epochs=3, batch_size=4, evaluations=3)
+    cell = Cell.of(toy_data, toy_data, name, protocol, 1, device="cpu", mixed_precision=False)
+    whole, expected = module.train_network(cell, tmp_path / "whole" / "state")
+    batches["done"], batches["end"] = 0, end
+    with pytest.raises(KeyboardInterrupt, match=f"{end // 5} of 3 epochs of {name} are in .*; run the same"):
+        module.train_network(cell, tmp_path / "cut" / "state")
+    batches["end"] = 10**6
+    assert files.load_tensors(tmp_path / "cut" / "state")[1]["batches"] == end // 2 * 2 % 5
+    found, score = module.train_network(cell, tmp_path / "cut" / "state")
+    assert batches["done"] == 15 + end % 2 and replace(score, seconds=0) == replace(expected, seconds=0)
+    state = whole.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in found.state_dict().items())
+
+
+def test_epochs_of_any_length_are_saved_within_ten_minutes(toy_data, tmp_path, batches, monkeypatch):
+    """A batch takes a minute here, an epoch eighteen, and nobody would wait for the end of it."""
+    saved = []
+    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 60.0)
+    monkeypatch.setattr(module.files, "save_training", lambda *_, **__: saved.append(batches["done"]))
+    protocol = replace(PLAIN, image_size=16, epochs=2, batch_size=1)
+    cell = Cell.of(toy_data, toy_data, "convnet1", protocol, 0, device="cpu")
+    module.train_network(cell, tmp_path / "state")
+    assert saved[0] <= 10 and max(b - a for a, b in zip(saved, saved[1:], strict=False)) <= 10
+
+
+def test_long_evaluations_say_how_long_they_take_and_short_ones_nothing(
+    toy_data, batches, monkeypatch, capsys
+):
+    monkeypatch.delenv("IGD_QUIET")
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    protocol = replace(PLAIN, image_size=16, epochs=4, batch_size=9)
+    options = dict(network="convnet1", seed=0, device="cpu")
+    evaluate(toy_data, toy_data, protocol=protocol, **options)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "convnet1, epoch 1/4, 2 min, 6 min left" and len(said) == 3
+    monkeypatch.setattr(progress.time, "monotonic", lambda: batches["done"] / 100)
+    evaluate(toy_data, toy_data, protocol=protocol, **options)
+    assert capsys.readouterr().out == ""
+
+
+def test_of_two_that_want_a_cell_one_trains(toy_data, tmp_path, monkeypatch, capsys):
+    loss, trained, begun = module._Training.loss, [], threading.Event()
+
+    def slow(self, *batch):
+        trained.append(threading.current_thread().name)
+        begun.set()
+        time.sleep(0.05)
+        return loss(self, *batch)
+
+    monkeypatch.setattr(module._Training, "loss", slow)
+    options = dict(network="convnet1", protocol=replace(PLAIN, image_size=16, epochs=3, batch_size=6), seed=0)
+    options |= dict(device="cpu", folder=tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(evaluate, toy_data, toy_data, **options)
+        assert begun.wait(5)
+        second = evaluate(toy_data, toy_data, **options)
+    assert len(trained) == 9 and len(set(trained)) == 1 and second == first.result()
+    said = capsys.readouterr().out
+    assert f"waiting for an evaluation of convnet1 (process {os.getpid()} on " in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["score.json", "settings.json"]
+
+
+def test_cells_of_several_sets_come_in_their_order(toy_data, tmp_path, monkeypatch):
+    """Each set is read and resized once, though it has several cells; the test images once for all."""
+    made, at = [], ImageData.at
+
+    def counted(self, size, *how):
+        found = at(self, size, *how)
+        made.extend([self.split] if found is not self else [])
+        return found
+
+    sets = [toy_data.per_class(2, seed=seed) for seed in (0, 1)]
+    cells = [(0, "convnet1", 0), (0, "convnet2", 0), (1, "convnet1", 3)]
+    options = dict(protocol=replace(PLAIN, image_size=18, epochs=2), device="cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageData, "at", counted)
+        found = module.evaluate_sets(sets, toy_data, cells, folder=tmp_path, **options)
+    assert made == ["train", sets[0].split, sets[1].split]
+    for (number, name, seed), score in zip(cells, found, strict=True):
+        alone = evaluate(sets[number], toy_data, network=name, seed=seed, **options)
+        assert replace(score, seconds=0) == replace(alone, seconds=0)

@@ -237,7 +237,8 @@ def test_an_interrupted_training_ends_with_the_same_teacher(train, unseen, tmp_p
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation._Training, "epoch", cut)
-        with pytest.raises(KeyboardInterrupt):
+        said = r"interrupted: 3 of \d+ epochs of convnet2 are in .*cut; run the same again to go on"
+        with pytest.raises(KeyboardInterrupt, match=said):
             train_teacher(train, unseen, tmp_path / "cut", **options)
     assert (tmp_path / "cut" / "training.safetensors").is_file()
     found = train_teacher(train, unseen, tmp_path / "cut", **options)
