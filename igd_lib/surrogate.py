@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,10 +18,14 @@ from igd_lib.config import Augment
 from igd_lib.data.augment import augment, normalise
 from igd_lib.data.images import ImageData, Pass, to_float
 from igd_lib.tools import files, keys
+from igd_lib.tools.machine import ram
 from igd_lib.tools.progress import Pace, progress, resumable
+from igd_lib.tools.recent import Recent
 
 SAVE_SECONDS = 120.0  # a training within an epoch, and sums over classes, are saved once in so much time
 STATE = "training.safetensors"
+PART = 50  # classes
+GRADIENTS = "class gradients, class"  # in lines of progress
 
 
 @dataclass(frozen=True)
@@ -328,17 +332,19 @@ def class_gradients(
 ) -> Tensor:
     """The gradient of the mean cross-entropy over one class's images, at each checkpoint (Eq. 6).
 
-    images_of_one_class: uint8 (n, 3, H, W). Returns (E, P) float32, P in `model.parameters()` order.
+    images_of_one_class: uint8 (n, 3, H, W). Returns (E, P) float32, P in `model.parameters()` order, on the
+    model's device, wherever the states lie.
     """
     if len(images_of_one_class) == 0:
         raise ValueError(f"class {label} has no images to average gradients over")
     model = checkpoints.model
     names = [name for name, _ in model.named_parameters()]
-    rows = []
+    device, rows = next(model.parameters()).device, []
     for state in checkpoints.states:
         # Detached copies, so that no gradient accumulates in the model itself.
         tensors = {
-            name: value.detach().clone().requires_grad_(name in names) for name, value in state.items()
+            name: value.detach().to(device, copy=True).requires_grad_(name in names)
+            for name, value in state.items()
         }
         total = [torch.zeros_like(tensors[name]) for name in names]
         for images in images_of_one_class.split(batch_size):
@@ -371,34 +377,68 @@ def filter_images(data: ImageData, label: int, images: tuple[int, int] | None) -
 class ClassGradients:
     """Class gradients (E, P) computed when first asked for and kept on disk, one safetensors file a class.
 
-    At 1,000 classes, 4 checkpoints and 2.8 M parameters they are 45 GB: only the classes being sampled
-    are in memory. A file made from other checkpoints, data or numbers of images is refused.
+    At 1,000 classes, 4 checkpoints and 2.8 M parameters they are 45 GB: the classes last asked for stay in
+    host memory, so that several sets sampled class after class read each file once, and none on the device.
+    A file made from other checkpoints, data or numbers of images is refused. A class that another process
+    computes is waited for, that class alone.
     """
 
     checkpoints: Checkpoints
     data: ImageData
     folder: Path
     images: int | None = 200
+    limit: int | None = None  # bytes that stay in host memory; None: an eighth of the machine's
 
     def __call__(self, label: int) -> Tensor:
         """(E, P) of one class, on the model's device whether computed or read.
 
         Raises ValueError when the file on disk is of another origin.
         """
-        path = Path(self.folder) / f"{label:05d}.safetensors"
-        origin = self._origin | {"class": self.data.classes[label]}
-        if path.is_file():
-            tensors, metadata = files.load_tensors(path)
-            if metadata != origin:
-                different = next(key for key in origin if metadata.get(key) != origin[key])
-                raise ValueError(
-                    f"{path} has another origin: {different} = {metadata.get(different)}, wanted "
-                    f"{origin[different]}; delete its folder"
-                )
-            return tensors["gradients"].to(next(self.checkpoints.model.parameters()).device)
-        gradients = class_gradients(self.checkpoints, self.data.of_class(label, self.images), label)
-        files.save_tensors(path, {"gradients": gradients}, **origin)
+        found = self._recent.get(label)
+        if found is None:
+            found = self._read(label) if self.is_kept(label) else self._make(label)
+            self._recent.put(label, found)
+        return found.to(next(self.checkpoints.model.parameters()).device)
+
+    def to(self, device: str) -> ClassGradients:
+        """The same computed on a device."""
+        return replace(self, checkpoints=self.checkpoints.to(device))
+
+    def is_kept(self, label: int) -> bool:
+        """Whether a class is on disk."""
+        return self._path(label).is_file()
+
+    def keep(self, labels: Sequence[int]) -> None:
+        """See to it that classes are on disk."""
+        for label in progress([label for label in labels if not self.is_kept(label)], GRADIENTS):
+            self._make(label)
+
+    def _path(self, label: int) -> Path:
+        return Path(self.folder) / f"{label:05d}.safetensors"
+
+    def _make(self, label: int) -> Tensor:
+        """Compute a class, or read what another process has just computed."""
+        what, lock = f"a run that computes the gradients of class {label}", f".{label:05d}.lock"
+        with files.locked(self.folder, what, wait=True, name=lock):
+            if self.is_kept(label):
+                return self._read(label)
+            gradients = class_gradients(self.checkpoints, self.data.of_class(label, self.images), label)
+            files.save_tensors(self._path(label), {"gradients": gradients}, **self._origin_of(label))
         return gradients
+
+    def _read(self, label: int) -> Tensor:
+        path, origin = self._path(label), self._origin_of(label)
+        tensors, metadata = files.load_tensors(path)
+        if metadata != origin:
+            different = next(key for key in origin if metadata.get(key) != origin[key])
+            raise ValueError(
+                f"{path} has another origin: {different} = {metadata.get(different)}, wanted "
+                f"{origin[different]}; delete its folder"
+            )
+        return tensors["gradients"]
+
+    def _origin_of(self, label: int) -> dict[str, Any]:
+        return self._origin | {"class": self.data.classes[label]}
 
     @cached_property
     def _origin(self) -> dict[str, Any]:
@@ -406,6 +446,10 @@ class ClassGradients:
         weights = [f"{_norm(state):.6g}" for state in self.checkpoints.states]
         about = {"data": self.data.name, "images": self.images, "epochs": list(self.checkpoints.epochs)}
         return {"schema": keys.SCHEMA["gradients"]} | about | {"weights": weights}
+
+    @cached_property
+    def _recent(self) -> Recent:
+        return Recent(ram() // 8 if self.limit is None else self.limit)
 
 
 def regular_checkpoints(epochs: int, count: int) -> list[int]:
@@ -460,20 +504,60 @@ def checkpoint_similarities(
 _similarity = similarity  # the keyword argument above shadows the function's name
 
 
+class Sums:
+    """Sums over classes that Algorithm 2's similarities are made of: `classes` in all, `count` so far."""
+
+    def __init__(self, classes: int):
+        self.classes, self.count = classes, 0
+        self.cosines = torch.zeros(())  # (E, E): of every two checkpoints, a class's share of their mean
+        self.total = torch.zeros(())  # (E, P): of gradients
+
+    def add(self, gradients: Tensor) -> None:
+        """Count a class's (E, P)."""
+        unit = F.normalize(gradients, dim=1)
+        self._add((unit @ unit.T).cpu() / self.classes, gradients.cpu(), 1)
+
+    def join(self, others: Sums) -> None:
+        """Count the classes of other sums."""
+        self._add(others.cosines, others.total, others.count)
+
+    def _add(self, cosines: Tensor, total: Tensor, count: int) -> None:
+        self.cosines, self.count = self.cosines + cosines, self.count + count
+        self.total = self.total + total if self.total.ndim == 0 else self.total.add_(total)
+
+    @property
+    def matrices(self) -> dict[str, Tensor]:
+        """The similarity of every two checkpoints, (E, E), in both readings: "mean" and "per_class"."""
+        unit = F.normalize(self.total, dim=1)
+        return {"mean": unit @ unit.T, "per_class": self.cosines}
+
+    def save(self, path: Path) -> None:
+        files.save_tensors(path, {"cosines": self.cosines, "total": self.total}, count=self.count)
+
+    def load(self, path: Path) -> None:
+        """Go on where `save` left off."""
+        tensors, note = files.load_tensors(path)
+        self.cosines, self.total, self.count = tensors["cosines"], tensors["total"], note["count"]
+
+
+def parts(classes: int) -> list[range]:
+    """Classes in the parts in which sums are made, wherever: the order of a sum is its last bits."""
+    return [range(first, min(first + PART, classes)) for first in range(0, classes, PART)]
+
+
 def similarity_matrices(gradients: Callable[[int], Tensor], classes: int) -> dict[str, Tensor]:
     """Algorithm 2's similarity of every two checkpoints, (E, E), in both readings: "mean" and "per_class".
 
     gradients: the class gradients (E, P) of a label, asked for once, in order. So one pass over the images
-    serves any threshold and both readings, and memory is that of two classes, whatever their number.
+    serves any threshold and both readings, and memory is that of three classes, whatever their number.
     """
-    per_class, total = torch.zeros(()), torch.zeros(())
-    for label in progress(range(classes), "class gradients, class"):
-        own = gradients(label)
-        unit = F.normalize(own, dim=1)
-        per_class = per_class + (unit @ unit.T).cpu() / classes
-        total = total + own.cpu()
-    unit = F.normalize(total, dim=1)
-    return {"mean": unit @ unit.T, "per_class": per_class}
+    whole = Sums(classes)
+    for labels in parts(classes):
+        own = Sums(classes)
+        for label in progress(labels, GRADIENTS):
+            own.add(gradients(label))
+        whole.join(own)
+    return whole.matrices
 
 
 def similarities_along(matrix: Tensor, threshold: float = 0.7) -> list[float]:

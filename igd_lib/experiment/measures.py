@@ -13,12 +13,12 @@ from torch import Tensor
 
 from igd_lib.analysis import features, metrics, results
 from igd_lib.data.images import ImageData
-from igd_lib.evaluation import evaluate_all
+from igd_lib.evaluation import evaluate_sets
 from igd_lib.experiment.experiment import Experiment, Images, Sets
 from igd_lib.experiment.methods import Method
 from igd_lib.protocols import IGD_HARD, MINIMAX_HARD
 from igd_lib.sets.store import DistilledSet, in_memory
-from igd_lib.tools import files, keys
+from igd_lib.tools import cluster, files, keys
 from igd_lib.tools.machine import ray_cluster, work_dir
 from igd_lib.tools.progress import progress
 from igd_lib.tools.version import git_revision
@@ -87,38 +87,41 @@ def _each(experiment: Experiment, sets: Sets, label: str, every: float = 10.0) -
     return progress(about, label, every=every)
 
 
-def accuracy_rows(experiment: Experiment, sets: Sets, networks: str | Sequence[str]) -> pd.DataFrame:
-    """Accuracies of networks trained on every set (training seed = generation seed), five rows a set and
-    network: `top1` as the protocol reports it, `top1_last`, `top1_best`, `top5_last`, `top5_best`.
+def accuracy_rows(
+    experiment: Experiment, sets: Sets, networks: str | Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Accuracies of networks, by default the experiment's, trained on every set (training seed = generation
+    seed), five rows a set and network: `top1` as the protocol reports it, `top1_last`, `top1_best`, `top5_last`, `top5_best`.
     Finished cells are read from disk.
     """
-    names = [networks] if isinstance(networks, str) else list(networks)
-    teacher, rows = experiment.teacher(), []
-    for about in _each(experiment, sets, "evaluate, set", every=20):
-        scores = evaluate_all(
-            in_memory(about.images),
-            experiment.test,
-            networks=names,
-            seeds=[about.seed],
-            protocol=experiment.scale.protocol,
-            teacher=teacher,
-            device=experiment.device,
-            folder=work_dir() / "evaluation",
-            ray=ray_cluster() if len(names) > 1 else False,
-        )
-        for score in scores:
-            values = {
-                "top1": score.reported,
-                "top1_last": score.last,
-                "top1_best": score.best,
-                "top5_last": score.last_top5,
-                "top5_best": score.best_top5,
-            }
-            device = f"{experiment.device}, {score.precision}"  # precision depends on the processor
-            rows += [
-                about.row(metric, value, seconds=score.seconds, network=score.network, device=device)
-                for metric, value in values.items()
-            ]
+    names = [networks] if isinstance(networks, str) else list(networks or experiment.networks)
+    where, rows = ray_cluster(), []
+    own = [About(experiment, method, seed, images, sets.ipc) for method, seed, images in sets]
+    cells = [(number, name, about.seed) for number, about in enumerate(own) for name in names]
+    device = cluster.device(where, experiment.device) if where else experiment.device
+    scores = evaluate_sets(
+        [about.images for about in own],
+        experiment.test,
+        cells,
+        protocol=experiment.scale.protocol,
+        teacher=experiment.teacher(),
+        device=device,
+        folder=work_dir() / "evaluation",
+        ray=where,
+    )
+    for (number, name, _), score in zip(cells, scores, strict=True):
+        values = {
+            "top1": score.reported,
+            "top1_last": score.last,
+            "top1_best": score.best,
+            "top5_last": score.last_top5,
+            "top5_best": score.best_top5,
+        }
+        said = f"{device}, {score.precision}"  # precision depends on the processor
+        rows += [
+            own[number].row(metric, value, seconds=score.seconds, network=name, device=said)
+            for metric, value in values.items()
+        ]
     return results.frame(rows)
 
 

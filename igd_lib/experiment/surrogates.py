@@ -5,31 +5,40 @@ cache.
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from igd_lib import surrogate
 from igd_lib.config import Fidelity, fixed_checkpoints
 from igd_lib.data.images import ImageData
 from igd_lib.experiment.scales import Scale
 from igd_lib.models.networks import network
 from igd_lib.surrogate import (
+    GRADIENTS,
     Checkpoints,
     ClassGradients,
+    Sums,
     class_gradients,
     filter_images,
     kept,
+    parts,
     regular_checkpoints,
     run_training,
     similarities_along,
-    similarity_matrices,
+    trained_epochs,
 )
-from igd_lib.tools import files, keys
+from igd_lib.tools import cluster, files, keys
+from igd_lib.tools.machine import ray_cluster
+from igd_lib.tools.progress import Pace, progress, resumable
 
+CHUNK = 5  # classes whose gradients are one task
 READINGS = {
     "mean of per-class cosines (released)": "per_class",
     "cosine of the mean gradient (paper)": "mean",
@@ -49,9 +58,23 @@ class Surrogates:
         return replace(self, scale=self.scale.with_fidelity(fidelity, len(self.train.classes)))
 
     def trajectory(self, name: str | None = None) -> Checkpoints:
-        """A training trajectory, trained once and then read from the cache."""
-        model, data, training = self._model(name), self._data, self.scale.training
-        return run_training(model, data, training, keys.folder("surrogate", training.settings(model, data)))
+        """A training trajectory, trained once, on a Ray cluster where one is named, then read from disk."""
+        settings = self._settings(name)
+        folder = keys.folder("surrogate", settings)
+        where = ray_cluster()
+        if where and trained_epochs(folder) < self.scale.training.epochs:
+            there = replace(self, device="cpu")  # where it is sent from
+
+            def done() -> str:
+                return f"{trained_epochs(folder)} of {self.scale.training.epochs} epochs are in {folder}"
+
+            with cluster.cluster(where) as ray:
+                cluster.run_all(ray, _train, there, [(name, folder, settings)], label="surrogate", done=done)
+        return run_training(self._model(name), self._data, self.scale.training, folder, settings)
+
+    def to(self, device: str) -> Surrogates:
+        """The same on a device."""
+        return replace(self, device=device)
 
     @property
     def _data(self) -> ImageData:
@@ -66,8 +89,9 @@ class Surrogates:
         return made.to(self.device)
 
     def _settings(self, name: str | None) -> dict[str, Any]:
-        """What names a trajectory in the cache: what its training says of itself."""
-        return self.scale.training.settings(self._model(name), self._data)
+        """What names a trajectory in the cache: what its training says of itself, and where it is trained."""
+        where = cluster.device(ray_cluster(), self.device)
+        return self.scale.training.settings(self._model(name), self._data) | {"device": where}
 
     def _key(self, name: str | None) -> str:
         return keys.key("surrogate", self._settings(name))
@@ -89,14 +113,15 @@ class Surrogates:
         """Algorithm 2's similarities of all checkpoints, (E, E), in both readings; made once, then read."""
         trajectory, images = self.trajectory(name), self.scale.fidelity.filter_images
         settings = {"surrogate": self._key(name), "images": images, "epochs": list(trajectory.epochs)}
-        path = keys.folder("similarities", settings) / "matrices.safetensors"
+        folder = keys.folder("similarities", settings)
+        path = folder / "matrices.safetensors"
         if not path.is_file():
-            keys.claim(path.parent / "manifest.json", "similarities", settings, "similarities")
-
-            def gradients(label: int) -> Tensor:
-                return class_gradients(trajectory, filter_images(self.train, label, images), label)
-
-            files.save_tensors(path, similarity_matrices(gradients, len(self.train.classes)))
+            keys.claim(folder / "manifest.json", "similarities", settings, "similarities")
+            with files.locked(folder, "a run that compares checkpoints", wait=True):
+                if not path.is_file():
+                    made = _Similarities(trajectory, self.train, images, folder).made()
+                    files.save_tensors(path, made)
+                    shutil.rmtree(folder / PARTS, ignore_errors=True)
         return files.load_tensors(path)[0]
 
     def similarities(self) -> dict[str, list[float]]:
@@ -130,6 +155,8 @@ class Surrogates:
         if self.scale.many_classes:
             return checkpoints, gradients_of
         labels = range(len(self.train.classes))  # a few classes, a small network: in memory
+        if where := ray_cluster():
+            _on_cluster(where, ClassGradients.keep, gradients_of, _chunks(gradients_of, labels), GRADIENTS)
         gradients = torch.stack([gradients_of(label) for label in labels], dim=1).to(self.device)
         return checkpoints, lambda label: gradients[:, label]
 
@@ -156,3 +183,101 @@ class Surrogates:
     def with_threshold(self, threshold: float) -> Surrogates:
         """The same with another threshold of Algorithm 2."""
         return replace(self, scale=replace(self.scale, threshold=threshold))
+
+
+PARTS = "parts"  # the folder of unfinished work
+
+
+@dataclass(frozen=True)
+class _Similarities:
+    """Algorithm 2's pass over all classes, its sums kept on disk part by part, and within a part by time."""
+
+    checkpoints: Checkpoints
+    data: ImageData
+    images: tuple[int, int] | None  # of a class; see `filter_images`
+    folder: Path
+
+    def to(self, device: str) -> _Similarities:
+        return replace(self, checkpoints=self.checkpoints.to(device))
+
+    def made(self) -> dict[str, Tensor]:
+        """The matrices, from the parts that are there and those that lack."""
+        lacking = [number for number in range(len(self._parts)) if not self._path(number).is_file()]
+        with resumable(lambda: self.kept):
+            if lacking and (where := ray_cluster()):
+                _on_cluster(where, _Similarities.run, self, [[number] for number in lacking], GRADIENTS)
+            else:
+                self.run(lacking)
+        whole = Sums(len(self.data.classes))
+        for number in range(len(self._parts)):
+            part = Sums(whole.classes)
+            part.load(self._path(number))
+            whole.join(part)
+        return whole.matrices
+
+    @property
+    def kept(self) -> str:
+        """What an interruption leaves, in words."""
+        finished = sum(self._path(number).is_file() for number in range(len(self._parts)))
+        done = f"the sums of {finished} of {len(self._parts)} parts of the classes"
+        return f"{done}, and the next part's as far as they were saved, are in {self.folder}"
+
+    def run(self, numbers: Sequence[int]) -> None:
+        """Make the sums of parts, going on where an earlier run saved them."""
+        begun = {number: self._begun(number) for number in numbers}
+        labels = [
+            (number, label) for number in numbers for label in self._parts[number][begun[number].count :]
+        ]
+        pace = Pace(surrogate.SAVE_SECONDS, times=20.0)
+        before = len(self.data.classes) - len(labels)
+        for number, label in progress(labels, GRADIENTS, done=before):
+            sums, last = begun[number], label == self._parts[number][-1]
+            sums.add(class_gradients(self.checkpoints, filter_images(self.data, label, self.images), label))
+            if last or pace.due:
+                with pace.saving():
+                    sums.save(self._path(number) if last else self._unfinished(number))
+            if last:
+                self._unfinished(number).unlink(missing_ok=True)
+                del begun[number]
+
+    def _begun(self, number: int) -> Sums:
+        found = Sums(len(self.data.classes))
+        if self._unfinished(number).is_file():
+            found.load(self._unfinished(number))
+        return found
+
+    @property
+    def _parts(self) -> list[range]:
+        return parts(len(self.data.classes))
+
+    def _path(self, number: int) -> Path:
+        return self.folder / PARTS / f"{number:05d}.safetensors"
+
+    def _unfinished(self, number: int) -> Path:
+        return self.folder / PARTS / f"{number:05d}-unfinished.safetensors"
+
+
+# --- on a Ray cluster
+
+
+def _train(there: Surrogates, work: tuple[str | None, Path, dict[str, Any]]) -> None:
+    name, folder, settings = work
+    run_training(there._model(name), there._data, there.scale.training, folder, settings)
+
+
+def _chunks(gradients: ClassGradients, labels: Sequence[int]) -> list[list[int]]:
+    """The classes that are not on disk, a task each chunk."""
+    lacking = [label for label in labels if not gradients.is_kept(label)]
+    return [lacking[first : first + CHUNK] for first in range(0, len(lacking), CHUNK)]
+
+
+def _on_cluster(
+    where: bool | str, work: Callable[..., None], shared: Any, items: Sequence[Any], label: str
+) -> None:
+    """Work whose results are files as tasks; what it needs is sent from host memory."""
+    if not items:
+        return
+    model = copy.deepcopy(shared.checkpoints.model)
+    sent = replace(shared, checkpoints=replace(shared.checkpoints, model=model)).to("cpu")
+    with cluster.cluster(where) as ray:
+        cluster.run_all(ray, work, sent, items, label=f"{label}, chunk")

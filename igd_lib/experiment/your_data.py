@@ -25,7 +25,7 @@ from igd_lib.experiment.experiment import Experiment, Sets
 from igd_lib.experiment.methods import Method
 from igd_lib.experiment.models import StandInModels
 from igd_lib.experiment.pictures import Gallery
-from igd_lib.experiment.plan import DIT, model_folder, vae_of
+from igd_lib.experiment.pieces import DIT, model_folder, vae_of
 from igd_lib.experiment.scales import TEST_IMAGES, Scale, paper_scale, small_scale, smoke_scale
 from igd_lib.experiment.surrogates import Surrogates
 from igd_lib.models.dit import class_ids, image_size_of, match_original

@@ -123,6 +123,14 @@ def workers_of(ray: Any, workers: int | None) -> tuple[int, dict[str, float]]:
     return count, {"num_cpus": share_of(machines, count)}
 
 
+def device(where: bool | str, here: str) -> str:
+    """The kind of device that work is done on: the cluster's where there is one, whatever the driver has."""
+    if not where:
+        return torch.device(here).type
+    with cluster(where) as ray:
+        return "cuda" if ray.cluster_resources().get("GPU") else "cpu"
+
+
 def share_of(machines: Sequence[int], count: int) -> int:
     """The most processors for each of `count` workers, none on two of the `machines`; at least 1."""
     return next(

@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,15 @@ def reuse_memory() -> None:
         # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, in bytes.
         for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):
             mallopt(parameter, value)
+
+
+def ram() -> int:
+    """Bytes of this machine's memory, or of those that its container may have."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            found = min(found, int(Path(limit).read_text()))
+    return found
 
 
 def has_bfloat16(device: str) -> bool:
