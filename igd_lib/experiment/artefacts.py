@@ -43,6 +43,7 @@ ARTEFACTS: Mapping[str, Artefact] = {
     "12_hyperparameters": Artefact("imagewoof"),
     "13_paper_vs_code": Artefact("imagewoof", needs=("minimax",)),
     "14_shortcuts": Artefact("imagewoof", needs=("taesd",)),
+    "17_your_data": Artefact("", "resnetap10", paper=False),  # one's own folder: no plan
     "21_influence": Artefact("imagenette", THREE, TWO, needs=("teacher", "minimax")),
     "22_early_stage": Artefact("imagewoof"),
     "23_tsne": Artefact("imagewoof", "", needs=("teacher", "minimax", "inception")),

@@ -91,8 +91,8 @@ def accuracy_rows(
     experiment: Experiment, sets: Sets, networks: str | Sequence[str] | None = None
 ) -> pd.DataFrame:
     """Accuracies of networks, by default the experiment's, trained on every set (training seed = generation
-    seed), five rows a set and network: `top1` as the protocol reports it, `top1_last`, `top1_best`, `top5_last`, `top5_best`.
-    Finished cells are read from disk.
+    seed), five rows a set and network: `top1` as the protocol reports it, `top1_last`, `top1_best`,
+    `top5_last`, `top5_best`. Finished cells are read from disk.
     """
     names = [networks] if isinstance(networks, str) else list(networks or experiment.networks)
     where, rows = ray_cluster(), []

@@ -120,7 +120,8 @@ def dit(dataset: str, fidelity: Fidelity) -> Piece:
     wanted: dict[str, Any] = {"classes": len(IMAGENET_CLASSES if known else spec.classes)}
     wanted |= {"image_size": spec.image_size} if known else {}  # others' images may be resized
     remedy = "" if known else f"igd finetune {dataset} {cache_dir() / 'models' / repository}, or "
-    return _model(repository, revision, loadable.problems, {"vae": vae, "parts": ("transformer",)} | wanted, remedy)
+    wanted |= {"vae": vae, "parts": ("transformer",)}
+    return _model(repository, revision, loadable.problems, wanted, remedy)
 
 
 def autoencoder(fidelity: Fidelity) -> Piece:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import pandas as pd
 import torch
@@ -138,7 +138,8 @@ class Plan:
     @property
     def batch(self) -> int:
         """Images side by side in a guided step; 0 where not even one fits."""
-        return self.run.batch or min(memory.MOST, self.footprint.batch(self.machine.memory))
+        room = int(memory.HEADROOM * self.machine.memory)
+        return self.run.batch or min(GUIDED_AT_ONCE, self.footprint.batch(room))
 
     @property
     def ram(self) -> float:
@@ -248,12 +249,24 @@ def of(name: str, dataset: str, run: Run, machine: Machine | None = None) -> Pla
     if run.protocol != AUTO:
         scale = replace(scale, protocol=PROTOCOLS[run.protocol])
     work = _work(name, about, scale, run)
-    models, device = (dit_xl_2, sd_vae), machine or this_machine(run.precision)
-    guided = memory.guided_step(
-        *models, surrogate=scale.surrogate, classes=len(spec.classes), precision=run.precision
+    models = paper_models()
+    surrogate = memory.Surrogate(scale.surrogate, len(spec.classes), costs.CHECKPOINTS)
+    return Plan(
+        name,
+        run,
+        machine or this_machine(run.precision),
+        pieces(dataset, about),
+        work,
+        memory.guided_step(models, surrogate, precision=run.precision),
+        memory.decoding(models, precision=run.precision),
     )
-    found = pieces(dataset, about)
-    return Plan(name, run, device, found, work, guided, memory.decoding(*models, precision=run.precision))
+
+
+@cache
+def paper_models() -> memory.Models:
+    """DiT-XL/2 and its autoencoder, by configuration."""
+    with torch.device("meta"):
+        return memory.Models(dict(dit_xl_2().config), dict(sd_vae().config))
 
 
 def asked(notebook: str, given: Mapping[str, str]) -> tuple[str, str, Run]:

@@ -21,12 +21,20 @@ from igd_lib.data.datasets import DATASETS, DataSpec
 from igd_lib.data.images import ImageData, load
 from igd_lib.data.your_folder import IDS, your_folder
 from igd_lib.experiment import comparisons
-from igd_lib.experiment.experiment import Experiment, Sets
+from igd_lib.experiment.experiment import Experiment, Sets, few_classes, images_of
 from igd_lib.experiment.methods import Method
 from igd_lib.experiment.models import StandInModels
 from igd_lib.experiment.pictures import Gallery
 from igd_lib.experiment.pieces import DIT, model_folder, vae_of
-from igd_lib.experiment.scales import TEST_IMAGES, Scale, paper_scale, small_scale, smoke_scale
+from igd_lib.experiment.run import AUTO, Run
+from igd_lib.experiment.scales import (
+    TEST_IMAGES,
+    Scale,
+    paper_scale,
+    rehearsal_scale,
+    small_scale,
+    smoke_scale,
+)
 from igd_lib.experiment.surrogates import Surrogates
 from igd_lib.models.dit import class_ids, image_size_of, match_original
 from igd_lib.models.folder import is_whole
@@ -36,7 +44,7 @@ from igd_lib.sets.export import check_folder_names
 from igd_lib.teacher_training import train_teacher
 from igd_lib.teachers import Teacher
 from igd_lib.tools import cluster, files
-from igd_lib.tools.machine import cache_dir, ray_cluster, reuse_memory
+from igd_lib.tools.machine import cache_dir, ray_cluster, reuse_memory, work_in
 
 # Classes, and training images a class, of the folder that is written.
 LESSON = {"small": (10, 1000), "smoke": (3, 40)}
@@ -47,7 +55,7 @@ def prepare(
     folder: str,  # with `train` and `test` (or `val`); empty: one of the stand-in's images is written
     scale: str = "auto",
     *,
-    ipc: int = 10,
+    run: Run | None = None,
     k: str = "auto",  # of the influence guidance, and ...
     gamma: str = "auto",  # ... of the deviation guidance; "auto": the scale's
     save_to: str = "",
@@ -55,8 +63,9 @@ def prepare(
 ) -> Experiment:
     """The experiment of a folder: at "paper" with DiT-XL/2 or a DiT fine-tuned on it, else with a stand-in.
 
-    "auto" is "paper" for a folder, else "small". Raises FileNotFoundError naming every piece that "paper"
-    lacks, ValueError where the stand-in's DiT does not know the folder's classes.
+    "auto" is "paper" for a folder, else "small"; "rehearsal" is "paper" cut to minutes. Raises
+    FileNotFoundError naming every piece that "paper" lacks, ValueError where the stand-in's DiT does not know
+    the folder's classes.
     """
     disable_progress_bar()
     if not torch.cuda.is_available():
@@ -65,10 +74,14 @@ def prepare(
         cluster.connect(where)
     if scale == "auto":
         scale = "paper" if folder else "small"
-    if scale == "paper":
-        made = _with_dit(artefact, folder, ipc)
+    work_in("rehearsal" if scale == "rehearsal" else "")
+    run = run or Run()
+    if scale in ("paper", "rehearsal"):
+        made = _with_dit(artefact, folder, run, rehearsal=scale == "rehearsal")
     else:
-        made = _on_stand_in(artefact, folder or _lesson_folder(stand_in, scale, save_to), scale, stand_in)
+        place = folder or _lesson_folder(stand_in, scale, save_to)
+        made = _on_stand_in(artefact, place, run, scale, stand_in)
+    made = made if run.protocol == AUTO else made.with_protocol(made.scale.cut(PROTOCOLS[run.protocol]))
     own = made.scale.guidance
     guidance = replace(own, k=_strength(k, own.k, "k"), gamma=_strength(gamma, own.gamma, "gamma"))
     return replace(made, scale=replace(made.scale, guidance=guidance))
@@ -90,9 +103,11 @@ def methods(experiment: Experiment) -> list[Method]:
 # --- a folder with DiT
 
 
-def _with_dit(artefact: str, folder: str, ipc: int, fidelity: Fidelity = STANDARD) -> Experiment:
+def _with_dit(
+    artefact: str, folder: str, run: Run, fidelity: Fidelity = STANDARD, *, rehearsal: bool
+) -> Experiment:
     if not folder:
-        raise ValueError("scale='paper' is for a folder of yours: name it by the parameter `folder`")
+        raise ValueError("this scale is for a folder of yours: name it by the parameter `folder`")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     spec = your_folder(folder, image_size=1)  # the DiT says the size
     if lacking := missing_for(spec, fidelity):
@@ -101,25 +116,29 @@ def _with_dit(artefact: str, folder: str, ipc: int, fidelity: Fidelity = STANDAR
     pipe = _dit(spec, fidelity).to(device)
     ids = _ids(pipe, spec)
     spec = replace(spec, image_size=image_size_of(pipe.transformer, pipe.vae))
-    train, test = load(spec, "train"), load(spec, "test")
     scale = paper_scale(
         spec.name,
         fidelity=fidelity,
-        ipc=ipc,
+        ipc=run.ipc,
         labels="hard",
-        num_classes=len(train.classes),
-        image_size=train.image_size,
+        num_classes=len(spec.classes),
+        image_size=spec.image_size,
     )
-    like = "imagewoof" if len(train.classes) <= 100 else "imagenet"
-    scale = replace(scale, guidance=preset(like, "dit", ipc))
+    like = "imagewoof" if len(spec.classes) <= 100 else "imagenet"
+    scale = replace(scale, guidance=preset(like, "dit", run.ipc))
+    scale = rehearsal_scale(scale) if rehearsal else scale
+    spec, ids = few_classes(spec, scale.classes), ids[: scale.classes]
+    train, test = images_of(spec, "train", scale), images_of(spec, "test", scale)
     dit = f"{DIT[0]} by {IDS}" if spec.label_ids else str(_own_dit(spec))
     banner = (
-        f"**Scale: paper.** Your folder {spec.folder}, {len(train.classes)} classes, {dit} (CC-BY-NC 4.0). k "
-        f"and gamma, where not given, are Table 12's for {like}: nobody chose them on your images."
+        f"**Scale: {scale.name}.** Your folder {spec.folder}, {len(train.classes)} classes, {dit} (CC-BY-NC "
+        f"4.0). k and gamma, where not given, are Table 12's for {like}: nobody chose them on your images."
     )
+    if rehearsal:
+        banner += " A few images of the first classes and few steps: **its numbers mean nothing.**"
     surrogates = Surrogates(scale, train, str(pipe._execution_device))
     models = FolderModels(pipe, train, test, device)
-    return Experiment(artefact, scale, models, surrogates, train, test, tuple(ids), spec, banner)
+    return Experiment(artefact, run, scale, models, surrogates, train, test, tuple(ids), spec, banner)
 
 
 def missing_for(spec: DataSpec, fidelity: Fidelity = STANDARD) -> list[str]:
@@ -203,7 +222,7 @@ class FolderModels:
 # --- a folder with the stand-in
 
 
-def _on_stand_in(artefact: str, folder: str | Path, name: str, stand_in: str) -> Experiment:
+def _on_stand_in(artefact: str, folder: str | Path, run: Run, name: str, stand_in: str) -> Experiment:
     device, known = "cuda" if torch.cuda.is_available() else "cpu", DATASETS[stand_in]
     spec = your_folder(folder, image_size=known.image_size)
     for own in spec.classes:
@@ -226,7 +245,7 @@ def _on_stand_in(artefact: str, folder: str | Path, name: str, stand_in: str) ->
     )
     if not scale.figures_mean_something:
         banner += " Seconds long, to show that everything works: its numbers mean nothing."
-    return Experiment(artefact, scale, models, surrogates, train, test, ids, spec, banner)
+    return Experiment(artefact, run, scale, models, surrogates, train, test, ids, spec, banner)
 
 
 def _for_images(scale: Scale, train: ImageData) -> Scale:
