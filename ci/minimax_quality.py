@@ -21,6 +21,7 @@ from igd_lib.baselines.tuning import diffusion_loss
 from igd_lib.experiment import measures
 from igd_lib.experiment.experiment import Experiment, prepare
 from igd_lib.experiment.methods import Method
+from igd_lib.experiment.run import Run
 from igd_lib.models import standin
 from igd_lib.pipeline import IGDPipeline
 from igd_lib.tools import files
@@ -69,7 +70,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--ipc", type=int, default=10)
     given = parser.parse_args()
-    experiment = prepare("minimax_quality", "fashion-mnist", "small", ipc=given.ipc)
+    experiment = prepare("minimax_quality", "fashion-mnist", "small", run=Run(ipc=given.ipc))
     plain, tuned = Method(), Method(backbone="minimax")
     pipes = {plain: experiment.models.pipe, tuned: experiment.models.minimax}
     sets = experiment.sets([plain, tuned], given.ipc, given.seeds)

@@ -18,6 +18,7 @@ from igd_lib.data.images import to_float
 from igd_lib.evaluation import evaluate
 from igd_lib.experiment.experiment import Experiment, prepare
 from igd_lib.experiment.methods import Method
+from igd_lib.experiment.run import Run
 from igd_lib.models import standin
 from igd_lib.models.networks import network
 from igd_lib.protocols import SMALL_HARD
@@ -112,7 +113,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.part == "card":
         return card()
-    experiment = prepare("standin_quality", "fashion-mnist", "small", ipc=50)
+    experiment = prepare("standin_quality", "fashion-mnist", "small", run=Run(ipc=50))
     vanilla = Method(cfg_scale=experiment.scale.best_cfg, cfg_choice="best")
     if arguments.part == "ipc50":
         return ipc50(experiment, vanilla, arguments.seeds)

@@ -17,6 +17,7 @@ from igd_lib.analysis import results
 from igd_lib.experiment import comparisons, measures, pictures
 from igd_lib.experiment.experiment import Experiment, Sets, prepare
 from igd_lib.experiment.methods import Method
+from igd_lib.experiment.run import Run
 from igd_lib.tools import files
 from igd_lib.tools.progress import progress
 
@@ -81,7 +82,7 @@ def main() -> None:
     parser.add_argument("--merge", action="store_true", help="join the parts")
     given = parser.parse_args()
     name = f"standin_settings_{given.stage}" + ("" if given.backbone == "dit" else f"_{given.backbone}")
-    experiment = prepare("choose_settings", "fashion-mnist", "small", ipc=given.ipc)
+    experiment = prepare("choose_settings", "fashion-mnist", "small", run=Run(ipc=given.ipc))
     experiment = experiment.on_validation()
     print("kept checkpoints, in epochs:", experiment.checkpoints.epochs, flush=True)
     if given.merge:

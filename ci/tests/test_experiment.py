@@ -34,6 +34,7 @@ from igd_lib.experiment.experiment import Sets, prepare
 from igd_lib.experiment.methods import Method, Selection
 from igd_lib.experiment.overview import overview, shown_steps, trace
 from igd_lib.experiment.pieces import missing_for_paper
+from igd_lib.experiment.run import Run
 from igd_lib.experiment.scales import STAND_INS, paper_scale
 from igd_lib.guidance import influence_loss
 from igd_lib.guides import Shortcuts
@@ -125,11 +126,11 @@ def test_wrong_scale_or_data_set_raise(only_fashion):
 
 @pytest.mark.parametrize("scale", ["auto", "paper"])
 def test_the_paper_s_scale_where_everything_is_there(own_paper, scale):
-    found = prepare("01", "imagewoof", scale, ipc=10)
+    found = prepare("01", "imagewoof", scale)
     assert found.scale.name == "paper" and found.label_ids == DATASETS["imagewoof"].label_ids
     assert found.scale.guidance == preset("imagewoof", "dit", 10)
     assert found.scale.on_minimax() == preset("imagewoof", "minimax", 10)
-    assert found.scale.limit(50, 5) == (50, 5) and found.scale.num_steps == 50
+    assert found.scale.limit(Run(ipc=50)) == (50, tuple(range(5))) and found.scale.num_steps == 50
     assert "**Scale: paper.**" in found.banner and "k and gamma Table 12" in found.banner
     assert found.models.pipe.transformer.config.timestep_frequencies == "original"
     with pytest.raises(FileNotFoundError, match=r"no guidance decoder in .*taesd"):
@@ -149,9 +150,9 @@ def test_smoke_is_short(small_loads):
     found = prepare("01", "imagenet", "smoke", fidelity=PAPER)
     scale = found.scale
     assert scale.num_steps == 10 and scale.protocol.epochs_for(10, 10) == 2 and len(found.test) == 200
-    assert scale.limit(50, 5) == (2, 2) and scale.limit(1, 1) == (1, 1)
+    assert scale.limit(Run(ipc=50)) == (2, (0, 1)) and scale.limit(Run(ipc=1, seeds="7:9")) == (1, (7, 8))
     assert scale.grid_values("1,2,3", "4,5,6") == ([2.0, 3.0], [5.0, 6.0])
-    assert prepare("01", "imagenet", "small").scale.limit(50, 5) == (50, 5)
+    assert prepare("01", "imagenet", "small").scale.limit(Run(ipc=50, seeds="3")) == (50, (0, 1, 2))
     assert scale.fidelity == replace(PAPER, gradient_images=10, filter_images=(10, 20))
     assert "mean nothing" in found.banner and "not imagenet results" in found.banner
 
@@ -164,10 +165,13 @@ def test_a_threshold_of_its_own(small_loads):
 
 
 def test_networks_by_scale(smoke, own_paper):
-    assert smoke.networks("auto", paper="resnet18", small="convnet3,convnet4") == ["convnet3", "convnet4"]
-    assert smoke.networks("a, b", paper="resnet18") == ["a", "b"]
+    assert smoke.networks == ["convnet3", "convnet4"] and smoke.names("a, b") == ["a", "b"]
+    asked = prepare("05", "fashion-mnist", "smoke", run=Run(networks="convnet2"))
+    assert asked.networks == ["convnet2"] and asked.network == "convnet2"
+    with pytest.raises(ValueError, match="01 trains one network, got convnet3, convnet4"):
+        _ = smoke.network
     paper = prepare("01", "imagewoof", "paper")
-    assert paper.networks("auto", paper="convnet6,resnet18") == ["convnet6", "resnet18"]
+    assert paper.networks == ["convnet6", "resnetap10", "resnet18"]
 
 
 def test_validation_images_are_none_of_training_or_test(only_fashion):

@@ -199,9 +199,7 @@ def test_it_resumes_and_is_part_of_the_key(run, tmp_path):
     found = run("cut")
     found.image_path(1, 1).unlink()
     assert torch.equal(run("cut").data().fetch(torch.arange(6)), whole.data().fetch(torch.arange(6)))
-    with pytest.raises(
-        ValueError, match="other settings: output_resize = bilinear, wanted bicubic"
-    ):
+    with pytest.raises(ValueError, match="other settings: output_resize = bilinear, wanted bicubic"):
         run("cut", resize="bicubic")
     other = run("bicubic", resize="bicubic")
     assert torch.equal(

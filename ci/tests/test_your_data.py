@@ -19,6 +19,7 @@ from igd_lib.data import images
 from igd_lib.data.datasets import FASHION_CLASSES, IMAGENET_CLASSES
 from igd_lib.experiment import measures, your_data
 from igd_lib.experiment.methods import Method
+from igd_lib.experiment.run import Run
 from igd_lib.experiment.your_data import hand_over, methods, prepare, real_images, write_folder
 from igd_lib.models.dit import for_classes
 from igd_lib.models.folder import write_pipeline
@@ -188,7 +189,7 @@ def test_a_folder_with_imagenet_s_ids(dogs, tiny):
     """DiT is asked for its own ids of the classes; k and gamma are Table 12's, or those given."""
     save_dit(tiny)
     write_ids(dogs)
-    found = prepare("17", str(dogs), "auto", ipc=50)
+    found = prepare("17", str(dogs), "auto", run=Run(ipc=50))
     assert found.scale.name == "paper" and found.scale.protocol.name == "igd-cifar"
     assert found.train.classes == ("Samoyed", "beagle", "dingo") and found.train.image_size == 16
     assert [IMAGENET_CLASSES[number] for number in found.label_ids] == [
@@ -197,7 +198,7 @@ def test_a_folder_with_imagenet_s_ids(dogs, tiny):
     assert found.scale.guidance == Guidance(5.0, 120.0) and not found.scale.from_table_12
     assert "Table 12's for imagewoof: nobody chose them" in found.banner
     assert found.models.pipe.transformer.config.timestep_frequencies == "original"
-    assert prepare("17", str(dogs), ipc=10).scale.guidance.gamma == 50
+    assert prepare("17", str(dogs), run=Run(ipc=10)).scale.guidance.gamma == 50
     changed = prepare("17", str(dogs), k="2.5", gamma="30").scale.guidance
     assert changed == Guidance(2.5, 30.0, (30, 45))
     with pytest.raises(ValueError, match='gamma is a number, or "auto" for 50, got .strong.'):

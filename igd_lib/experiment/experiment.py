@@ -85,6 +85,12 @@ class Sets:
         """Each method once, in order."""
         return list(dict.fromkeys(method for method, _ in self.cells))
 
+    @property
+    def shown_seed(self) -> int:
+        """The generation seed whose images are shown: 0 where it is there, else the first."""
+        seeds = [seed for _, seed in self.cells]
+        return 0 if 0 in seeds else seeds[0]
+
     def of_seed(self, seed: int) -> dict[Method, Images]:
         """Every method's set of one generation seed."""
         return {method: images for (method, own), images in self.cells.items() if own == seed}
@@ -200,16 +206,18 @@ class Experiment:
     # --- sets
 
     def sets(
-        self, methods: Sequence[Method], ipc: int | None = None, seeds: Sequence[int] | None = None
+        self, methods: Sequence[Method], ipc: int | None = None, seeds: int | Sequence[int] | None = None
     ) -> Sets:
         """The sets of the rows that the run asks for; the noise of a seed is the same for every method.
+
+        ipc and seeds (how many, or which): the run's, unless given.
 
         Where the run works on some classes only, the process ends here (SystemExit 0, which papermill takes
         for a finished notebook) unless the others are there already: it says how many images are missing.
         """
         ipc = self.ipc if ipc is None else ipc
-        rows = chosen(methods, self.run.methods)
-        cells = [(row, seed) for row in rows for seed in (self.seeds if seeds is None else seeds)]
+        numbers = self.seeds if seeds is None else range(seeds) if isinstance(seeds, int) else seeds
+        cells = [(row, seed) for row in chosen(methods, self.run.methods) for seed in numbers]
         sampled = {cell: self._wanted(*cell, ipc) for cell in cells if cell[0].family == SAMPLED}
         labels = self.run.labels(self.number_of_classes)
         # Classes outermost: their gradients, which are large, are read once for all sets.

@@ -163,24 +163,30 @@ def influence_rows(experiment: Experiment, sets: Sets) -> pd.DataFrame:
 
 def latent_rows(experiment: Experiment, sets: Sets, reference: Method) -> pd.DataFrame:
     """Three rows a sampled set: `moved`, the mean relative distance of its final latents to `reference`'s on
-    the same noise; `nearest`, the mean cosine of a latent to the nearest other of its class; `seconds` of
-    sampling, in all.
+    the same noise, where there is that; `nearest`, the mean cosine of a latent to the nearest other of its
+    class; `seconds` of sampling, in all.
     """
     rows = []
     for method, seed, images in sets.sampled():
-        moved, nearest = [], []
-        others = sets.distilled(reference, seed)
-        for label in images.selected:
-            own, plain = images.latents(label).flatten(1), others.latents(label).flatten(1)
-            moved.append((own - plain).norm(dim=1) / plain.norm(dim=1))
-            nearest.append(metrics.nearest_cosine(own))
-        values: dict[str, Any] = {"moved": torch.cat(moved).mean()}
+        values: dict[str, Any] = {}
+        if reference in sets.methods:
+            values["moved"] = _moved(images, sets.distilled(reference, seed))
         if sets.ipc > 1:  # one image has no other
-            values["nearest"] = torch.cat(nearest).mean()
+            parts = [metrics.nearest_cosine(images.latents(label).flatten(1)) for label in images.selected]
+            values["nearest"] = torch.cat(parts).mean()
         values["seconds"] = images.seconds
         about = About(experiment, method, seed, images, sets.ipc)
         rows += [about.row(metric, value) for metric, value in values.items()]
     return results.frame(rows)
+
+
+def _moved(images: DistilledSet, others: DistilledSet) -> Tensor:
+    """The mean relative distance of a set's latents to another's."""
+    found = []
+    for label in images.selected:
+        own, plain = images.latents(label).flatten(1), others.latents(label).flatten(1)
+        found.append((own - plain).norm(dim=1) / plain.norm(dim=1))
+    return torch.cat(found).mean()
 
 
 def all_rows(experiment: Experiment, sets: Sets, network: str, reference: Method) -> pd.DataFrame:
@@ -238,7 +244,7 @@ def map_of_sets(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A joint t-SNE, and result rows of Wasserstein distances, of one class.
 
-    Of every set (seed 0), and `images` real training ones of it.
+    Of every set of one seed, and `images` real training ones of it.
 
     In the features that `distribution_rows` measures in.
     """
@@ -247,10 +253,10 @@ def map_of_sets(
     def points(data: ImageData) -> Tensor:
         return features.features(extractor, data.subset(data.class_indices(label)[:images]))
 
-    real, first = points(experiment.train), sets.of_seed(0)
+    real, first = points(experiment.train), sets.of_seed(sets.shown_seed)
     own = {method: points(in_memory(found)) for method, found in first.items()}
     rows = [
-        About(experiment, method, 0, first[method], sets.ipc).row(
+        About(experiment, method, sets.shown_seed, first[method], sets.ipc).row(
             f"Wasserstein over {extractor.space}", metrics.wasserstein(real, found)
         )
         for method, found in own.items()

@@ -53,7 +53,7 @@ def trace(experiment: Experiment, method: Method, images: DistilledSet, label: i
 def overview(
     experiment: Experiment, sets: Sets, label: int, indices: Sequence[int], columns: int = 9
 ) -> tuple[pd.DataFrame, dict[str, Tensor]]:
-    """Images of one class from the same noise with each method, seed 0 (Figure 5).
+    """Images of one class from the same noise with each method, of one seed (Figure 5).
 
     Returns every latent on the way in the plane of all their two principal components (columns method, look,
     image, step, guided, x, y; step counts down to 0, the finished latent), and by method what `columns` steps
@@ -63,7 +63,7 @@ def overview(
         (method, index): trace(experiment, method, images, label, index)
         for method, seed, images in sets.sampled()
         for index in indices
-        if seed == 0
+        if seed == sets.shown_seed
     }
     points = torch.cat([one.latents.flatten(1) for one in found.values()]).double()
     centre = points.mean(0)

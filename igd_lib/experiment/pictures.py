@@ -51,28 +51,28 @@ def looks(sets: Sets) -> dict[str, str]:
 
 
 def _first_images(sets: Sets, label: int, count: int) -> dict[str, Tensor]:
-    """By method's label, uint8 (n, 3, H, W): one class's first images of seed 0."""
+    """By method's label, uint8 (n, 3, H, W): one class's first images of one seed."""
     return {
-        method.label: in_memory(images).of_class(label, count) for method, images in sets.of_seed(0).items()
+        method.label: in_memory(images).of_class(label, count)
+        for method, images in sets.of_seed(sets.shown_seed).items()
     }
 
 
 def one_class(sets: Sets, label: int, *, title: str, column: str = "{}", count: int = 10) -> Gallery:
-    """A row a method: one class's first images of seed 0, columns named by their number."""
+    """A row a method: one class's first images of one seed, columns named by their number."""
     rows = _first_images(sets, label, min(count, sets.ipc))
     return Gallery(
         rows, [column.format(number) for number in range(min(count, sets.ipc))], title, looks(sets)
     )
 
 
-def across_classes(
-    sets: Sets,
-    *,
-    title: str = "First image of the first classes, seed 0: each column shares its noise",
-    count: int = 10,
-) -> Gallery:
-    """A row a method: the first image of each of the first classes, seed 0."""
-    once = Sets(sets.ipc, {(method, 0): in_memory(images) for method, images in sets.of_seed(0).items()})
+def across_classes(sets: Sets, *, title: str = "", count: int = 10) -> Gallery:
+    """A row a method: the first image of each of the first classes, of one seed."""
+    seed = sets.shown_seed
+    title = title or (
+        f"First image of the first classes, seed {seed}: each column's sampled rows share their noise"
+    )
+    once = Sets(sets.ipc, {(method, seed): in_memory(own) for method, own in sets.of_seed(seed).items()})
     classes = next(iter(once.cells.values())).classes[:count]
     parts = [_first_images(once, label, 1) for label in range(len(classes))]
     rows = {method: torch.cat([part[method] for part in parts]) for method in parts[0]}
@@ -80,7 +80,7 @@ def across_classes(
 
 
 def by_class(sets: Sets, *, title: str, count: int = 10) -> Gallery:
-    """A row a class and method, "CLASS, METHOD": the first images of seed 0."""
+    """A row a class and method, "CLASS, METHOD": the first images of one seed."""
     classes = next(iter(sets.cells.values())).classes
     rows = {
         f"{name}, {method}": images

@@ -307,8 +307,8 @@ def real_images(experiment: Experiment, classes: int = 10, count: int = 10) -> G
 def hand_over(
     experiment: Experiment, sets: Sets, method: Method, networks: Sequence[str], save_to: str
 ) -> tuple[Path, str]:
-    """Export a method's set of seed 0 as an ImageFolder; its place, and in Markdown what to do with it."""
-    found, protocol = sets.distilled(method, 0), experiment.scale.protocol
+    """Export a method's set of one seed as an ImageFolder; its place, and in Markdown what to do with it."""
+    found, protocol = sets.distilled(method, sets.shown_seed), experiment.scale.protocol
     base = Path(save_to).resolve() if save_to else cache_dir() / "exports"
     out = found.export(base / found.path.name)
     command = ["igd", "evaluate", str(out), experiment.spec.folder, "--network", ",".join(networks)]
@@ -316,7 +316,7 @@ def hand_over(
     if protocol.epochs is not None and protocol != PROTOCOLS.get(protocol.name):
         command += ["--epochs", str(protocol.epochs)]
     return out, (
-        f"- {method.label}, seed 0, with its latents and settings: `{found.path}`\n"
+        f"- {method.label}, seed {sets.shown_seed}, with its latents and settings: `{found.path}`\n"
         f"- the same as a plain ImageFolder, with a manifest that names the class order: `{out}`\n"
         f"- to evaluate it, here or elsewhere: `{shlex.join(command)}`"
     )
