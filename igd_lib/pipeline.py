@@ -17,6 +17,8 @@ from igd_lib.models.dit import match_original
 from igd_lib.sampler import Generators, sample_igd
 from igd_lib.schedulers import make_scheduler
 
+DECODING = 2**31  # bytes: images are decoded in slices that take no more
+
 
 class IGDPipeline(DiTPipeline):
     """A diffusers `DiTPipeline` whose sampling can be guided; loads the stand-in and DiT-XL/2 alike.
@@ -86,11 +88,22 @@ class IGDPipeline(DiTPipeline):
         Raises FloatingPointError where latents or pixels are not finite.
         """
         _check_finite(latents, "latents", "check the transformer's weights and precision, and what guides")
-        images = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample.float()
+        parts = [self._decoded(part) for part in latents.split(self.decoded_together)]
+        images = parts[0] if len(parts) == 1 else torch.cat(parts)
         _check_finite(
             images, "decoded pixels", f"the autoencoder is in {self.vae.dtype}; take float32 or bfloat16"
         )
         return images
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample.float()
+
+    @property
+    def decoded_together(self) -> int:
+        """How many images `decode` has in work at once: within `DECODING` bytes, about."""
+        # The last block holds about six maps of its width, each of the image's size.
+        side, width = self.image_size, self.vae.config.block_out_channels[0]
+        return max(1, DECODING // (6 * width * side**2 * self.vae.dtype.itemsize))
 
     @torch.no_grad()
     def __call__(

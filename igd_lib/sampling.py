@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from igd_lib.guides import Deviation, Guide, GuideFactory, Influence, SecondChai
 from igd_lib.pipeline import IGDPipeline
 from igd_lib.sampler import Denoiser, check_range, sample
 from igd_lib.surrogate import Checkpoints, class_gradients
-from igd_lib.tools import files
+from igd_lib.tools import files, machine
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 Gradients = Tensor | Callable[[int], Tensor]  # (E, C, P) of all classes, or (E, P) of a label
@@ -42,8 +44,14 @@ class Sampling:
     shortcuts: Shortcuts = field(default_factory=Shortcuts)
     guidance_decoder: nn.Module | None = None  # decodes for G_I in the autoencoder's place
     resize: OutputResize | None = None  # of decoded images to the data's size, where it is another
+    # float32: the models as they are, with torch's own choice of products (TF32 in a GPU's convolutions);
+    # tf32: in all of them; bfloat16: transformer and autoencoders, the rest in float32
+    precision: Precision = "float32"
+    recompute: bool = False  # activations again in the backward pass instead of keeping them: the same bits
 
     def __post_init__(self) -> None:
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"precision is one of {get_args(Precision)}, got {self.precision!r}")
         if self.influences and self.checkpoints is None:
             raise ValueError("k > 0 needs checkpoints")
         if self.guidance is not None:
@@ -68,6 +76,7 @@ class Sampling:
             "guides": [dict(factory.settings) for factory in self.others] or None,
             "cfg_scale": self.cfg_scale,
             "num_steps": self.num_steps,
+            "precision": self.precision,
             "fidelity": asdict(self.fidelity),
             "shortcuts": asdict(self.shortcuts) | {"guidance_decoder": named(self.guidance_decoder)},
             "output_resize": self.resize and self.resize.filter,
@@ -87,6 +96,12 @@ class Sampling:
         """The checkpoints, where they guide."""
         return self.checkpoints if self.influences else None
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Transformer and autoencoders, which its precision is of."""
+        found = (self.pipe.transformer, self.pipe.vae, self.guidance_decoder)
+        return [model for model in found if model is not None]
+
     def to(self, device: str) -> Sampling:
         """The same with its models on a device; class gradients follow a batch at a time."""
         checkpoints = self.checkpoints and self.checkpoints.to(device)
@@ -97,6 +112,27 @@ class Sampling:
             checkpoints=checkpoints,
             guidance_decoder=decoder,
         )
+
+    def lowered(self) -> Sampling:
+        """The same with transformer and autoencoders in its precision: copies, where they have another.
+
+        Latents, the schedule, the surrogate, class gradients and what is summed of them stay in float32.
+        """
+        if self.precision != "bfloat16":
+            return self
+        pipe = IGDPipeline(
+            _in_bfloat16(self.pipe.transformer), _in_bfloat16(self.pipe.vae), self.pipe.scheduler
+        )
+        decoder = self.guidance_decoder and _in_bfloat16(self.guidance_decoder)
+        return replace(self, pipe=pipe, guidance_decoder=decoder)
+
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """Inside, sampling and decoding have its precision's products and, with `recompute`, keep less."""
+        where = "all" if self.precision == "tf32" else "convolutions"
+        models = self.networks if self.recompute else ()
+        with machine.tf32(str(self.pipe._execution_device), where), _recomputing(*models):
+            yield
 
     def class_gradients(self, data: ImageData, label: int) -> Tensor:
         """(E, P) of one class, with influence guidance: those given, or computed from its images."""
@@ -174,6 +210,34 @@ class Sampling:
             generator=list(generators),
             **options,
         )
+
+
+def copied(model: Any, tensor: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a model whose parameters and buffers are what `tensor` makes of its own."""
+    fresh: dict[int, Any] = {id(own): tensor(own) for own in model.buffers()}
+    for own in model.parameters():
+        fresh[id(own)] = nn.Parameter(tensor(own.detach()), requires_grad=own.requires_grad)
+    return copy.deepcopy(model, fresh)
+
+
+def _in_bfloat16(model: Any) -> Any:
+    if all(own.dtype == torch.bfloat16 for own in model.parameters()):
+        return model
+    return copied(model, lambda own: own.to(torch.bfloat16) if own.is_floating_point() else own.clone())
+
+
+@contextmanager
+def _recomputing(*models: Any) -> Iterator[None]:
+    """Inside, those of diffusers' models compute a block's activations again where a gradient needs them."""
+    able = [model for model in models if getattr(model, "_supports_gradient_checkpointing", False)]
+    chosen = [model for model in able if not model.is_gradient_checkpointing]
+    for model in chosen:
+        model.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        for model in chosen:
+            model.disable_gradient_checkpointing()
 
 
 def named(decoder: nn.Module | None) -> str | None:

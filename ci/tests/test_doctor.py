@@ -62,9 +62,8 @@ def test_doctor_speaks_where_a_package_is_missing():
 def test_verify_by_command(tmp_path, tiny_pipe, toy_data):
     from igd_lib.distillation import distill
 
-    found = distill(
-        tiny_pipe, toy_data, ipc=1, guidance=None, checkpoints=None, out_dir=tmp_path / "set", num_steps=2
-    )
+    options = dict(ipc=1, guidance=None, checkpoints=None, num_steps=2, label_ids=(4, 0, 9))
+    found = distill(tiny_pipe, toy_data, out_dir=tmp_path / "set", **options)
     run = CliRunner().invoke
     told = run(igd, ["verify", str(tmp_path / "set")])
     assert told.exit_code == 0 and "complete" in told.output

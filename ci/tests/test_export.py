@@ -106,6 +106,7 @@ def test_a_set_that_distill_made(tiny_pipe, toy_data, toy, tmp_path):
         guidance=Guidance(k=5.0, gamma=30.0, guided_range=(1, 2)),
         checkpoints=toy().checkpoints,
         num_steps=3,
+        label_ids=(4, 0, 9),
     )
     found = distill(tiny_pipe, toy_data, out_dir=tmp_path / "set", **options)
     expected = found.data()

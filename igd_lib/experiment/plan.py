@@ -22,9 +22,10 @@ from igd_lib.experiment.run import AUTO, OPTIONS, SHARED, Options, Run, split_na
 from igd_lib.experiment.scales import Scale, paper_scale
 from igd_lib.models.shapes import dit_xl_2, sd_vae
 from igd_lib.protocols import PROTOCOLS
-from igd_lib.tools.machine import cache_dir, free_disk, total_memory
+from igd_lib.tools.machine import cache_dir, free_disk, ram
 
 GIB = 2**30
+AT_ONCE = 50  # guided images side by side at most
 # Where the machine to plan for is another one: a third of an RTX 4090's bfloat16 peak, and what small
 # networks reach of it. TFLOP/s.
 ASSUMED = (50.0, 20.0)
@@ -139,7 +140,7 @@ class Plan:
     def batch(self) -> int:
         """Images side by side in a guided step; 0 where not even one fits."""
         room = int(memory.HEADROOM * self.machine.memory)
-        return self.run.batch or min(GUIDED_AT_ONCE, self.footprint.batch(room))
+        return self.run.batch or min(AT_ONCE, self.footprint.batch(room))
 
     @property
     def ram(self) -> float:
@@ -199,7 +200,7 @@ class Plan:
                 f"- {own.name}: {sampling:.3g} TFLOP/s of sampling, {training:.3g} of training",
                 f"- GPU memory of a guided step in {self.run.precision}: {step}; "
                 f"{own.memory / GIB:.0f} GiB free: {batch}",
-                f"- memory of the machine: about {self.ram / GIB:.0f} GiB ({total_memory() / GIB:.0f} there)",
+                f"- memory of the machine: about {self.ram / GIB:.0f} GiB ({ram() / GIB:.0f} there)",
                 f"- disk: about {self.disk / GIB:,.1f} GiB in {self.files:,} files ({free / GIB:,.0f} free)",
             ]
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from torch import Tensor
 
 from igd_lib.data.images import ImageData, from_tensors
 from igd_lib.sets.export import export
-from igd_lib.tools import files
+from igd_lib.tools import files, machine
+from igd_lib.tools.locks import say_once
+
+RUN = "a run that samples into it"  # who holds a lock
 
 
 class DistilledSet:
@@ -72,14 +76,53 @@ class DistilledSet:
                 return index
         return finished
 
-    def remove_leftovers(self, labels: Sequence[int] = ()) -> None:
-        """Delete what a killed run was writing: beside the manifest, and of the classes `labels`."""
-        for folder in (
-            self.path,
-            *(path(label, 0).parent for label in labels for path in (self.image_path, self.latent_path)),
-        ):
+    def lacking(self, labels: Sequence[int] | None = None) -> int:
+        """How many images of the classes `labels` (default: all of the set's) are not there."""
+        chosen = self.selected if labels is None else labels
+        return sum(self.ipc - self.finished(label) for label in chosen)
+
+    def remove_leftovers(self, labels: Sequence[int] | None = None) -> None:
+        """Delete what a killed run was writing: of the classes `labels`, by default beside the manifest.
+
+        For who holds the lock of these classes, or the set's.
+        """
+        paths = [
+            path(label, 0).parent for label in labels or () for path in (self.image_path, self.latent_path)
+        ]
+        for folder in [self.path] if labels is None else paths:
             for leftover in folder.glob(".*.tmp"):
-                leftover.unlink()
+                if not leftover.name.startswith(files.LOCK):  # another run is looking whether it can lock
+                    leftover.unlink(missing_ok=True)
+
+    # --- locks: a class's, while a run samples it; the set's, for moments, while its manifest is written
+
+    @contextmanager
+    def claimed(self, labels: Sequence[int]) -> Iterator[list[int]]:
+        """Hold the locks of those of the classes `labels` that no other run holds; gives them."""
+        machine.allow_open_files(len(labels))
+        with ExitStack() as locks:
+            mine = []
+            for label in labels:
+                with suppress(BlockingIOError):
+                    locks.enter_context(files.locked(self._lock_folder(label), RUN))
+                    mine.append(label)
+            yield mine
+
+    def check_free(self, labels: Sequence[int]) -> None:
+        """Raise BlockingIOError where another run holds one of the classes `labels`."""
+        for folder in map(self._lock_folder, labels):
+            if (folder / files.LOCK).exists():
+                with files.locked(folder, RUN):
+                    pass
+
+    def wait_for(self, label: int) -> None:
+        """Until no other run holds a class."""
+        say_once(f"{self.path}: another run is sampling what is left; waiting for it")
+        with files.locked(self._lock_folder(label), RUN, wait=True):
+            pass
+
+    def _lock_folder(self, label: int) -> Path:
+        return self.image_path(label, 0).parent
 
     def images(self, label: int) -> Tensor:
         """uint8 (ipc, 3, H, W) of one class, in order.

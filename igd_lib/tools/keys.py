@@ -75,6 +75,7 @@ FROZEN: dict[str, dict[str, Any]] = {
         "shortcuts": {"jacobian": "full", "every": 1, "checkpoints_per_step": None, "guidance_decoder": None},
         "checkpoints": None,
         "output_resize": None,
+        "precision": "float32",
     },
     "evaluation": {
         "protocol": {

@@ -14,6 +14,13 @@ from typing import Any
 
 import torch
 
+try:
+    import resource
+except ImportError:  # not on this system
+    resource = None  # type: ignore[assignment]
+
+USUAL_FILES = 512  # what a process has open besides
+
 
 def data_dir() -> Path:
     """Where data sets live: `$IGD_DATA`, else `~/.cache/igd/data`."""
@@ -66,11 +73,6 @@ def free_disk(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def total_memory() -> int:
-    """Bytes of the machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def reuse_memory() -> None:
     """On Linux with glibc: let this process keep the memory that it frees, for its own next use.
 
@@ -94,6 +96,17 @@ def ram() -> int:
         with suppress(OSError, ValueError):  # no such file, or "max"
             found = min(found, int(Path(limit).read_text()))
     return found
+
+
+def allow_open_files(count: int) -> None:
+    """Let this process have `count` more files open, such as locks, as far as the system permits."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + USUAL_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
 
 
 def has_bfloat16(device: str) -> bool:
