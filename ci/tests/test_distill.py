@@ -38,9 +38,7 @@ def run(tiny_pipe, toy, toy_data, tmp_path):
     """Factory: distil 3 images of each of the toy's 3 classes into a folder of `tmp_path`, in 6 steps."""
 
     def run(folder="set", **changes):
-        options = dict(
-            ipc=3, guidance=GUIDANCE, checkpoints=toy().checkpoints, num_steps=6, label_ids=IDS
-        )
+        options = dict(ipc=3, guidance=GUIDANCE, checkpoints=toy().checkpoints, num_steps=6, label_ids=IDS)
         return distill(tiny_pipe, toy_data, out_dir=tmp_path / folder, **(options | changes))
 
     return run
@@ -760,7 +758,9 @@ def test_images_of_another_size_are_refused_before_anything_is_sampled(run, toy_
     other = toy_data.at(32)
     message = "diffusion model makes images of 16 px, those of toy have 32"
     with pytest.raises(ValueError, match=message):
-        distill(tiny_pipe, other, ipc=1, guidance=None, checkpoints=None, out_dir=tmp_path / "x", label_ids=IDS)
+        distill(
+            tiny_pipe, other, ipc=1, guidance=None, checkpoints=None, out_dir=tmp_path / "x", label_ids=IDS
+        )
     assert not (tmp_path / "x").exists()
     found = run(guidance=None, checkpoints=None)
     found.image_path(0, 2).unlink()

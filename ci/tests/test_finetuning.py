@@ -234,8 +234,8 @@ def flowers(tmp_path):
 
 def test_the_command_takes_a_folder(ten, flowers):
     """Its classes, in the order of their names; images of the DiT's size, of which it says so."""
-    ten.save_pretrained(cache_dir() / "models" / plan.DIT[0].split("/")[1])
-    ten.vae.save_pretrained(cache_dir() / "models" / plan.SD_VAE[0].split("/")[1])
+    ten.save_pretrained(cache_dir() / "models" / pieces.DIT[0].split("/")[1])
+    ten.vae.save_pretrained(cache_dir() / "models" / pieces.SD_VAE[0].split("/")[1])
     out, short = cache_dir() / "models" / "DiT-flowers", ["--steps", "2", "--batch-size", "4"]
     told = CliRunner().invoke(igd, ["finetune", str(flowers), str(out), *short, "--image-size", "20"])
     assert told.exit_code == 0 and "images of 20 px are resized to the DiT's 16 px" in told.output, (
@@ -252,7 +252,7 @@ def test_the_command_takes_a_folder(ten, flowers):
     refused = CliRunner().invoke(igd, ["finetune", str(flowers), str(out) + "2", *short])
     assert refused.exit_code == 1 and "DiT-XL/2 knows the classes of" in refused.output
     assert "imagenet_ids.csv): it is sampled as it is; --base FOLDER" in refused.output
-    base = ["--base", str(cache_dir() / "models" / plan.DIT[0].split("/")[1])]
+    base = ["--base", str(cache_dir() / "models" / pieces.DIT[0].split("/")[1])]
     told = CliRunner().invoke(igd, ["finetune", str(flowers), str(out) + "2", *short, *base])
     assert told.exit_code == 0, told.output
     lost = CliRunner().invoke(igd, ["finetune", str(flowers / "x"), str(out) + "3"])

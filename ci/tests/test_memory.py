@@ -1,17 +1,15 @@
-"""Memory: the dry run against real tensors, what is read of a machine, and what runs do where it is scarce."""
+"""Memory: the dry run against real tensors, what is read of a machine, and runs where it is scarce."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel
 
 from igd_lib import memory
 from igd_lib.config import RELEASED
-from igd_lib.guides import GuideFactory, Shortcuts
-from igd_lib.memory import Footprint, Live, Models, Surrogate
+from igd_lib.guides import Shortcuts
+from igd_lib.memory import Live, Models, Surrogate
 from igd_lib.models.networks import network
 from igd_lib.pipeline import IGDPipeline
 from igd_lib.sampling import Sampling

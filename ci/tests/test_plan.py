@@ -12,9 +12,20 @@ from igd_lib.__main__ import igd
 from igd_lib.experiment import plan
 from igd_lib.experiment.artefacts import ARTEFACTS
 from igd_lib.experiment.run import Run
+from igd_lib.memory import Footprint
 
 ROOT = Path(__file__).parents[2]
 CARD = plan.other_machine(24)
+
+
+@pytest.fixture(autouse=True)
+def known_footprints(monkeypatch):
+    """What `test_memory` measures at the paper's shapes takes half a minute to find: here it is given."""
+    found = {
+        "float32": Footprint(3_350_000_000, 3_057_000_000),
+        "bfloat16": Footprint(1_720_000_000, 1_700_000_000),
+    }
+    monkeypatch.setattr(plan, "guided_step", lambda surrogate, precision: found[precision])
 
 
 @pytest.mark.parametrize("name", [name for name, about in ARTEFACTS.items() if about.paper])
@@ -38,8 +49,9 @@ def test_a_plan_has_the_notebook_s_rows(only_fashion):
         cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
         used = set(re.findall(r"comparisons\.(\w+)\(", "".join("".join(cell["source"]) for cell in cells)))
         source = inspect.getsource(plan.ROWS.get(name[:2], plan._baselines))
-        line = next((line for line in source.splitlines() if f'"{name[:2]}"' in line), source)
-        assert used <= set(re.findall(r"comparisons\.(\w+)\(", line)), name
+        if "lambda" in source:  # the source of all of them
+            source = next(line for line in source.splitlines() if f'"{name[:2]}"' in line)
+        assert used <= set(re.findall(r"comparisons\.(\w+)\(", source)), name
 
 
 def test_hours_follow_what_is_asked(only_fashion):
@@ -48,8 +60,9 @@ def test_hours_follow_what_is_asked(only_fashion):
 
     ten, fifty = hours(ipc=10), hours(ipc=50)
     assert 3 < fifty / ten < 5.5  # the surrogate is trained once
-    assert hours(ipc=10, seeds="1") < ten / 3
-    assert hours(ipc=10, methods="Random,RDED") < ten / 3
+    one, two = hours(ipc=10, seeds="1"), hours(ipc=10, seeds="2")
+    assert ten == pytest.approx(one + 4 * (two - one))
+    assert hours(ipc=10, methods="Random,RDED") < ten / 2
     quick = plan.of("03_imagenet1k", "imagenet", Run(), plan.other_machine(24, (100.0, 40.0))).hours
     assert quick == pytest.approx(ten / 2)
 
@@ -82,7 +95,7 @@ def test_the_command(only_fashion):
         (["plan", "01", "-p", "ipcs", "5"], "unknown parameter 'ipcs'"),
         (["plan", "01", "-p", "dataset", "imagewolf"], "unknown data set 'imagewolf'"),
         (["plan", "01", "-p", "seeds", "x"], "seeds are numbers like"),
-        (["plan", "01", "-p", "ipc", "ten"], "ipc"),
+        (["plan", "01", "-p", "ipc", "ten"], "ipc is a whole number, got 'ten'"),
     ):
         told = CliRunner().invoke(igd, given)
         assert told.exit_code == 1 and line in told.output and "Traceback" not in told.output, told.output

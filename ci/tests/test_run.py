@@ -91,8 +91,10 @@ def test_every_notebook_is_known():
 def test_a_notebook_s_defaults_are_a_run_s(name):
     """The same default in each notebook, and the data set that the plan is made for."""
     found = parameters_of(name)
+    if not ARTEFACTS[name].paper:
+        return
     assert Run.of(found) == Run(options=Run.of(found).options)
     assert found.get("dataset", ARTEFACTS[name].dataset) == ARTEFACTS[name].dataset
-    if ARTEFACTS[name].paper and name != "02_checkpoints":
+    if name != "02_checkpoints":
         assert {"classes", "batch", "precision"} <= set(found)
         assert ("networks" in found) == bool(ARTEFACTS[name].networks) == ("protocol" in found)

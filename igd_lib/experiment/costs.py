@@ -21,7 +21,8 @@ from igd_lib.teacher_training import teacher_recipe
 from igd_lib.tools.machine import tf32
 
 TRAINING = 3  # forward passes that a pass forward and back costs
-# The gradient, by an image, of a cosine with a gradient by the weights: counted for ConvNet-3 and ConvNet-6.
+# The gradient, by an image, of a cosine with a gradient by the weights: counted for ConvNet-3 and ConvNet-6 at
+# one image (torch's counter counts the groups of several images' convolutions too often).
 SECOND_ORDER = 7.8
 CHECKPOINTS = 4  # that guide, where Algorithm 2 has not chosen yet
 PNG, LATENT = 0.62, 16_500  # bytes: of a PNG by byte of its pixels; of a latent's file

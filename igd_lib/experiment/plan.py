@@ -22,6 +22,7 @@ from igd_lib.experiment.run import AUTO, OPTIONS, SHARED, Options, Run, split_na
 from igd_lib.experiment.scales import Scale, paper_scale
 from igd_lib.models.shapes import dit_xl_2, sd_vae
 from igd_lib.protocols import PROTOCOLS
+from igd_lib.sampling import Precision
 from igd_lib.tools.machine import cache_dir, free_disk, ram
 
 GIB = 2**30
@@ -121,7 +122,6 @@ class Plan:
     pieces: Sequence[Piece]
     work: costs.Work
     footprint: memory.Footprint  # of a guided step, in bytes
-    decoding: memory.Footprint
 
     @cached_property
     def stages(self) -> list[costs.Stage]:
@@ -250,24 +250,17 @@ def of(name: str, dataset: str, run: Run, machine: Machine | None = None) -> Pla
     if run.protocol != AUTO:
         scale = replace(scale, protocol=PROTOCOLS[run.protocol])
     work = _work(name, about, scale, run)
-    models = paper_models()
     surrogate = memory.Surrogate(scale.surrogate, len(spec.classes), costs.CHECKPOINTS)
-    return Plan(
-        name,
-        run,
-        machine or this_machine(run.precision),
-        pieces(dataset, about),
-        work,
-        memory.guided_step(models, surrogate, precision=run.precision),
-        memory.decoding(models, precision=run.precision),
-    )
+    footprint = guided_step(surrogate, run.precision)
+    return Plan(name, run, machine or this_machine(run.precision), pieces(dataset, about), work, footprint)
 
 
 @cache
-def paper_models() -> memory.Models:
-    """DiT-XL/2 and its autoencoder, by configuration."""
+def guided_step(surrogate: memory.Surrogate, precision: Precision) -> memory.Footprint:
+    """Of DiT-XL/2 and its autoencoder, by configuration: half a minute, once."""
     with torch.device("meta"):
-        return memory.Models(dict(dit_xl_2().config), dict(sd_vae().config))
+        models = memory.Models(dict(dit_xl_2().config), dict(sd_vae().config))
+    return memory.guided_step(models, surrogate, precision=precision)
 
 
 def asked(notebook: str, given: Mapping[str, str]) -> tuple[str, str, Run]:
@@ -281,11 +274,17 @@ def asked(notebook: str, given: Mapping[str, str]) -> tuple[str, str, Run]:
     known, without_cost = (*SHARED, *OPTIONS, "dataset"), ("scale", "save_to")
     if unknown := [name for name in given if name not in (*known, *without_cost)]:
         raise ValueError(f"unknown parameter {unknown[0]!r}; known: {', '.join(known)}")
-    numbers = {name: int(given[name]) for name in ("ipc", "batch") if name in given}
+    numbers = {name: _whole(name, given[name]) for name in ("ipc", "batch") if name in given}
     dataset = given.get("dataset", ARTEFACTS[names[0]].dataset)
     if dataset not in DATASETS:
         raise ValueError(f"unknown data set {dataset!r}; known: {', '.join(sorted(DATASETS))}")
     return names[0], dataset, Run.of({**given, **numbers})
+
+
+def _whole(name: str, text: str) -> int:
+    if not text.strip().isdecimal():
+        raise ValueError(f"{name} is a whole number, got {text!r}")
+    return int(text)
 
 
 def _work(name: str, about: Artefact, scale: Scale, run: Run) -> costs.Work:
