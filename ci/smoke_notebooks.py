@@ -1,8 +1,10 @@
-"""Runs every notebook at scale "smoke" under nbval, in a scratch folder.
+"""Runs notebooks at scale "smoke" or "rehearsal" under nbval, in a scratch folder.
 
-The notebooks' own asserts decide: their outputs are stripped, so there is nothing to compare with. `--twice`
-names notebooks (or "all") that run twice in one kernel, the second time with another number of images: what
-somebody does who changes a parameter and runs all cells again.
+The notebooks' own asserts decide: their outputs are stripped, so there is nothing to compare with. A
+rehearsal runs the code of the paper's scale on fakes in the real layouts (`fakes`), made once for all; a
+notebook without a paper scale has none. `--twice` names notebooks (or "all") that run twice in one kernel,
+the second time with another number of images: what somebody does who changes a parameter and runs all cells
+again.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,57 +26,77 @@ from papermill.parameterize import parameterize_notebook
 from igd_lib.tools.machine import data_dir
 
 ROOT = Path(__file__).parents[1]
+SCALES = ("smoke", "rehearsal")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scale", choices=SCALES, default="smoke")
     parser.add_argument("--twice", nargs="*", default=[], help='beginnings of names, or "all"')
     parser.add_argument("--only", nargs="*", default=[], help="beginnings of names; default: all notebooks")
     given = parser.parse_args(arguments)
-    notebooks = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    if given.only:
-        notebooks = [path for path in notebooks if path.name.startswith(tuple(given.only))]
+    notebooks = chosen(given.scale, given.only)
     if not notebooks:
-        print(f"no such notebooks in {ROOT / 'notebooks'}", file=sys.stderr)
+        print(f"no such notebooks for a {given.scale} run in {ROOT / 'notebooks'}", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch) / "notebooks"
+        place.mkdir()
         for path in notebooks:
             again = "all" in given.twice or path.name.startswith(tuple(given.twice) or ("none",))
-            nbformat.write(prepared(path, twice=again), Path(scratch) / path.name)
-        return run(scratch)
+            nbformat.write(prepared(path, given.scale, twice=again), place / path.name)
+        return run(place, environment(given.scale, Path(scratch)))
 
 
-def prepared(path: Path, *, twice: bool) -> Any:
-    """A notebook at scale "smoke"; its cells once more behind them, with IPC 1 where it has one, if
-    `twice`.
-    """
+def chosen(scale: str, only: Sequence[str] = ()) -> list[Path]:
+    """The notebooks that have the scale, in order; of these, those whose names begin with one of `only`."""
+    found = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    if scale == "rehearsal":
+        found = [path for path in found if has_paper_scale(path.stem)]
+    return [path for path in found if not only or path.name.startswith(tuple(only))]
+
+
+def has_paper_scale(name: str) -> bool:
+    """Whether a notebook has one to rehearse."""
+    try:
+        from igd_lib.experiment.artefacts import ARTEFACTS
+    except ModuleNotFoundError:
+        return not name.startswith("00_")
+    return name in ARTEFACTS and ARTEFACTS[name].paper
+
+
+def prepared(path: Path, scale: str, *, twice: bool) -> Any:
+    """A notebook at a scale; its cells once more behind them, with IPC 1 where it has one, if `twice`."""
     bare = load_notebook_node(str(path))
-    first = parameterize_notebook(copy.deepcopy(bare), {"scale": "smoke"})
+    first = parameterize_notebook(copy.deepcopy(bare), {"scale": scale})
     if twice:
         has_ipc = any("ipc: int" in cell.source for cell in bare.cells if cell.cell_type == "code")
-        second = parameterize_notebook(bare, {"scale": "smoke"} | ({"ipc": 1} if has_ipc else {}))
+        second = parameterize_notebook(bare, {"scale": scale} | ({"ipc": 1} if has_ipc else {}))
         for number, cell in enumerate(second.cells):
             cell.id = f"again-{number}"
         first.cells += second.cells
     return first
 
 
-def run(scratch: str) -> int:
+def environment(scale: str, scratch: Path) -> dict[str, str]:
+    """Where notebooks find data and models, and keep their work."""
+    if scale == "smoke":
+        return {"IGD_DATA": str(data_dir().resolve()), "IGD_CACHE": str(scratch / "cache")}
+    sys.path.insert(0, str(ROOT))  # this file is run as a script
+    from ci import fakes
+
+    return fakes.make(scratch / "fakes", extras=True)
+
+
+def run(folder: Path, own: Mapping[str, str]) -> int:
     """The notebooks of a folder under nbval, two or more side by side; pytest's exit status."""
-    data = data_dir().resolve()  # before the cache moves
-    environment = {
-        **os.environ,
-        "IGD_DATA": str(data),
-        "IGD_CACHE": f"{scratch}/cache",
-        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-        "OMP_NUM_THREADS": "1",
-    }
+    always = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "OMP_NUM_THREADS": "1"}
     # The kernel is this Python's own, whatever other kernelspecs the machine has.
     nbval = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout", "600"]
     side_by_side = ["-n", "auto", "--dist", "loadfile"]  # a notebook's cells in order, on one worker
     plugins = ["-p", "no:cacheprovider", *side_by_side, *nbval]
-    command = [sys.executable, "-m", "pytest", "-q", *plugins, "--rootdir", scratch, scratch]
-    return subprocess.run(command, cwd=scratch, env=environment, check=False).returncode
+    command = [sys.executable, "-m", "pytest", "-q", *plugins, "--rootdir", str(folder), str(folder)]
+    return subprocess.run(command, cwd=folder, env={**os.environ, **own, **always}, check=False).returncode
 
 
 if __name__ == "__main__":
