@@ -17,6 +17,7 @@ import torch
 
 from ci.tests.test_distill import assert_same_pixels, latents, pixels, victim
 from igd_lib.evaluation import evaluate_all
+from igd_lib.experiment import measures
 from igd_lib.experiment.experiment import prepare
 from igd_lib.experiment.methods import Method
 from igd_lib.protocols import IGD_HARD
@@ -122,9 +123,13 @@ def test_notebooks_sample_on_a_cluster_where_one_is_named(
     """`IGD_RAY`: the same images, and they were made by workers."""
     found, chunks = {}, []
     run_all = cluster.run_all
-    monkeypatch.setattr(
-        cluster, "run_all", lambda *given, **options: chunks.append(given[3]) or run_all(*given, **options)
-    )
+
+    def seen(*given, label, **options):
+        if label.startswith("distil"):
+            chunks.append(given[3])
+        return run_all(*given, label=label, **options)
+
+    monkeypatch.setattr(cluster, "run_all", seen)
     for where in ("0", "1"):
         monkeypatch.setenv("IGD_RAY", where)
         monkeypatch.setenv("IGD_CACHE", str(tmp_path / where))
@@ -132,6 +137,46 @@ def test_notebooks_sample_on_a_cluster_where_one_is_named(
         found[where] = made.set(Method(guidance=made.scale.guidance), 0, 1)
     assert len(chunks) == 1 and sum(map(len, chunks[0])) == len(found["1"].selected)
     assert_same_pixels(found["0"], found["1"])
+
+
+@pytest.mark.slow
+def test_what_comes_before_and_after_sampling_are_tasks_too(
+    two_processors, only_fashion, tmp_path, one_thread, monkeypatch
+):
+    """Surrogate, class gradients, Algorithm 2, RDED and all evaluation cells at once: the same results."""
+    tasks, found, run_all = {}, {}, cluster.run_all
+
+    def counted(*given, label, **options):
+        tasks[label] = len(given[3])
+        return run_all(*given, label=label, **options)
+
+    monkeypatch.setattr(cluster, "run_all", counted)
+    for where in ("0", "1"):
+        monkeypatch.setenv("IGD_RAY", where)
+        monkeypatch.setenv("IGD_CACHE", str(tmp_path / where))
+        made = prepare("01_nette_woof", "fashion-mnist", "smoke")
+        checkpoints, gradients = made.retained
+        sets = made.sets([Method("random"), Method("rded")], 1, 2)
+        rows = measures.accuracy_rows(made, sets, ["convnet1", "convnet2"])
+        again = measures.accuracy_rows(made, sets, ["convnet1", "convnet2"])  # read by the driver
+        assert rows.equals(again)
+        found[where] = (
+            [value for state in checkpoints.states for value in state.values()],
+            [gradients(label) for label in range(10)],
+            list(made.surrogates.similarity_matrices().values()),
+            [images.fetch(torch.arange(10)) for _, _, images in sets],
+            [torch.tensor(rows.value.tolist())],
+        )
+    for alone, spread in zip(*found.values(), strict=True):
+        assert len(alone) == len(spread) > 0
+        assert all(torch.equal(one, other) for one, other in zip(alone, spread, strict=True))
+    assert tasks == {
+        "surrogate": 1,
+        "Algorithm 2, class, chunk": 1,
+        "class gradients, class, chunk": 2,
+        "RDED, class": 10,
+        "evaluate, cell": 8,
+    }
 
 
 def double(shared: int, item: int) -> int:

@@ -573,7 +573,7 @@ def test_the_minimax_model_of_a_folder(own_paper, tiny_pipe):
 def test_rded_s_images_are_kept(smoke, monkeypatch):
     first = smoke.set(RDED, 0, 1)
     assert first.labels.tolist() == list(range(10)) and "RDED, ipc 1, factor 1, seed 0" in first.split
-    monkeypatch.setattr(registry.rded, "rded", None)
+    monkeypatch.setattr(registry.rded, "selection", None)
     again = smoke.set(RDED, 0, 1)
     assert torch.equal(again.fetch(torch.arange(10)), first.fetch(torch.arange(10)))
 

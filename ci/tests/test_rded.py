@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms
 
-from igd_lib.baselines.rded import Grids, grid, grids_of, rded, through_jpeg
+from igd_lib.baselines.rded import Grids, grid, grids_of, rded, selection, through_jpeg
 from igd_lib.data.datasets import DataSpec
 from igd_lib.data.images import ImageData, from_tensors, load
 from igd_lib.teachers import Teacher
@@ -72,8 +75,8 @@ def by_hand(data: ImageData, judge: Teacher, size: int, factor: int, crops: int,
     spread = transforms.Normalize((0.0,) * 3, [1 / value for value in judge.std])
     back = transforms.Compose([spread, transforms.Normalize([-value for value in judge.mean], (1.0,) * 3)])
     found = []
-    torch.manual_seed(seed)
     for label in range(len(data.classes)):
+        torch.manual_seed(seed * 1_000_003 + label)  # each class by itself
         scored = []
         for index in data.class_indices(label).tolist():
             image = to_tensor(data.photograph(index))
@@ -104,6 +107,18 @@ def test_it_is_rded_step_by_step(photographs, factor):
     with torch.no_grad(), torch.random.fork_rng():
         expected = by_hand(drawn, judge, 48, factor, crops=5, seed=3)
     assert torch.equal(found.fetch(torch.arange(2)), expected)
+
+
+def test_a_class_is_the_same_whatever_was_made_before(photographs):
+    """So a run can be interrupted, or divided among machines."""
+    judge = teacher()
+    grids = Grids(48, 2, 6, 2, 75)
+    whole = rded(photographs, judge, 1, size=48, candidates=6, crops=2, seed=5)
+    chosen = selection(photographs, judge, 1, grids, seed=5, device="cpu")
+    for label in (1, 0, 1):
+        assert torch.equal(chosen(label), whole.of_class(label))
+    other = selection(photographs, judge, 1, grids, seed=6, device="cpu")
+    assert not torch.equal(other(1), chosen(1))
 
 
 def test_patches_come_from_the_whole_photograph(tmp_path):
@@ -207,3 +222,57 @@ def test_what_cannot_be_had_is_refused(steps):
         ValueError, match="ipc 4 with factor 2 needs 16 images a class, the smallest class has 12"
     ):
         rded(steps, teacher(), 4)
+
+
+PEAK = """
+import os, resource, sys, threading, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from igd_lib.baselines.rded import Grids, selection, split_of
+from igd_lib.data.images import from_tensors
+from igd_lib.experiment.registry import kept_by_class
+from igd_lib.sets.class_files import ClassFiles
+from igd_lib.teachers import Teacher
+
+def rss():
+    return 4096 * int(Path("/proc/self/statm").read_text().split()[1]) - shared()
+
+def shared():  # pages of files, such as the code's
+    return 4096 * int(Path("/proc/self/statm").read_text().split()[2])
+
+classes, ipc = 200, 10
+names = tuple(f"c{i:03d}" for i in range(classes))
+labels = torch.arange(classes).repeat_interleave(ipc)
+images = torch.randint(0, 256, (len(labels), 3, 32, 32), dtype=torch.uint8)
+data = from_tensors("noise", "train", names, images, labels)
+model = torch.nn.Sequential(torch.nn.AvgPool2d(56), torch.nn.Flatten(), torch.nn.Linear(48, classes))
+teacher = Teacher(model, "linear", "none", names, (0.5,) * 3, (0.5,) * 3, 0.0)
+kept = ClassFiles(Path(sys.argv[1]), "noise", split_of(ipc, 1, 0), names, ipc, 224)
+chosen = selection(data, teacher, ipc, Grids(224, 1, ipc, 1), seed=0, device="cpu")
+before, most, running = rss(), [0], [True]
+
+def watch():
+    while running:
+        most[0] = max(most[0], rss())
+        time.sleep(0.002)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+found = kept_by_class("rded", {"seed": 0}, kept, lambda: chosen, "RDED")
+running.clear()
+watcher.join()
+size = len(found) * 3 * 224 * 224
+assert not found.slow
+kept_by_class("rded", {"seed": 0}, kept, None, "RDED")  # from disk
+print(size, most[0] - before)
+"""
+
+
+@pytest.mark.slow
+def test_a_set_is_made_in_one_and_a_half_of_its_own_size(tmp_path):
+    """300 MB of it, of noise, by a trivial teacher; what a class takes included."""
+    command = [sys.executable, "-c", PEAK, str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    size, peak = map(int, found.stdout.split())
+    assert size > 300e6 and size <= peak < 1.5 * size

@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import pickle
 import threading
 import time
 import weakref
@@ -32,6 +33,7 @@ from igd_lib.surrogate import (
     train_surrogate,
 )
 from igd_lib.tools import files, progress
+from igd_lib.tools.recent import Recent
 
 # Two classes, two parameters, five epochs; every cosine below can be done in the head.
 TRAJECTORY = torch.tensor(
@@ -369,6 +371,73 @@ def test_class_gradients_are_kept_on_disk_with_their_origin(toy, toy_data, tmp_p
     )
     with pytest.raises(ValueError, match="weights = "):
         ClassGradients(moved, toy_data, tmp_path, images=4)(1)
+
+
+def test_sets_sampled_class_after_class_read_each_file_once(toy, toy_data, tmp_path, monkeypatch):
+    """Four sets, in chunks of two classes, with room for two: else each set reads each file."""
+    checkpoints = toy().checkpoints
+    ClassGradients(checkpoints, toy_data, tmp_path).keep(range(3))
+    room = 2 * 3 * sum(4 * p.numel() for p in checkpoints.model.parameters())
+    read, load = [], files.load_tensors
+    monkeypatch.setattr(surrogate.files, "load_tensors", lambda path: read.append(path.name) or load(path))
+    for limit, times in ((room, 1), (room - 1, 4), (0, 4), (None, 1)):
+        read.clear()
+        gradients = ClassGradients(checkpoints, toy_data, tmp_path, limit=limit)
+        for chunk in ((0, 1), (2,)):
+            for _ in range(4):
+                found = [gradients(label) for label in chunk]
+                assert all(
+                    torch.equal(one, load(gradients._path(label))[0]["gradients"])
+                    for one, label in zip(found, chunk, strict=True)
+                )
+        expected = times if limit != room - 1 else 4
+        assert [read.count(f"{label:05d}.safetensors") for label in (0, 1)] == [expected] * 2
+        assert gradients._recent.bytes <= (gradients._recent.limit)
+    sent = pickle.loads(pickle.dumps(gradients._recent))
+    assert sent.limit == gradients._recent.limit and sent.bytes == 0 < gradients._recent.bytes
+
+
+def test_the_tensors_last_used_are_held():
+    recent, tensors = Recent(12), [torch.full((1,), float(number)) for number in range(4)]
+    for number in (0, 1, 2):
+        recent.put(number, tensors[number])
+    assert recent.get(0) is tensors[0]
+    recent.put(3, tensors[3])
+    assert [recent.get(number) is not None for number in range(4)] == [True, False, True, True]
+    recent.put(4, torch.zeros(4))  # more than there is room for
+    assert recent.bytes == 0
+
+
+def test_a_class_that_another_run_computes_is_waited_for_and_no_other(toy, toy_data, tmp_path, monkeypatch):
+    compute, made, begun, go_on = surrogate.class_gradients, [], threading.Event(), threading.Event()
+
+    def slow(checkpoints, images, label):
+        made.append(label)
+        if label == 1:
+            begun.set()
+            assert go_on.wait(10)
+        return compute(checkpoints, images, label)
+
+    monkeypatch.setattr(surrogate, "class_gradients", slow)
+    checkpoints = toy().checkpoints
+    first, second = (ClassGradients(checkpoints, toy_data, tmp_path) for _ in range(2))
+    with ThreadPoolExecutor(2) as pool:
+        computing = pool.submit(first, 1)
+        assert begun.wait(10)
+        assert second(2).shape == second(0).shape and made == [1, 2, 0]
+        waiting = pool.submit(second, 1)
+        time.sleep(0.1)
+        assert not waiting.done()
+        go_on.set()
+        assert torch.equal(waiting.result(), computing.result()) and made == [1, 2, 0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{n:05d}.safetensors" for n in range(3)]
+
+
+def test_class_gradients_are_computed_on_the_model_s_device(toy, toy_data):
+    """Wherever the states of the trajectory lie."""
+    checkpoints = toy().checkpoints
+    elsewhere = replace(checkpoints, model=copy.deepcopy(checkpoints.model).to("meta"))
+    assert class_gradients(elsewhere, toy_data.of_class(0), 0).device.type == "meta"
 
 
 def test_regular_checkpoints():

@@ -76,53 +76,93 @@ def rded(
     the area, scaled to 1 / factor of the side). A patch's score is the teacher's cross-entropy on it, in the
     middle of a black frame of the image's size (black: zero after normalisation); an image's best patch
     stands for it, and the ipc x factor^2 best images are taken, the best `ipc` of them to the first cell of
-    each image, the next to the second. Candidates are raised to as many images as are needed. The teacher is
-    checked first. Raises ValueError for a wrong teacher (`check_teacher`), settings out of their ranges, or
-    too few images.
+    each image, the next to the second. Candidates are raised to as many images as are needed. A class's
+    patches depend on seed and label alone. The teacher is checked first. Raises ValueError for a wrong
+    teacher (`check_teacher`), settings out of their ranges, or too few images.
     """
     wanted = Grids(size or data.image_size, factor, candidates, crops, jpeg_quality)
+    chosen = selection(data, teacher, ipc, wanted, seed=seed, device=device)
+    classes = len(data.classes)
+    images = torch.empty(classes * ipc, 3, wanted.size, wanted.size, dtype=torch.uint8)
+    for label in progress(range(classes), "RDED, class"):
+        images[label * ipc : (label + 1) * ipc] = chosen(label)
+    labels = torch.arange(classes).repeat_interleave(ipc)
+    return from_tensors(data.name, split_of(ipc, factor, seed), data.classes, images, labels)
+
+
+def split_of(ipc: int, factor: int, seed: int) -> str:
+    """What the images call themselves."""
+    return f"RDED, ipc {ipc}, factor {factor}, seed {seed}"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Who chooses images of what: a label's images, uint8 (ipc, 3, size, size), where it is called."""
+
+    drawn: ImageData  # the candidates
+    teacher: Teacher
+    ipc: int
+    grids: Grids
+    seed: int
+    device: str
+
+    def to(self, device: str) -> Selection:
+        """The same with the teacher on a device."""
+        return replace(self, teacher=_on(self.teacher, device), device=device)
+
+    def __call__(self, label: int) -> Tensor:
+        grids = self.grids
+        with torch.random.fork_rng(devices=[]):  # torchvision's crops draw from the global generator
+            torch.manual_seed(self.seed * 1_000_003 + label)
+            best = _best(self, label)
+        images = _stored(grid(best, grids.factor, grids.size), self.teacher)
+        return images if grids.jpeg_quality is None else through_jpeg(images, grids.jpeg_quality)
+
+
+def selection(
+    data: ImageData, teacher: Teacher, ipc: int, grids: Grids, *, seed: int, device: str
+) -> Selection:
+    """What `rded` asks for each class: candidates drawn, the teacher checked. Raises ValueError alike."""
     check_class_order(teacher.classes, data.classes, ("teacher", "data"))
-    needed = ipc * factor**2
+    needed = ipc * grids.factor**2
     smallest = int(data.labels.bincount(minlength=len(data.classes)).min())
     if needed > smallest:
         raise ValueError(
-            f"ipc {ipc} with factor {factor} needs {needed} images a class, the smallest class has {smallest}"
+            f"ipc {ipc} with factor {grids.factor} needs {needed} images a class, the smallest class has "
+            f"{smallest}"
         )
-    teacher = replace(teacher, model=teacher.model.to(device).eval())
+    teacher = _on(teacher, device)
     # As RDED tests: 256 px before the centre's 224.
-    test = replace(RDED_SOFT, image_size=wanted.size, test_resize=max(wanted.size, wanted.size // 7 * 8))
+    test = replace(RDED_SOFT, image_size=grids.size, test_resize=max(grids.size, grids.size // 7 * 8))
     check_teacher(teacher, data, test)
-    drawn = data.per_class(min(max(candidates, needed), smallest), seed)
-    found = []
-    with torch.random.fork_rng(devices=[]):  # torchvision's crops draw from the global generator
-        torch.manual_seed(seed)
-        for label in progress(range(len(data.classes)), "RDED, class"):
-            best = _best(teacher, drawn, label, wanted, needed, device)
-            images = _stored(grid(best, factor, wanted.size), teacher)
-            found.append(images if jpeg_quality is None else through_jpeg(images, jpeg_quality))
-    labels = torch.arange(len(data.classes)).repeat_interleave(ipc)
-    split = f"RDED, ipc {ipc}, factor {factor}, seed {seed}"
-    return from_tensors(data.name, split, data.classes, torch.cat(found), labels)
+    drawn = data.per_class(min(max(grids.candidates, needed), smallest), seed)
+    return Selection(drawn, teacher, ipc, grids, seed, device)
 
 
-def _best(teacher: Teacher, drawn: ImageData, label: int, wanted: Grids, count: int, device: str) -> Tensor:
-    """float (count, 3, s, s), normalised, the surest first: each the best patch of one image of a class."""
-    side = wanted.size // wanted.factor
-    originals = _originals(drawn, drawn.class_indices(label))
-    patches = torch.stack([_patches(image, side, wanted.crops) for image in originals])
-    patches = normalise(patches, teacher.mean, teacher.std)
-    scores = _cross_entropy(teacher, patches.flatten(0, 1), label, wanted.size, device)
+def _on(teacher: Teacher, device: str) -> Teacher:
+    return replace(teacher, model=teacher.model.to(device).eval())
+
+
+def _best(chosen: Selection, label: int) -> Tensor:
+    """float (ipc factor^2, 3, s, s), normalised, the surest first: each the best patch of an image."""
+    grids, teacher = chosen.grids, chosen.teacher
+    side, indices = grids.size // grids.factor, chosen.drawn.class_indices(label)
+    patches = torch.empty(len(indices), grids.crops, 3, side, side)
+    for own, image in zip(patches, _originals(chosen.drawn, indices), strict=True):
+        own.copy_(normalise(_patches(image, side, grids.crops), teacher.mean, teacher.std))
+    scores = _cross_entropy(teacher, patches.flatten(0, 1), label, grids.size, chosen.device)
     scores = scores.reshape(patches.shape[:2])
     best = scores.argmin(1)
-    order = scores.gather(1, best[:, None])[:, 0].argsort(stable=True)[:count]
+    order = scores.gather(1, best[:, None])[:, 0].argsort(stable=True)[: chosen.ipc * grids.factor**2]
     return patches[order, best[order]]
 
 
 def _originals(data: ImageData, indices: Tensor) -> Iterator[Tensor]:
     """float [0, 1] (3, H, W) each: images as they are stored, of any shape, decoded several at once."""
     with ThreadPoolExecutor(THREADS) as pool:
-        for image in pool.map(data.photograph, indices.tolist()):
-            yield to_tensor(image)
+        for few in indices.split(4 * THREADS):  # no more than these are held decoded
+            for image in pool.map(data.photograph, few.tolist()):
+                yield to_tensor(image)
 
 
 def _patches(image: Tensor, side: int, crops: int) -> Tensor:

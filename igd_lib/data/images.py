@@ -99,7 +99,7 @@ class ImageData:
             return self
         split = self.split if how == self.resize else f"{self.split}, {how}"
         found = replace(self, split=split, image_size=size, resize=how, original=self.photograph)
-        return _held(replace(found, fetch=_maker(self.photograph, size, how), slow=True))
+        return held(replace(found, fetch=_maker(self.photograph, size, how), slow=True))
 
     def of_labels(self, labels: Sequence[int]) -> ImageData:
         """The images of some classes alone, which get the labels 0, 1, ... in that order."""
@@ -331,7 +331,7 @@ def _image_data(spec: DataSpec, stored: str, found: Found) -> ImageData:
 
     fetch = _maker(original, size, how)
     data = ImageData(spec.name, split, found.classes, found.labels, size, fetch, original, how, slow=True)
-    return _held(data)
+    return held(data)
 
 
 def _split(name: str, spec: DataSpec) -> str:
@@ -344,7 +344,7 @@ def _maker(original: Callable[[int], Image.Image], size: int, how: Resize) -> Ca
     return lambda indices: _stacked(lambda index: square(original(index), size, how), indices.tolist(), size)
 
 
-def _held(data: ImageData) -> ImageData:
+def held(data: ImageData) -> ImageData:
     """The same with its images in memory, where they take at most MEMORY_LIMIT."""
     if len(data) * 3 * data.image_size**2 > MEMORY_LIMIT:
         return data

@@ -6,18 +6,20 @@ BASELINES: other methods, each a file in `igd_lib.baselines`. GUIDES: other guid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
-import torch
+from torch import Tensor
 
 from igd_lib.baselines import rded
-from igd_lib.data.images import ImageData, from_tensors
+from igd_lib.data.images import ImageData
 from igd_lib.guides import GuideFactory
+from igd_lib.sets.class_files import ClassFiles
 from igd_lib.teachers import Teacher
-from igd_lib.tools import files, keys
-from igd_lib.tools.version import git_revision
+from igd_lib.tools import cluster, keys
+from igd_lib.tools.machine import ray_cluster
+from igd_lib.tools.progress import resumable
 
 
 class Workplace(Protocol):
@@ -58,36 +60,77 @@ def random_images(place: Workplace, ipc: int, seed: int) -> ImageData:
 
 def rded_images(place: Workplace, ipc: int, seed: int) -> ImageData:
     """RDED's images by the teacher of the soft-label protocol; selected once, then read from the cache."""
-    teacher = place.any_teacher()
-    grids = asdict(rded.grids_of(place.train.image_size, place.candidates))
+    train, teacher = place.train, place.any_teacher()
+    grids = rded.grids_of(train.image_size, place.candidates)
     settings = {
-        "data": place.train.name,
-        "split": place.train.split,
-        "images": len(place.train),
+        "data": train.name,
+        "split": train.split,
+        "images": len(train),
         "teacher": [teacher.architecture, teacher.weights],
         "ipc": ipc,
         "seed": seed,
     }
+    settings |= asdict(grids)
+    split = rded.split_of(ipc, grids.factor, seed)
+    kept = ClassFiles(keys.folder("rded", settings), train.name, split, train.classes, ipc, grids.size)
 
-    def make() -> ImageData:
-        return rded.rded(place.train, teacher, ipc, **grids, seed=seed, device=place.device)
+    def prepare() -> rded.Selection:
+        return rded.selection(train, teacher, ipc, grids, seed=seed, device=place.device)
 
-    return kept_set("rded", settings | grids, place.train.classes, make)
+    return kept_by_class("rded", settings, kept, prepare, "RDED")
 
 
-def kept_set(
-    kind: str, settings: Mapping[str, Any], classes: tuple[str, ...], make: Callable[[], ImageData]
+class ClassMaker(Protocol):
+    """Makes the images of a label, uint8 (ipc, 3, H, H), on its device; its results depend on no other."""
+
+    def __call__(self, label: int) -> Tensor: ...
+
+    def to(self, device: str) -> ClassMaker: ...
+
+
+def kept_by_class(
+    kind: str,
+    settings: Mapping[str, Any],
+    kept: ClassFiles,
+    prepare: Callable[[], ClassMaker],  # asked where a class lacks
+    what: str,  # in lines of progress
 ) -> ImageData:
-    """A set of images in memory: made once, then read from the cache."""
-    folder = keys.folder(kind, settings)
-    path = folder / "images.safetensors"
-    if not path.is_file():
-        keys.claim(folder / "manifest.json", kind, settings, "a set")
-        made = make()
-        tensors = {"images": made.fetch(torch.arange(len(made))), "labels": made.labels}
-        files.save_tensors(path, tensors, name=made.name, split=made.split, revision=git_revision())
-    tensors, note = files.load_tensors(path)
-    return from_tensors(note["name"], note["split"], classes, tensors["images"], tensors["labels"])
+    """A set that is made class by class, as Ray tasks where `IGD_RAY` names a cluster; made once, then read.
+
+    An interrupted run goes on with the classes that lack; of two processes each makes what the other does
+    not.
+    """
+    keys.claim(kept.folder / "manifest.json", kind, settings, "a set")
+    if lacking := kept.lacking():
+        count = len(kept.classes)
+        with resumable(lambda: f"{count - len(kept.lacking())} of {count} classes are in {kept.folder}"):
+            _make(kept, prepare(), lacking, what)
+    return kept.data()
+
+
+def _make(kept: ClassFiles, maker: ClassMaker, lacking: Sequence[int], what: str) -> None:
+    where = ray_cluster()
+    if not where:
+        kept.keep(maker, lacking, what)
+        return
+    with cluster.cluster(where) as ray:
+        work = _ClassWork(kept, maker.to("cpu"), what)
+        cluster.run_all(ray, _ClassWork.run, work, lacking, label=f"{what}, class")
+
+
+@dataclass(frozen=True)
+class _ClassWork:
+    """What a task needs to make a class."""
+
+    kept: ClassFiles
+    maker: ClassMaker
+    what: str
+
+    def to(self, device: str) -> _ClassWork:
+        return replace(self, maker=self.maker.to(device))
+
+    def run(self, label: int) -> None:
+        self.kept.keep(self.maker, [label], self.what)
 
 
 BASELINES: dict[str, Baseline] = {

@@ -38,6 +38,7 @@ from igd_lib.tools import cluster, files, keys
 from igd_lib.tools.machine import ray_cluster
 from igd_lib.tools.progress import Pace, progress, resumable
 
+ALGORITHM_2 = "Algorithm 2, class"  # in lines of progress
 CHUNK = 5  # classes whose gradients are one task
 READINGS = {
     "mean of per-class cosines (released)": "per_class",
@@ -205,7 +206,7 @@ class _Similarities:
         lacking = [number for number in range(len(self._parts)) if not self._path(number).is_file()]
         with resumable(lambda: self.kept):
             if lacking and (where := ray_cluster()):
-                _on_cluster(where, _Similarities.run, self, [[number] for number in lacking], GRADIENTS)
+                _on_cluster(where, _Similarities.run, self, [[number] for number in lacking], ALGORITHM_2)
             else:
                 self.run(lacking)
         whole = Sums(len(self.data.classes))
@@ -230,7 +231,7 @@ class _Similarities:
         ]
         pace = Pace(surrogate.SAVE_SECONDS, times=20.0)
         before = len(self.data.classes) - len(labels)
-        for number, label in progress(labels, GRADIENTS, done=before):
+        for number, label in progress(labels, ALGORITHM_2, done=before):
             sums, last = begun[number], label == self._parts[number][-1]
             sums.add(class_gradients(self.checkpoints, filter_images(self.data, label, self.images), label))
             if last or pace.due:

@@ -23,7 +23,7 @@ SCHEMA = {
     "similarities": 2,
     "set": 2,
     "evaluation": 2,
-    "rded": 2,
+    "rded": 3,
     "minimax": 2,
     "finetune": 1,
     "teacher": 1,
