@@ -23,6 +23,7 @@ import nbformat
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
+from igd_lib.experiment.artefacts import ARTEFACTS
 from igd_lib.tools.machine import data_dir
 
 ROOT = Path(__file__).parents[1]
@@ -52,26 +53,18 @@ def chosen(scale: str, only: Sequence[str] = ()) -> list[Path]:
     """The notebooks that have the scale, in order; of these, those whose names begin with one of `only`."""
     found = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     if scale == "rehearsal":
-        found = [path for path in found if has_paper_scale(path.stem)]
+        found = [path for path in found if ARTEFACTS[path.stem].paper]
     return [path for path in found if not only or path.name.startswith(tuple(only))]
-
-
-def has_paper_scale(name: str) -> bool:
-    """Whether a notebook has one to rehearse."""
-    try:
-        from igd_lib.experiment.artefacts import ARTEFACTS
-    except ModuleNotFoundError:
-        return not name.startswith("00_")
-    return name in ARTEFACTS and ARTEFACTS[name].paper
 
 
 def prepared(path: Path, scale: str, *, twice: bool) -> Any:
     """A notebook at a scale; its cells once more behind them, with IPC 1 where it has one, if `twice`."""
     bare = load_notebook_node(str(path))
-    first = parameterize_notebook(copy.deepcopy(bare), {"scale": scale})
+    declared = "".join(cell.source for cell in bare.cells if cell.cell_type == "code")
+    given = {"scale": scale} | ({"seeds": "1"} if scale == "rehearsal" and "seeds: str" in declared else {})
+    first = parameterize_notebook(copy.deepcopy(bare), given)
     if twice:
-        has_ipc = any("ipc: int" in cell.source for cell in bare.cells if cell.cell_type == "code")
-        second = parameterize_notebook(bare, {"scale": scale} | ({"ipc": 1} if has_ipc else {}))
+        second = parameterize_notebook(bare, given | ({"ipc": 1} if "ipc: int" in declared else {}))
         for number, cell in enumerate(second.cells):
             cell.id = f"again-{number}"
         first.cells += second.cells

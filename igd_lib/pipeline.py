@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,16 @@ class IGDPipeline(DiTPipeline):
         if transformer.config.get("timestep_frequencies") == "original":
             match_original(transformer)
         super().__init__(transformer, vae, scheduler, id2label)
+
+    @classmethod
+    def stored(cls, folder: str | Path, **models: Any) -> IGDPipeline:
+        """`from_pretrained` of a folder, whichever files its weights are in; a .bin is read as weights only.
+
+        models: parts that are there already, such as vae.
+        """
+        folder = Path(folder)
+        tensors = any((folder / "transformer").glob("*.safetensors"))
+        return cls.from_pretrained(folder, use_safetensors=tensors, **models)
 
     def enable_model_cpu_offload(self, *_: Any, **__: Any) -> None:
         """Not offered: guidance differentiates through transformer and decoder at once.

@@ -21,8 +21,8 @@ from igd_lib.teacher_training import teacher_recipe
 from igd_lib.tools.machine import tf32
 
 TRAINING = 3  # forward passes that a pass forward and back costs
-# The gradient, by an image, of a cosine with a gradient by the weights: counted for ConvNet-3 and ConvNet-6 at
-# one image (torch's counter counts the groups of several images' convolutions too often).
+# The gradient, by an image, of a cosine with a gradient by the weights: counted for ConvNet-3 and ConvNet-6
+# at one image (torch's counter counts the groups of several images' convolutions too often).
 SECOND_ORDER = 7.8
 CHECKPOINTS = 4  # that guide, where Algorithm 2 has not chosen yet
 PNG, LATENT = 0.62, 16_500  # bytes: of a PNG by byte of its pixels; of a latent's file
@@ -212,7 +212,9 @@ def counted(call: Callable[[], Any]) -> float:
 def sampling_speed(device: str, precision: str = "float32", batch: int = 8) -> float:
     """Operations a second of a pass through two layers of DiT-XL/2."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    model = dit_xl_2(layers=2).to(device, dtype)
+    model = dit_xl_2(layers=2).to(device)
+    if dtype != torch.float32:
+        model.to(dtype)
     latents = torch.randn(batch, 4, 32, 32, device=device, dtype=dtype)
     labels = torch.zeros(batch, dtype=torch.long, device=device)
 

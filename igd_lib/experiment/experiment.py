@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,10 +13,11 @@ import torch
 from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor
 
+from igd_lib.baselines.minimax import ShardedSampling, fill_by_shard
 from igd_lib.config import STANDARD, TABLE_12_IPCS, Fidelity, nearest_ipc
 from igd_lib.data.datasets import DATASETS, DataSpec
 from igd_lib.data.images import ImageData, load, missing
-from igd_lib.distillation import Wanted, fill
+from igd_lib.distillation import Wanted
 from igd_lib.experiment import plan
 from igd_lib.experiment.artefacts import Artefact
 from igd_lib.experiment.artefacts import artefact as known
@@ -252,7 +253,7 @@ class Experiment:
 
     def _fill(self, wanted: Wanted, folder: Path, part: Sequence[int] | None = None) -> DistilledSet:
         """Sample what is missing; notebooks that run side by side share sets, and wait for each other."""
-        return fill(wanted, folder, only=part, batch=self.run.batch, wait=True, ray=ray_cluster())
+        return fill_by_shard(wanted, folder, only=part, batch=self.run.batch, wait=True, ray=ray_cluster())
 
     def sampling(self, method: Method) -> Sampling:
         """How a method's images are sampled."""
@@ -260,10 +261,13 @@ class Experiment:
         checkpoints = gradients = None
         if method.influenced:
             checkpoints, gradients = self._guiding(method, fidelity)
-        guidance = method.guidance and method.guidance.for_latents(self.latent_values)
-        return Sampling(
-            pipe=self.models.pipe if method.backbone == "dit" else self.models.minimax,
-            guidance=guidance,
+        shards = self.models.minimax_shards if method.backbone == "minimax" else None
+        make = Sampling if shards is None else partial(ShardedSampling, shards=shards)
+        own_pipe = method.backbone == "dit" or shards is not None  # a shard's model is loaded when it is due
+        return make(
+            pipe=self.models.pipe if own_pipe else self.models.minimax,
+            precision=self.run.precision,
+            guidance=method.guidance and method.guidance.for_latents(self.latent_values),
             others=[GUIDES[name].make(self) for name in method.guides],
             checkpoints=checkpoints,
             gradients=gradients,

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 
 from igd_lib.analysis import features
 from igd_lib.baselines import minimax
+from igd_lib.baselines.minimax import Shards
 from igd_lib.config import Fidelity
 from igd_lib.data.datasets import DATASETS, IMAGENET_CLASSES
 from igd_lib.data.images import ImageData, load
@@ -28,6 +29,7 @@ from igd_lib.experiment.pieces import (
 from igd_lib.experiment.surrogates import Surrogates
 from igd_lib.models import standin
 from igd_lib.models.dit import match_original
+from igd_lib.models.folder import is_whole
 from igd_lib.models.networks import keep_outputs, network
 from igd_lib.pipeline import IGDPipeline
 from igd_lib.teacher_training import teacher_recipe, train_teacher
@@ -60,6 +62,11 @@ class Models(Protocol):
         ...
 
     @property
+    def minimax_shards(self) -> Shards | None:
+        """The Minimax backbone's shards, where it is made of several."""
+        ...
+
+    @property
     def tiny_decoder(self) -> AutoencoderTiny:
         """The small guidance decoder. Raises FileNotFoundError without one."""
         ...
@@ -79,8 +86,12 @@ class PaperModels:
     def __init__(self, dataset: str, fidelity: Fidelity, device: str):
         self.dataset, self.device = dataset, device
         self.dit = dit_of(dataset)[0]
-        vae = AutoencoderKL.from_pretrained(model_folder(*vae_of(fidelity)))
-        self.pipe = IGDPipeline.from_pretrained(model_folder(*dit_of(dataset)), vae=vae).to(device)
+        found, vae = (
+            model_folder(*dit_of(dataset)),
+            AutoencoderKL.from_pretrained(model_folder(*vae_of(fidelity))),
+        )
+        assert found is not None  # or prepare has said that it is missing
+        self.pipe = IGDPipeline.stored(found, vae=vae).to(device)
         if fidelity.timestep_frequencies == "original":
             match_original(self.pipe.transformer)
 
@@ -92,7 +103,13 @@ class PaperModels:
     def minimax(self) -> IGDPipeline:
         if self.minimax_missing:
             raise FileNotFoundError(self.minimax_missing)
-        return IGDPipeline.from_pretrained(minimax_folder(self.dataset), vae=self.pipe.vae).to(self.device)
+        return IGDPipeline.stored(minimax_folder(self.dataset), vae=self.pipe.vae).to(self.device)
+
+    @cached_property
+    def minimax_shards(self) -> Shards | None:
+        place = minimax_folder(self.dataset)
+        whole = is_whole(place) or minimax_problems(self.dataset)
+        return None if whole else Shards.find(place, DATASETS[self.dataset].classes)
 
     @cached_property
     def tiny_decoder(self) -> AutoencoderTiny:
@@ -145,7 +162,7 @@ class RehearsalModels(PaperModels):
     def minimax(self) -> IGDPipeline:
         if minimax_problems(self.dataset):
             return self.pipe
-        return IGDPipeline.from_pretrained(minimax_folder(self.dataset), vae=self.pipe.vae).to(self.device)
+        return IGDPipeline.stored(minimax_folder(self.dataset), vae=self.pipe.vae).to(self.device)
 
     @cached_property
     def tiny_decoder(self) -> AutoencoderTiny:
@@ -204,6 +221,7 @@ class StandInModels:
     recipe: minimax.Minimax
     device: str
     minimax_missing: str = ""  # it is quickly made
+    minimax_shards: Shards | None = None
 
     @cached_property
     def pipe(self) -> IGDPipeline:

@@ -30,8 +30,9 @@ TAESD = ("madebyollin/taesd", "taesd")  # and its folder's name
 MINUTE = 60.0  # seconds
 TEACHER_SUFFIXES = (".safetensors", ".pth", ".pt")
 
-# data, dit and autoencoder: without them there is no rehearsal either. row: without it rows are left out.
-Kind = Literal["base", "extra", "row", "machine"]
+# base: the data, the DiT, its autoencoder, without which there is no rehearsal either. counts: data that are
+# there, but not all or not as they should be. row: without it rows are left out.
+Kind = Literal["base", "counts", "extra", "row", "machine"]
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,11 @@ def missing_for_paper(dataset: str, artefact: Artefact, fidelity: Fidelity = STA
 
 def images(dataset: str) -> Piece:
     """The images, all of them, in class folders or archives as expected."""
-    lines = missing(dataset) or _counted(dataset, str(data_dir()), int(time.monotonic() // MINUTE))
-    return Piece(f"the images of {dataset}", "" if lines else str(data_dir()), tuple(lines))
+    name, absent = f"the images of {dataset}", missing(dataset)
+    if absent:
+        return Piece(name, "", tuple(absent))
+    lines = _counted(dataset, str(data_dir()), int(time.monotonic() // MINUTE))
+    return Piece(name, str(data_dir()), tuple(lines), "counts")
 
 
 @lru_cache
@@ -204,10 +208,14 @@ def gpu() -> Piece:
 
 
 def replaced(found: Sequence[Piece]) -> list[str]:
-    """What a rehearsal does without, a bold line each: another thing stands in."""
-    stand_ins = {"extra": "a random network of the same interface", "row": "the DiT itself"}
+    """What a rehearsal does without, or with something else for it, a bold line each."""
+    lines = {
+        "counts": "**Not all is there of {}**, and the real run would end here",
+        "extra": "**In place of {}: a random network of the same interface.** The real run needs it",
+        "row": "**In place of {}: the DiT itself.** The real run leaves its rows out without it",
+    }
     return [
-        f"**In place of {piece.name}: {stand_ins[piece.kind]}.** The real run needs it: {piece.problems[0]}."
+        f"{lines[piece.kind].format(piece.name)}: {piece.problems[0]}."
         for piece in found
-        if not piece.is_usable and piece.kind in stand_ins
+        if not piece.is_usable and piece.kind in lines
     ]

@@ -57,6 +57,7 @@ class Scale:
         """The scale under another fidelity: how the surrogate is trained follows it."""
         if self.papers:
             training = SurrogateTraining(**surrogate_training(fidelity, num_classes))
+            training = training if self.figures_mean_something else replace(training, epochs=REHEARSED)
         else:
             training = replace(
                 self.training, augment=self.augment if fidelity.surrogate_augmentation else None
@@ -117,6 +118,9 @@ def paper_scale(
     )
 
 
+REHEARSED = 1  # epochs of a surrogate in a rehearsal
+
+
 def rehearsal_scale(paper: Scale) -> Scale:
     """The paper's scale cut down, so that all of its code runs in minutes and its numbers mean nothing."""
     guided = (1, 2)
@@ -125,7 +129,7 @@ def rehearsal_scale(paper: Scale) -> Scale:
         name="rehearsal",
         guidance=replace(paper.guidance, guided_range=guided),
         minimax_guidance=replace(paper.on_minimax(), guided_range=guided),
-        training=replace(paper.training, epochs=1),
+        training=replace(paper.training, epochs=REHEARSED),
         protocol=short(paper.protocol),
         num_steps=4,
         few_steps=4,

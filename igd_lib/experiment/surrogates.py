@@ -172,8 +172,10 @@ class Surrogates:
         """The released code's list where there is one for this data set, else Algorithm 2's choice."""
         fidelity = self.scale.fidelity
         fixed = self.with_network(name).fixed if fidelity.checkpoints == "fixed" else None
-        if fixed is not None:
-            return [trajectory.epochs.index(epoch) for epoch in fixed]
+        if fixed is not None:  # in a rehearsal, whose training is short, the last epoch stands for later ones
+            last = float("inf") if self.scale.figures_mean_something else trajectory.epochs[-1]
+            reached = [min(float(epoch), last) for epoch in fixed]
+            return [trajectory.epochs.index(epoch) for epoch in dict.fromkeys(reached)]
         matrix = self.similarity_matrices(name)[fidelity.similarity]
         return kept(similarities_along(matrix, self.scale.threshold), self.scale.threshold)
 

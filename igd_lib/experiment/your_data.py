@@ -168,9 +168,10 @@ def _own_dit(spec: DataSpec) -> Path:
 def _dit(spec: DataSpec, fidelity: Fidelity) -> IGDPipeline:
     """DiT-XL/2 where it knows the classes; else the folder's own, with the autoencoder it was made with."""
     if not spec.label_ids:
-        return IGDPipeline.from_pretrained(_own_dit(spec))
-    vae = AutoencoderKL.from_pretrained(model_folder(*vae_of(fidelity)))
-    pipe = IGDPipeline.from_pretrained(model_folder(*DIT), vae=vae)
+        return IGDPipeline.stored(_own_dit(spec))
+    found, vae = model_folder(*DIT), AutoencoderKL.from_pretrained(model_folder(*vae_of(fidelity)))
+    assert found is not None  # or `missing_for` has said so
+    pipe = IGDPipeline.stored(found, vae=vae)
     if fidelity.timestep_frequencies == "original":
         match_original(pipe.transformer)
     return pipe
@@ -199,6 +200,7 @@ class FolderModels:
     test: ImageData
     device: str
     minimax_missing: str = "Minimax is fine-tuned for data sets that have a name"
+    minimax_shards: None = None
 
     @property
     def minimax(self) -> IGDPipeline:
