@@ -74,8 +74,10 @@ def test_nothing_is_removed_without_a_yes(pieces):
     assert run("--remove", "set", text="y\n").exit_code == 0 and listed() == OTHERS
 
 
-def test_work_in_use_is_kept(pieces):
-    folder = pieces / "set" / "0123456789ab-seed0"
+@pytest.mark.parametrize("where", ["", "images/00003"])
+def test_work_in_use_is_kept(pieces, where):
+    """Whether a run holds its lock, or that of one class of a set."""
+    folder = pieces / "set" / "0123456789ab-seed0" / where
     with files.locked(folder, "a run"):
         found = run("--remove", "set", "--yes")
     assert found.exit_code == 1 and "kept: " in found.stderr and "in use by a run" in found.stderr

@@ -26,7 +26,7 @@ from igd_lib.sampling import Sampling
 from igd_lib.sets import store
 from igd_lib.sets.store import DistilledSet
 from igd_lib.surrogate import Checkpoints, class_gradients
-from igd_lib.tools import files, keys
+from igd_lib.tools import files, keys, machine
 from igd_lib.tools.version import git_revision
 
 GUIDANCE = Guidance(k=5.0, gamma=30.0, guided_range=(1, 4))
@@ -222,6 +222,199 @@ def test_more_classes_together_give_the_same_latents(run):
     one, two, three = (run(f"{n}", batch_classes=n) for n in (1, 2, 3))
     for other in (two, three):
         assert (latents(other) - latents(one)).norm() < 1e-3 * latents(one).norm()
+
+
+# --- batches
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+    """How many images each call of the sampler had."""
+    found, real = [], module._sample
+
+    def spy(wanted, out, items, *rest):
+        found.append(len(items))
+        return real(wanted, out, items, *rest)
+
+    monkeypatch.setattr(module, "_sample", spy)
+    return found
+
+
+@pytest.mark.parametrize("guidance", [GUIDANCE, None], ids=["guided", "vanilla"])
+def test_images_do_not_depend_on_how_many_go_through_the_models_at_once(run, sizes, guidance):
+    whole = run("whole", guidance=guidance)
+    assert sizes == ([3, 3, 3] if guidance else [9])  # without a memory, images of a class too
+    for batch, expected in ((1, [1] * 9), (2, [2, 1] * 3), (7, [3] * 3 if guidance else [6, 3])):
+        sizes.clear()
+        part = run(f"{batch}", guidance=guidance, batch=batch)
+        assert sizes == expected and part.manifest["batch"] == batch
+        assert (latents(part) - latents(whole)).norm() < 1e-3 * latents(whole).norm()
+
+
+def test_a_set_goes_on_in_the_batch_it_was_begun_with(run, sizes, monkeypatch):
+    """To the same bits; another one is used where it is asked for, or where the first no longer fits."""
+    whole, cut = run("whole", batch=2), run(batch=2)
+    for fitting, asked, expected in ((100, 0, [2, 1]), (1, 0, [1, 1, 1]), (100, 3, [3])):
+        cut.image_path(0, 2).unlink()
+        cut.image_path(2, 2).unlink()
+        sizes.clear()
+        monkeypatch.setattr(module, "_room", lambda _, fitting=fitting: fitting)
+        again = run(batch=asked)
+        # Where neither of the two is lacking, a batch is not sampled again.
+        assert sizes == [size for size, own in zip(expected, _parts(expected), strict=True) if own & {0, 2}]
+        assert again.manifest["batch"] == 2
+        if expected == [2, 1]:
+            assert torch.equal(latents(again), latents(whole)) and torch.equal(pixels(again), pixels(whole))
+
+
+def _parts(sizes: list[int]) -> list[set[int]]:
+    """Three classes in batches of these sizes."""
+    ends = list(itertools.accumulate(sizes))
+    return [set(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+
+
+def test_the_batch_is_what_the_memory_has_room_for(run, sizes, monkeypatch):
+    """With models of a size that is worth a look; a stand-in's are not."""
+    asked = []
+    monkeypatch.setattr(module.memory, "fitting", lambda sampling: asked.append(sampling) or 2)
+    assert run("small").manifest["batch"] == 50 and not asked
+    assert run("vanilla", guidance=None).manifest["batch"] == 100 and not asked
+    monkeypatch.setattr(module.memory, "SMALL", 0)
+    sizes.clear()
+    assert run().manifest["batch"] == 2 and sizes == [2, 1] * 3 and len(asked) == 1
+
+
+def test_activations_are_recomputed_where_not_one_image_fits(run, sizes, monkeypatch, capsys):
+    whole, seen = run("whole", batch=1), []
+    real = Sampling.sample
+
+    def sample(self, *given, **options):
+        seen.append(all(model.is_gradient_checkpointing for model in self.networks))
+        return real(self, *given, **options)
+
+    monkeypatch.setattr(Sampling, "sample", sample)
+    monkeypatch.setattr(module, "_room", lambda sampling: int(sampling.recompute))
+    sizes.clear()
+    found = run()
+    assert sizes == [1] * 9 and all(seen) and found.manifest["batch"] == 1
+    assert capsys.readouterr().out.count("not even one image fits") == 1
+    assert torch.equal(latents(found), latents(whole))
+    assert found.manifest["settings"] == whole.manifest["settings"]
+
+
+class OutOfMemory:
+    """A transformer's forward that a device of room for `images` images would run."""
+
+    def __init__(self, forward, images: int, error: Exception):
+        self.forward, self.images, self.error = forward, images, error
+
+    def __call__(self, inputs, **options):
+        if len(inputs) > 2 * self.images:  # CFG doubles them
+            raise self.error
+        return self.forward(inputs, **options)
+
+
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines")
+CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you ...")
+
+
+@pytest.mark.parametrize(("error", "guidance"), [(CUDA, GUIDANCE), (CPU, None)], ids=["GPU", "RAM"])
+def test_a_batch_that_runs_out_of_memory_is_halved(
+    run, tiny_pipe, sizes, monkeypatch, capsys, error, guidance
+):
+    """What was done is kept, and the images are those of a smaller batch."""
+    whole = run("whole", guidance=guidance)
+    monkeypatch.setattr(
+        tiny_pipe.transformer, "forward", OutOfMemory(tiny_pipe.transformer.forward, 2, error)
+    )
+    sizes.clear()
+    found = run(guidance=guidance)
+    if guidance:
+        assert sizes == [3, 1, 1, 1, 1, 1, 1, 1, 1, 1]
+    else:
+        assert sizes == [9, 4, 2, 2, 2, 2, 1]
+    assert (latents(found) - latents(whole)).norm() < 1e-3 * latents(whole).norm()
+    assert found.verify() == []
+    said = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
+    assert said[0] == (
+        f"out of memory with {sizes[0]} images side by side: going on with {sizes[1]} at a time; what is "
+        "done is kept"
+    )
+    assert len(said) == (1 if guidance else 2)
+
+
+def test_memory_that_shrinks_on_the_way_loses_nothing(run, tiny_pipe, sizes, monkeypatch):
+    real = OutOfMemory(tiny_pipe.transformer.forward, 3, CUDA)
+    monkeypatch.setattr(tiny_pipe.transformer, "forward", real)
+    stored = module._store
+
+    def store(out, item, *rest):
+        stored(out, item, *rest)
+        if item == (1, 0):
+            real.images = 1
+
+    monkeypatch.setattr(module, "_store", store)
+    found = run(batch_classes=3)
+    assert sizes == [3, 3] + [1] * 6 and found.verify() == []
+
+
+def test_an_image_that_is_too_much_ends_with_what_helps(run, tiny_pipe, monkeypatch, tmp_path):
+    monkeypatch.setattr(tiny_pipe.transformer, "forward", OutOfMemory(tiny_pipe.transformer.forward, 0, CUDA))
+    said = (
+        r"one image is more than the memory holds\. What helps: precision='bfloat16', recompute=True, "
+        r"jacobian='decoder', a smaller surrogate .*\(CUDA out of memory\. Tried to allocate 2\.00 GiB\.\)"
+    )
+    with pytest.raises(torch.OutOfMemoryError, match=said):
+        run()
+    assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob(".lock"))
+
+
+def test_another_error_of_the_models_is_not_taken_for_memory(run, tiny_pipe, sizes, monkeypatch):
+    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    monkeypatch.setattr(
+        tiny_pipe.transformer, "forward", OutOfMemory(tiny_pipe.transformer.forward, 0, error)
+    )
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        run()
+    assert sizes == [3]
+
+
+# --- precision
+
+
+def test_bfloat16_gives_other_images_of_the_same_kind(run, tiny_pipe):
+    """Near float32's; and what guidance adds to vanilla sampling has its direction."""
+    guided = replace(GUIDANCE, k=200.0)
+    single = {k: run(f"{k}", guidance=replace(guided, k=k)) for k in (0.0, 200.0)}
+    low = {k: run(f"low{k}", guidance=replace(guided, k=k), precision="bfloat16") for k in (0.0, 200.0)}
+    apart = (latents(low[200.0]) - latents(single[200.0])).norm() / latents(single[200.0]).norm()
+    assert 1e-4 < apart < 0.05
+    added, again = (latents(sets[200.0])[:, 0] - latents(sets[0.0])[:, 0] for sets in (single, low))
+    cosine = torch.nn.functional.cosine_similarity(added.flatten(1), again.flatten(1))
+    assert added.norm() > 10 * apart and (cosine > 0.9).all(), (apart, cosine)
+    assert low[0.0].manifest["settings"]["precision"] == "bfloat16" and low[200.0].verify() == []
+    assert {model.dtype for model in (tiny_pipe.transformer, tiny_pipe.vae)} == {torch.float32}
+    with pytest.raises(ValueError, match="other settings: precision = float32, wanted bfloat16"):
+        run("0.0", guidance=replace(guided, k=0.0), precision="bfloat16")
+
+
+def test_recomputing_is_no_setting_and_changes_no_bit(run):
+    kept = run("kept")
+    again = run("again", recompute=True)
+    assert torch.equal(latents(again), latents(kept)) and torch.equal(pixels(again), pixels(kept))
+    assert again.manifest["key"] == kept.manifest["key"]
+    kept.image_path(1, 2).unlink()
+    assert run("kept", recompute=True).verify() == []
+
+
+def test_latents_that_are_not_finite_in_bfloat16_raise_too(run, tiny_pipe):
+    with torch.no_grad():
+        tiny_pipe.transformer.proj_out_2.bias.fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match="latents are not finite"):
+        run(precision="bfloat16", guidance=None)
+
+
+# --- a part of the classes
 
 
 def test_a_part_of_the_classes_gives_the_same_images(run):
@@ -619,6 +812,93 @@ def test_a_finished_set_needs_no_lock(run, tmp_path):
         run()
 
 
+# --- several runs into one folder
+
+
+def test_runs_on_disjoint_classes_never_wait_for_each_other(run, monkeypatch):
+    """One samples in the midst of another one's work; both refuse the other's classes, or all of them."""
+    real, others = module._sample, []
+
+    def meddle(*arguments):
+        monkeypatch.setattr(module, "_sample", real)
+        others.append(run(only=[1]))
+        for classes in ([0], [2, 1], None):
+            with pytest.raises(BlockingIOError, match="0000[02] is in use by a run that samples into it"):
+                run(only=classes)
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "_sample", meddle)
+    first = run(only=[2, 0])
+    assert others[0].lacking([1]) == 0 and others[0].finished(1) == 3
+    assert first.lacking() == 0 and first.verify() == [] and not list(first.path.rglob(".lock"))
+
+
+def test_only_is_what_a_run_works_on_and_no_part_of_the_set(run):
+    whole, part = run("whole"), run(only=[2])
+    assert part.manifest["key"] == whole.manifest["key"] and part.selected == [0, 1, 2]
+    assert (part.lacking(), part.lacking([2]), part.lacking([1, 2])) == (6, 0, 3)
+    part.image_path(2, 1).unlink()
+    assert (part.lacking([2]), part.lacking()) == (2, 8)  # the third follows from the second
+    assert run(only=[0, 2]).lacking() == 3
+    ended = run()
+    assert ended.lacking() == 0 and ended.verify() == []
+    assert (latents(ended) - latents(whole)).norm() < 1e-3 * latents(whole).norm()
+    with pytest.raises(ValueError, match="only names labels of the set's 2, 1 is none of them"):
+        run("two", classes=[0, 2], only=[0, 1])
+    assert not (ended.path.parent / "two").exists()
+
+
+def test_a_class_that_another_run_has_is_left_for_the_end(run, monkeypatch):
+    """And is sampled then, where that run ended without it."""
+    held, sampled, real = (
+        [files.locked(run(only=[]).path / "images" / "00001", "another run")],
+        [],
+        module._sample,
+    )
+    held[0].__enter__()
+
+    def spy(wanted, out, items, *rest):
+        sampled.append({label for label, _ in items})
+        return real(wanted, out, items, *rest)
+
+    def waits(self, label):
+        assert label == 1 and sampled == [{0}] * 3 + [{2}] * 3
+        held.pop().__exit__(None, None, None)
+
+    monkeypatch.setattr(module, "_sample", spy)
+    monkeypatch.setattr(DistilledSet, "wait_for", waits)
+    found = run(batch_classes=1, wait=True)
+    assert sampled == [{0}] * 3 + [{2}] * 3 + [{1}] * 3 and found.lacking() == 0 and not held
+
+
+def test_a_lock_is_no_part_of_a_set_or_of_its_export(run, tmp_path):
+    found = run()
+    with found.claimed([0, 1]) as mine, found.claimed([1, 2]) as other:
+        assert (mine, other) == ([0, 1], [2])
+        assert found.verify() == [] and len(list(found.path.rglob(".lock"))) == 3
+        out = found.export(tmp_path / "out")
+    assert not list(out.rglob(".lock")) and not list(found.path.rglob(".lock"))
+
+
+def test_a_set_opens_as_many_files_as_it_has_classes_in_work(monkeypatch):
+    limits = {"soft": 256, "hard": 4096}
+    monkeypatch.setattr(machine.resource, "getrlimit", lambda _: (limits["soft"], limits["hard"]))
+    monkeypatch.setattr(machine.resource, "setrlimit", lambda _, given: limits.update(soft=given[0]))
+    for count, expected in ((1000, 1512), (10, 1512), (10_000, 4096)):
+        machine.allow_open_files(count)
+        assert limits["soft"] == expected
+
+
+def test_a_diffusion_model_of_more_classes_needs_to_be_told_which(run, tmp_path):
+    with pytest.raises(
+        ValueError, match="knows 10 classes and the data have 3: which of its classes are they"
+    ):
+        run(label_ids=None)
+    with pytest.raises(ValueError, match=r"ids 0 \.\.\. 9 of the DiT's classes, got 10"):
+        run(label_ids=(4, 0, 10))
+    assert not (tmp_path / "set").exists()
+
+
 def test_leftovers_of_a_killed_run_are_removed(run, tmp_path):
     run()
     leftover = tmp_path / "set" / "latents" / "00000" / ".00002.safetensors.xyz.tmp"
@@ -669,7 +949,7 @@ def victim(folder, ipc: int = 4, **options) -> DistilledSet:
     )
     checkpoints = Checkpoints(model, [model.state_dict()], [0.0], [0.01])
     guided = dict(guidance=Guidance(5.0, 7.5, (1, 2)), checkpoints=checkpoints, num_steps=4)
-    return distill(pipe, dataset, ipc=ipc, out_dir=folder, batch_classes=5, **guided, **options)
+    return distill(pipe, dataset, ipc=ipc, out_dir=folder, **(guided | dict(batch_classes=5) | options))
 
 
 def killed_at_random(folder: Path, times: int, ipc: int = 4, seed: int = 0) -> int:
@@ -721,6 +1001,45 @@ def test_runs_killed_at_random_moments_end_with_the_same_images(tmp_path):
     if threads == 1:  # as the killed ones had
         assert torch.equal(pixels(found), pixels(whole)) and torch.equal(latents(found), latents(whole))
     assert_same_pixels(found, whole)
+
+
+def shared(folder: Path, name: str) -> DistilledSet:
+    """`victim` by one of two processes, which begin together; notes what it samples."""
+    real = module._sample
+
+    def spy(wanted, out, items, *rest):
+        with open(folder / f"{name}.txt", "a") as log:
+            log.write("".join(f"{label} {index}\n" for label, index in items))
+        return real(wanted, out, items, *rest)
+
+    (folder / f"{name}.ready").touch()
+    while len(list(folder.glob("*.ready"))) < 2:
+        time.sleep(0.01)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_sample", spy)
+        return victim(folder / "set", ipc=6, batch_classes=2, wait=True)
+
+
+SHARING = VICTIM.replace("victim(sys.argv[1])", 'shared(Path(sys.argv[1]), "two")').replace(
+    "import victim", "import Path, shared"
+)
+
+
+def test_two_processes_divide_a_set_s_classes(tmp_path):
+    """Both begin it at once; neither samples what the other does, and both end with the whole set."""
+    paths = os.pathsep.join([".", "ci/tests"])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    other = subprocess.Popen(
+        [sys.executable, "-c", SHARING, str(tmp_path)], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    found = shared(tmp_path, "one")
+    assert found.lacking() == 0, other.stderr.read()
+    assert other.wait(60) == 0, other.stderr.read()
+    own = [(tmp_path / f"{name}.txt").read_text().splitlines() for name in ("one", "two")]
+    assert set(own[0]).isdisjoint(own[1]) and len(own[0]) + len(own[1]) == 60
+    assert found.verify() == [] and not list(found.path.rglob(".lock"))
+    if torch.get_num_threads() == 1:  # as the other had
+        assert torch.equal(latents(found), latents(victim(tmp_path / "alone", ipc=6, batch_classes=2)))
 
 
 # --- what is not finite, of another size or on another device

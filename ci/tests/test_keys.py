@@ -200,10 +200,20 @@ def test_weights_and_numbers_change_a_set_s_key(settings, tiny, toy, tiny_pipe):
         dict(guidance_decoder=vae),
         dict(cfg_scale=1.5),
         dict(num_steps=7),
+        dict(precision="tf32"),
+        dict(precision="bfloat16"),
         dict(guidance=None),
         dict(),
     )
     assert len({keys.key("set", settings(**change)) for change in changes}) == len(changes)
+
+
+def test_how_activations_are_kept_is_no_part_of_the_key(settings):
+    """Nor is a set of before precisions were a setting another one than float32's."""
+    plain = settings()
+    assert settings(recompute=True) == plain
+    before = {name: value for name, value in plain.items() if name != "precision"}
+    assert keys.key("set", before) == keys.key("set", plain)
 
 
 def test_checkpoints_are_no_part_of_the_key_where_they_do_not_guide(settings):

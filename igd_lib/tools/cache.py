@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +71,10 @@ def remove(one: Work) -> None:
     if one.path.is_symlink() or not one.path.is_dir():
         one.path.unlink()  # of a link, the link
         return
-    with files.locked(one.path, "a run"):
+    # A set's own lock keeps new runs from beginning, those of its classes say whether one is at work.
+    with ExitStack() as locks:
+        for folder in dict.fromkeys([one.path, *(lock.parent for lock in one.path.rglob(files.LOCK))]):
+            locks.enter_context(files.locked(folder, "a run"))
         shutil.rmtree(one.path)
 
 
