@@ -672,6 +672,19 @@ def test_what_systems_leave_behind_is_left_out_and_said_once(animals, capsys, mo
     assert f"{train}: 13 files and folders that systems leave behind" in line and "the first is" in line
 
 
+@pytest.mark.parametrize("target", ["train/cat", "train", "."])
+def test_a_link_back_is_not_followed(animals, target):
+    """The system ends such a loop after 40 links, each with all images again."""
+    (animals / "train" / "cat" / "again").symlink_to(animals / target)
+    assert load(SPEC, "train", animals).labels.bincount().tolist() == [2, 2, 2]
+
+
+def test_a_link_to_itself_is_no_folder(animals):
+    for where in (animals / "train", animals / "train" / "cat"):
+        (where / "itself").symlink_to("itself")
+    assert load(SPEC, "train", animals).labels.bincount().tolist() == [2, 2, 2]
+
+
 def test_links_to_images_elsewhere_are_followed(animals):
     (animals / "train" / "cat").rename(animals / "cats")
     (animals / "train" / "cat").symlink_to(animals / "cats")

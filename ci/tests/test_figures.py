@@ -157,3 +157,13 @@ def test_methods_are_coloured_by_their_look_whatever_they_are_called():
     figure = plotting.gallery(columns, titles=["0"], title="", looks=looks)
     colours = [axes.yaxis.label.get_color() for axes in figure.axes]
     assert colours == [*(plotting.COLOURS[look] for look in looks.values()), "#333333"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_gallery_whose_words_an_office_program_saved_is_read(tmp_path, encoding):
+    Image.new("RGB", (8, 4)).save(tmp_path / "images.png")
+    text = "row,look,title,0,1\nDiT,DiT,Bébés,tench,cat\n"
+    (tmp_path / "images.csv").write_bytes(text.encode(encoding))
+    found = plotting.read_gallery(tmp_path / "images")
+    assert found["titles"] == ["tench", "cat"] and found["title"] == "Bébés"
+    assert found["columns"]["DiT"].shape == (2, 3, 4, 4)
