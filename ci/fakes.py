@@ -31,12 +31,16 @@ from igd_lib.data.datasets import (
     DATASETS,
     FOOD_CLASSES,
     IMAGENET_CLASSES,
+    IMAGENETTE_CLASSES,
+    IMAGEWOOF_CLASSES,
 )
 from igd_lib.data.sources.cifar import CIFAR, PIXELS
 from igd_lib.models.folder import dit_scheduler, write_pipeline
 from igd_lib.tools import files
 
-TRAIN, TEST = 3, 2  # images a class
+TRAIN, TEST = 3, 2  # images a class, ...
+MORE = 8  # ... and for training of those that a rehearsal takes: the first of every data set
+REHEARSED = {*IMAGENET_CLASSES[:2], *IMAGENETTE_CLASSES[:2], *IMAGEWOOF_CLASSES[:2], *FOOD_CLASSES[:2]}
 # How an image is stored: ImageNet has some of each kind, all called .JPEG.
 KINDS = ("RGB", "L", "CMYK", "PNG", "RGB")
 DONE = "fakes.json"  # written last
@@ -99,10 +103,10 @@ def photograph(name: str, tint: int, kind: str = "RGB") -> bytes:
 def class_folders(base: Path, classes: Sequence[str]) -> None:
     """ImageNet's two sorted splits, `train/WNID/WNID_N.JPEG` and `val/WNID/ILSVRC2012_val_N.JPEG`."""
     for index, wnid in enumerate(classes):
-        tint = IMAGENET_CLASSES.index(wnid)
-        named = {f"train/{wnid}/{wnid}_{number}.JPEG": number for number in range(TRAIN)}
+        tint, count = IMAGENET_CLASSES.index(wnid), MORE if wnid in REHEARSED else TRAIN
+        named = {f"train/{wnid}/{wnid}_{number}.JPEG": number for number in range(count)}
         first = index * TEST + 1
-        named |= {f"val/{wnid}/ILSVRC2012_val_{first + n:08d}.JPEG": TRAIN + n for n in range(TEST)}
+        named |= {f"val/{wnid}/ILSVRC2012_val_{first + n:08d}.JPEG": count + n for n in range(TEST)}
         for split in ("train", "val"):
             (base / split / wnid).mkdir(parents=True)
         for name, number in named.items():
@@ -124,7 +128,8 @@ def food(base: Path) -> None:
     listed: dict[str, dict[str, list[str]]] = {"train": {}, "test": {}}
     for index, name in enumerate(FOOD_CLASSES):
         (base / "images" / name).mkdir(parents=True)
-        for split, numbers in (("train", range(TRAIN)), ("test", range(TRAIN, TRAIN + TEST))):
+        count = MORE if name in REHEARSED else TRAIN
+        for split, numbers in (("train", range(count)), ("test", range(count, count + TEST))):
             listed[split][name] = [f"{name}/{1000 * index + number}" for number in numbers]
             for image in listed[split][name]:
                 (base / "images" / f"{image}.jpg").write_bytes(photograph(image, index))
@@ -147,7 +152,7 @@ def cifar(data: Path, name: str, classes: int) -> None:
     kind = CIFAR[name]
     folder = data / kind.folder
     folder.mkdir(parents=True)
-    for names, count in ((kind.train, 5), (kind.test, TEST)):
+    for names, count in ((kind.train, MORE + 2), (kind.test, TEST)):
         random = np.random.default_rng(len(names))
         labels = np.tile(np.arange(classes, dtype=np.uint8), count)
         tints = np.random.default_rng(classes).integers(0, 160, (classes, 3))

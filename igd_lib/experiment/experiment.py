@@ -24,7 +24,7 @@ from igd_lib.experiment.artefacts import artefact as known
 from igd_lib.experiment.methods import SAMPLED, Method, chosen
 from igd_lib.experiment.models import Models, PaperModels, RehearsalModels, StandInModels
 from igd_lib.experiment.parameters import SCALES
-from igd_lib.experiment.pieces import Piece, missing_for_paper, pieces, replaced
+from igd_lib.experiment.pieces import STAND_INS_ALONE, Piece, missing_for_paper, pieces, replaced
 from igd_lib.experiment.registry import BASELINES, GUIDES
 from igd_lib.experiment.run import AUTO, Run, split_names
 from igd_lib.experiment.scales import (
@@ -37,7 +37,6 @@ from igd_lib.experiment.scales import (
     smoke_scale,
 )
 from igd_lib.experiment.surrogates import Surrogates
-from igd_lib.models import standin
 from igd_lib.models.dit import class_ids
 from igd_lib.protocols import PROTOCOLS, Protocol
 from igd_lib.sampling import Sampling
@@ -414,7 +413,7 @@ def _resolved(scale: str, asked: _Asked) -> str:
     """The scale that "auto" means here. Raises FileNotFoundError for one that cannot be had."""
     if scale in ("smoke", "small"):
         return scale
-    if scale == "rehearsal" and asked.dataset not in standin.STANDINS:
+    if scale == "rehearsal" and asked.dataset not in STAND_INS_ALONE:
         lacking = [line for piece in asked.pieces() if piece.blocks_rehearsal for line in piece.problems]
     else:
         lacking = asked.lacking()

@@ -135,10 +135,11 @@ def rehearsal_scale(paper: Scale) -> Scale:
         few_steps=4,
         few_range=guided,
         classes=2,
-        images=(3, 2),
+        images=(8, 2),  # RDED takes four for each of two
+        fidelity=replace(paper.fidelity, gradient_images=3, filter_images=(2, 3)),
         most=2,
-        candidates=3,
-        all_images=3,
+        candidates=8,
+        all_images=4,
         teacher_least=0.0,
         figures_mean_something=False,
     )
