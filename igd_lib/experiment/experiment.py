@@ -17,6 +17,7 @@ from igd_lib.baselines.minimax import ShardedSampling, fill_by_shard
 from igd_lib.config import STANDARD, TABLE_12_IPCS, Fidelity, nearest_ipc
 from igd_lib.data.datasets import DATASETS, DataSpec
 from igd_lib.data.images import ImageData, load, missing
+from igd_lib.data.resizing import needed
 from igd_lib.distillation import Wanted
 from igd_lib.experiment import plan
 from igd_lib.experiment.artefacts import Artefact
@@ -266,6 +267,7 @@ class Experiment:
         return make(
             pipe=self.models.pipe if own_pipe else self.models.minimax,
             precision=self.run.precision,
+            resize=needed(scale.output_resize, self.models.pipe.image_size, self.train.image_size),
             guidance=method.guidance and method.guidance.for_latents(self.latent_values),
             others=[GUIDES[name].make(self) for name in method.guides],
             checkpoints=checkpoints,
@@ -437,6 +439,10 @@ def _paper(asked: _Asked, *, rehearsal: bool) -> Experiment:
         num_classes=len(spec.classes),
         image_size=spec.image_size,
     )
+    if not spec.label_ids and models.pipe.image_size != spec.image_size:  # DiT-XL/2, tuned for smaller images
+        scale = replace(scale, output_resize="bilinear")
+    else:
+        models.pipe.check_images_of(spec.name, spec.image_size)  # before a surrogate is trained for hours
     scale = rehearsal_scale(scale) if rehearsal else scale
     spec = few_classes(spec, scale.classes)
     train, test = images_of(spec, "train", scale), images_of(spec, "test", scale)
@@ -464,6 +470,9 @@ def _about_paper(asked: _Asked, scale: Scale, models: PaperModels) -> str:
         f"**Scale: {scale.name}.** {asked.dataset}, {models.dit} (CC-BY-NC 4.0) and {asked.fidelity.vae}; "
         f"k and gamma {source}."
     )
+    if scale.output_resize is not None:
+        size = models.pipe.image_size
+        text += f" Its images of {size} px are resized ({scale.output_resize}) before surrogate and storage."
     if models.minimax_missing:
         text += f" Without the rows on the Minimax backbone: {models.minimax_missing}."
     return text

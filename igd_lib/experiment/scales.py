@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from igd_lib.baselines.minimax import Minimax
 from igd_lib.config import AUGMENTATION, STANDARD, Augment, Fidelity, Guidance, preset, surrogate_training
+from igd_lib.data.resizing import Filter
 from igd_lib.experiment.run import Run
 from igd_lib.protocols import IGD_CIFAR, IGD_HARD, RDED_SOFT, SMALL_HARD, SMALL_SOFT, Protocol
 from igd_lib.surrogate import SurrogateTraining
@@ -46,6 +47,7 @@ class Scale:
     papers: bool = (
         False  # the paper's own data, models and code, whole or cut down: every field of `Fidelity`
     )
+    output_resize: Filter | None = None  # of a model's images to the data's size, where it makes others
     classes: int | None = None  # so many of the data's, the first ones; None: all
     images: tuple[int, int] | None = None  # at most so many of a class, for training and testing; None: all
     many_classes: bool = False  # class gradients of all checkpoints are too large to keep
