@@ -13,13 +13,15 @@ setup:  ## .venv, the locked packages, the data
 demo: setup  ## the whole method on real images (10 to 15 minutes)
 	@$(PYTHON) -m igd_lib demo
 
-test: lint  ## lint, pytest, and every notebook at scale "smoke" (10 to 15 minutes)
+test: lint  ## lint, pytest, every notebook at scale "smoke", two at "rehearsal" (10 to 15 minutes)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n auto --dist worksteal
 	@$(PYTHON) ci/smoke_notebooks.py --twice 00 03 12
+	@$(PYTHON) ci/smoke_notebooks.py --scale rehearsal --only 02 08
 
-check: setup soak  ## what takes longer: slow tests, Ray, every notebook twice in one kernel, ten kills (about 25 minutes)
+check: setup soak  ## what takes longer: slow tests, Ray, every notebook twice and rehearsed, ten kills (about 45 minutes)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n auto -m "slow and not weights"
 	@$(PYTHON) ci/smoke_notebooks.py --twice all
+	@$(PYTHON) ci/smoke_notebooks.py --scale rehearsal
 
 lint: setup  ## ruff, types, storeys
 	@$(PYTHON) -m ruff check .

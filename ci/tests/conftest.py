@@ -10,8 +10,10 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
 
 import reference
+from ci import fakes
 from igd_lib.data import images as data
-from igd_lib.experiment import experiment, pieces
+from igd_lib.experiment import experiment, pieces, plan
+from igd_lib.memory import Footprint
 from igd_lib.models import standin
 from igd_lib.models.networks import ConvNet
 from igd_lib.pipeline import IGDPipeline
@@ -88,6 +90,40 @@ def standin_pipe() -> IGDPipeline:
     pipe = IGDPipeline.from_pretrained(standin.path("fashion-mnist"))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+# --- the paper's data and models, faked
+
+
+@pytest.fixture(scope="session")
+def faked(tmp_path_factory) -> dict[str, str]:
+    """The environment of a machine that has fakes of them in the real layouts."""
+    return fakes.make(tmp_path_factory.mktemp("fakes"))
+
+
+@pytest.fixture
+def rehearsing(faked, monkeypatch, own_cache) -> Path:
+    """Such a machine; its models' folder, to which tests may add. What a plan times takes no time."""
+    for name, value in faked.items():
+        if name != "IGD_CACHE":
+            monkeypatch.setenv(name, value)
+    models = own_cache / "models"
+    models.mkdir()
+    for folder in (Path(faked["IGD_CACHE"]) / "models").iterdir():
+        (models / folder.name).symlink_to(folder)
+    pieces._counted.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(plan, "this_machine", lambda precision: plan.other_machine(24))
+    monkeypatch.setattr(plan, "guided_step", lambda *_: Footprint(3_350_000_000, 3_057_000_000))
+    return models
+
+
+@pytest.fixture
+def complete(rehearsing, monkeypatch) -> Path:
+    """The same, as if all images were there."""
+    monkeypatch.setattr(pieces, "count_problems", lambda dataset: [])
+    monkeypatch.setattr(data, "_check_sizes", lambda *_: None)
+    return rehearsing
 
 
 # --- tiny random models

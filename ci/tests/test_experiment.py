@@ -10,8 +10,7 @@ import torch
 
 from igd_lib import distillation, teachers
 from igd_lib.analysis import plotting, results, statistics, tables
-from igd_lib.config import AUGMENTATION, PAPER, STANDARD, Guidance, preset, surrogate_training
-from igd_lib.data.datasets import DATASETS
+from igd_lib.config import AUGMENTATION, PAPER, STANDARD, Guidance, surrogate_training
 from igd_lib.experiment import experiment as module
 from igd_lib.experiment import measures, pictures, registry
 from igd_lib.experiment.comparisons import (
@@ -23,7 +22,6 @@ from igd_lib.experiment.comparisons import (
     flipped,
     grid,
     plain_and_guided,
-    sampled,
     selections,
     sensitivity,
     shortcuts,
@@ -33,13 +31,11 @@ from igd_lib.experiment.comparisons import (
 from igd_lib.experiment.experiment import Sets, prepare
 from igd_lib.experiment.methods import Method, Selection
 from igd_lib.experiment.overview import overview, shown_steps, trace
-from igd_lib.experiment.pieces import missing_for_paper
 from igd_lib.experiment.run import Run
 from igd_lib.experiment.scales import STAND_INS, paper_scale
 from igd_lib.guidance import influence_loss
 from igd_lib.guides import Shortcuts
 from igd_lib.models.networks import network
-from igd_lib.pipeline import IGDPipeline
 from igd_lib.sets.store import DistilledSet
 from igd_lib.surrogate import SurrogateTraining
 from igd_lib.tools import files
@@ -58,20 +54,6 @@ def small(small_loads):
     return prepare("01", "fashion-mnist", "small")
 
 
-@pytest.fixture
-def own_paper(small_loads, monkeypatch, tmp_path, tiny):
-    """A machine where all that ImageWoof needs is found: empty class folders and tiny random models."""
-    monkeypatch.setenv("IGD_ALLOW_CPU", "1")
-    for split in ("train", "val"):
-        for wnid in DATASETS["imagewoof"].classes:
-            (tmp_path / "data" / "imagenet" / split / wnid).mkdir(parents=True)
-    models = tiny(num_classes=1000)
-    IGDPipeline(models.transformer, models.vae, models.ddpm).save_pretrained(
-        cache_dir() / "models" / "DiT-XL-2-256"
-    )
-    models.vae.save_pretrained(cache_dir() / "models" / "sd-vae-ft-mse")
-
-
 def labels(methods):
     return [method.label for method in methods]
 
@@ -82,27 +64,6 @@ def columns(methods):
 
 
 # --- made at a scale
-
-
-def test_paper_scale_names_every_missing_piece(only_fashion):
-    with pytest.raises(FileNotFoundError) as caught:
-        prepare("01", "imagenet", "paper")
-    lines = str(caught.value).splitlines()
-    assert len(lines) == 5
-    pieces = ("the images of imagenet", "facebook/DiT-XL-2-256", "stabilityai/sd-vae-ft-mse", "a CUDA GPU")
-    for line, piece in zip(lines[1:], pieces, strict=True):
-        assert piece in line
-    assert "IGD_DATA" in lines[1] and "--revision" in lines[2]
-
-
-def test_paper_scale_names_only_what_is_missing(only_fashion, monkeypatch, tmp_path):
-    monkeypatch.setenv("IGD_ALLOW_CPU", "1")
-    for split in ("train", "val"):
-        for wnid in DATASETS["imagenet"].classes:
-            (tmp_path / "data" / "imagenet" / split / wnid).mkdir(parents=True)
-    (cache_dir() / "models" / "DiT-XL-2-256").mkdir(parents=True)
-    (line,) = missing_for_paper("imagenet")
-    assert "stabilityai/sd-vae-ft-mse" in line
 
 
 def test_a_stand_in_has_no_paper_scale(only_fashion):
@@ -122,19 +83,6 @@ def test_wrong_scale_or_data_set_raise(only_fashion):
         prepare("01", "imagenet", "tiny")
     with pytest.raises(ValueError, match="unknown data set 'imagnet'"):
         prepare("01", "imagnet", "auto")  # a typo must not become the stand-in
-
-
-@pytest.mark.parametrize("scale", ["auto", "paper"])
-def test_the_paper_s_scale_where_everything_is_there(own_paper, scale):
-    found = prepare("01", "imagewoof", scale)
-    assert found.scale.name == "paper" and found.label_ids == DATASETS["imagewoof"].label_ids
-    assert found.scale.guidance == preset("imagewoof", "dit", 10)
-    assert found.scale.on_minimax() == preset("imagewoof", "minimax", 10)
-    assert found.scale.limit(Run(ipc=50)) == (50, tuple(range(5))) and found.scale.num_steps == 50
-    assert "**Scale: paper.**" in found.banner and "k and gamma Table 12" in found.banner
-    assert found.models.pipe.transformer.config.timestep_frequencies == "original"
-    with pytest.raises(FileNotFoundError, match=r"no guidance decoder in .*taesd"):
-        _ = found.models.tiny_decoder
 
 
 def test_a_method_s_gamma_is_the_paper_s_and_follows_the_latents_where_it_samples(small):
@@ -164,14 +112,12 @@ def test_a_threshold_of_its_own(small_loads):
     assert len(found.checkpoints) == len(found.surrogates.trajectory())  # no cosine reaches 2
 
 
-def test_networks_by_scale(smoke, own_paper):
+def test_networks_by_scale(smoke):
     assert smoke.networks == ["convnet3", "convnet4"] and smoke.names("a, b") == ["a", "b"]
     asked = prepare("05", "fashion-mnist", "smoke", run=Run(networks="convnet2"))
     assert asked.networks == ["convnet2"] and asked.network == "convnet2"
     with pytest.raises(ValueError, match="01 trains one network, got convnet3, convnet4"):
         _ = smoke.network
-    paper = prepare("01", "imagewoof", "paper")
-    assert paper.networks == ["convnet6", "resnetap10", "resnet18"]
 
 
 def test_validation_images_are_none_of_training_or_test(only_fashion):
@@ -531,43 +477,6 @@ def test_the_minimax_backbone_is_fine_tuned_once(smoke, monkeypatch):
     row = measures.About(smoke, guided, 0, own, 1).row("top1", 1.0)
     assert (row.method, row.backbone, row.guides) == ("Minimax-IGD", "minimax", "influence+deviation")
     assert measures.About(smoke, DIT, 0, plain, 1).row("top1", 1.0).backbone == "dit"
-
-
-def test_without_a_minimax_model_its_rows_are_left_out(smoke, own_paper):
-    with_it = labels(baselines(smoke))
-    assert with_it == [
-        "Random",
-        "RDED",
-        "DiT",
-        "DiT, best cfg",
-        "DiT + G_D",
-        "DiT-IGD",
-        "Minimax",
-        "Minimax-IGD",
-    ]
-    assert labels(sampled(smoke)) == ["DiT", "DiT + G_D", "DiT-IGD", "Minimax", "Minimax-IGD"]
-    assert labels(plain_and_guided(smoke, "minimax")) == ["Minimax", "Minimax-IGD"]
-    paper = prepare("01", "imagewoof", "paper")  # where no folder of such a model is
-    assert labels(baselines(paper)) == with_it[:6] and len(ablation(paper)) == 5 and len(solvers(paper)) == 4
-    assert "accelerate launch -m igd_lib minimax imagewoof" in paper.models.minimax_missing
-    assert "Without the rows on the Minimax backbone: no Minimax model in" in paper.banner
-    for make in (
-        lambda: paper.models.minimax,
-        lambda: selections(paper, [0.7], "minimax"),
-        lambda: plain_and_guided(paper, "minimax"),
-    ):
-        with pytest.raises(FileNotFoundError, match="no Minimax model in"):
-            make()
-
-
-def test_the_minimax_model_of_a_folder(own_paper, tiny_pipe):
-    tiny_pipe.save_pretrained(cache_dir() / "models" / "Minimax-imagewoof")
-    paper = prepare("01", "imagewoof", "paper")
-    assert paper.models.minimax_missing == "" and "Minimax" not in paper.banner
-    assert labels(baselines(paper))[6:] == ["Minimax", "Minimax-IGD"]
-    assert baselines(paper)[-1].guidance == preset("imagewoof", "minimax", 10) != paper.scale.guidance
-    assert paper.models.minimax.vae is paper.models.pipe.vae
-    assert paper.sampling(Method(backbone="minimax")).pipe is paper.models.minimax is not paper.models.pipe
 
 
 def test_rded_s_images_are_kept(smoke, monkeypatch):
