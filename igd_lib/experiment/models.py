@@ -189,7 +189,7 @@ class RehearsalModels(PaperModels):
 
     def extractor(self) -> features.Extractor:
         """Inception-V3's features, or those of a random network."""
-        if not features.missing_for_inception():
+        if not features.problems_of_inception():
             return features.inception(device=self.device)
         with _seeded():
             model = network("convnet3", num_classes=10, image_size=32).to(self.device)

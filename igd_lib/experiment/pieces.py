@@ -171,7 +171,7 @@ def guidance_decoder() -> Piece:
 
 
 def inception() -> Piece:
-    lines = features.missing_for_inception()
+    lines = features.problems_of_inception()
     return Piece("Inception-V3 (FID)", "" if lines else "found", tuple(lines), "extra")
 
 
