@@ -28,6 +28,7 @@ from igd_lib.tools.machine import data_dir
 
 ROOT = Path(__file__).parents[1]
 SCALES = ("smoke", "rehearsal")
+WITH_MEMORY = ("01", "08")  # rehearsed with several images a class: later ones know the earlier
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,7 +62,9 @@ def prepared(path: Path, scale: str, *, twice: bool) -> Any:
     """A notebook at a scale; its cells once more behind them, with IPC 1 where it has one, if `twice`."""
     bare = load_notebook_node(str(path))
     declared = "".join(cell.source for cell in bare.cells if cell.cell_type == "code")
-    given = {"scale": scale} | ({"seeds": "1"} if scale == "rehearsal" and "seeds: str" in declared else {})
+    given = {"scale": scale}
+    if scale == "rehearsal":
+        given |= {name: value for name, value in brief(path.stem).items() if f"{name}: " in declared}
     first = parameterize_notebook(copy.deepcopy(bare), given)
     if twice:
         second = parameterize_notebook(bare, given | ({"ipc": 1} if "ipc: int" in declared else {}))
@@ -69,6 +72,11 @@ def prepared(path: Path, scale: str, *, twice: bool) -> Any:
             cell.id = f"again-{number}"
         first.cells += second.cells
     return first
+
+
+def brief(name: str) -> dict[str, Any]:
+    """A rehearsal's parameters: one seed, and one image a class but in two notebooks."""
+    return {"seeds": "1"} | ({} if name[:2] in WITH_MEMORY else {"ipc": 1})
 
 
 def environment(scale: str, scratch: Path) -> dict[str, str]:
