@@ -42,6 +42,8 @@ from igd_lib.tools import cluster, files, keys
 from igd_lib.tools.progress import progress, resumable
 from igd_lib.tools.version import VERSION, git_revision
 
+MANIFEST = "manifest.json"
+
 
 def image_generator(seed: int, label: int, index: int) -> torch.Generator:
     """The generator of one image's noise: image `index` of the diffusion model's class `label`."""
@@ -488,9 +490,6 @@ def _store(out: DistilledSet, item: Item, latent: Tensor, image: Tensor, seconds
         "latent_sha256": tensor_sha256(latent),
     }
     files.save_tensors(out.latent_path(*item), {"latent": latent}, **note)
-
-
-MANIFEST = "manifest.json"
 
 
 def _open(path: Path, wanted: Wanted) -> DistilledSet:

@@ -120,12 +120,12 @@ def guided_step(
         "fidelity": _plain(fidelity),
         "cfg_scale": cfg_scale,
     }
-    return _footprints(lambda: models.sampling(surrogate, **options), _step)[0]
+    return _footprints(lambda: models.sampling(surrogate, **options), one_step)[0]
 
 
 def vanilla_step(models: Models, *, precision: Precision = "float32", cfg_scale: float = 4.0) -> Footprint:
     """Of a step without guidance, weights included."""
-    return _footprints(lambda: models.sampling(precision=precision, cfg_scale=cfg_scale), _step)[0]
+    return _footprints(lambda: models.sampling(precision=precision, cfg_scale=cfg_scale), one_step)[0]
 
 
 def decoding(models: Models, *, precision: Precision = "float32") -> Footprint:
@@ -140,7 +140,7 @@ def of(sampling: Sampling) -> list[Footprint]:
     """
     known = _description(sampling)
     if known not in _known:
-        _known[known] = _footprints(lambda: _copied(sampling), _step, _decoding)
+        _known[known] = _footprints(lambda: _copied(sampling), one_step, _decoding)
     return _known[known]
 
 
@@ -287,7 +287,7 @@ def _footprints(make: Callable[[], Sampling], *works: Callable[[Sampling, int], 
     return found
 
 
-def _step(sampling: Sampling, batch: int) -> object:
+def one_step(sampling: Sampling, batch: int) -> object:
     """One step of Algorithm 1, each image of a class of its own."""
     labels = list(range(batch))
     generators = [torch.Generator() for _ in labels]
