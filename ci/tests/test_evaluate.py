@@ -914,6 +914,7 @@ def test_of_two_that_want_a_cell_one_trains(toy_data, tmp_path, monkeypatch, cap
         return loss(self, *batch)
 
     monkeypatch.setattr(module._Training, "loss", slow)
+    monkeypatch.setattr(files, "PATIENCE", 0.0)
     options = dict(network="convnet1", protocol=replace(PLAIN, image_size=16, epochs=3, batch_size=6), seed=0)
     options |= dict(device="cpu", folder=tmp_path)
     with ThreadPoolExecutor(1) as pool:

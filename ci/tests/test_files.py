@@ -175,9 +175,10 @@ with files.locked(sys.argv[1], "a run", name=sys.argv[2]):
 """
 
 
-def test_waiting_for_another_process_is_said(tmp_path, capsys):
+def test_waiting_for_another_process_is_said(tmp_path, capsys, monkeypatch):
     """And a lock of another name in the folder is another lock."""
-    command = [sys.executable, "-c", HOLDER, str(tmp_path), ".part.lock", "0.5"]
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    command = [sys.executable, "-c", HOLDER, str(tmp_path), ".part.lock", "1.0"]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     with (

@@ -577,6 +577,7 @@ def test_of_two_that_want_a_trajectory_one_trains(toy_data, tmp_path, monkeypatc
         return train_step(*arguments)
 
     monkeypatch.setattr(surrogate, "_train_step", slow)
+    monkeypatch.setattr(files, "PATIENCE", 0.0)
     options = dict(epochs=3, batch_size=4, folder=tmp_path)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(train_surrogate, fresh_model(), toy_data, **options)

@@ -93,6 +93,7 @@ def sha256(path: str | Path) -> str:
 
 
 LOCK = ".lock"
+PATIENCE = 0.5  # seconds of waiting for a lock before that is said
 
 
 @contextmanager
@@ -133,7 +134,7 @@ def _flocked(path: Path, what: str, wait: bool) -> Iterator[None]:
 
 def _acquire(lock: FileLock, path: Path, what: str, wait: bool) -> None:
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=PATIENCE if wait else 0)
     except Timeout as error:
         with suppress(OSError, IndexError):
             what = f"{what} ({path.read_text().splitlines()[0]})"
