@@ -154,9 +154,8 @@ def influence_rows(experiment: Experiment, sets: Sets) -> pd.DataFrame:
     """Mean influence loss (Eq. 7) of each set's finished images by the retained checkpoints, a row a set."""
     (checkpoints, gradients), rows = experiment.retained, []
     for about in _each(experiment, sets, "influence loss, set"):
-        losses = metrics.influence_of_set(
-            in_memory(about.images), checkpoints, gradients, device=experiment.device
-        )
+        own = in_memory(about.images).at(experiment.train.image_size)  # RDED's have sides of their own
+        losses = metrics.influence_of_set(own, checkpoints, gradients, device=experiment.device)
         rows.append(about.row("influence_loss", losses.mean()))
     return results.frame(rows)
 
