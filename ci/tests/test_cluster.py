@@ -9,17 +9,22 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ci.tests.test_distill import assert_same_pixels, latents, pixels, victim
-from igd_lib.evaluation import evaluate_all
+from igd_lib.config import STANDARD
+from igd_lib.evaluation import evaluate_all, evaluate_sets
 from igd_lib.experiment import measures
 from igd_lib.experiment.experiment import prepare
 from igd_lib.experiment.methods import Method
+from igd_lib.experiment.scales import small_scale
+from igd_lib.experiment.surrogates import Surrogates
 from igd_lib.protocols import IGD_HARD
 from igd_lib.sets.store import DistilledSet
 from igd_lib.tools import cluster, machine
@@ -227,6 +232,39 @@ def test_without_ray_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(ImportError, match=r"the extra \[cluster\]"):
         victim(tmp_path / "set", ray=True)
+
+
+def test_work_is_named_after_the_cluster_s_device(monkeypatch, toy_data):
+    """A driver without a GPU finds what workers with one have made."""
+    there = {"CPU": 4.0, "GPU": 2.0}
+    fake = SimpleNamespace(cluster_resources=lambda: there)
+    monkeypatch.setattr(cluster, "connect", lambda where: (fake, False))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    own = Surrogates(
+        small_scale("fashion-mnist", "fashion-mnist", fidelity=STANDARD, labels="hard"), toy_data, "cpu"
+    )
+    own = replace(own, scale=replace(own.scale, train_images=None))
+    monkeypatch.setenv("IGD_RAY", "1")
+    assert cluster.device("auto", "cpu") == own._settings(None)["device"] == "cuda"
+    there["GPU"] = 0.0
+    assert cluster.device("auto", "cuda:0") == own._settings(None)["device"] == "cpu"
+    monkeypatch.setenv("IGD_RAY", "0")
+    assert cluster.device(False, "cuda:0") == "cuda" and own._settings(None)["device"] == "cpu"
+
+
+def test_finished_cells_are_sent_where_the_driver_cannot_tell(monkeypatch, tmp_path, toy_data):
+    """A cell's key holds a device, and its precision that device's."""
+    options = dict(protocol=replace(IGD_HARD, image_size=16, epochs=1), folder=tmp_path)
+    cells, sent = [(0, "convnet1", 0), (0, "convnet1", 1)], []
+    first = evaluate_sets([toy_data], toy_data, cells[:1], device="cpu", **options)
+    monkeypatch.setattr(cluster, "cluster", lambda where: nullcontext())
+    monkeypatch.setattr(
+        cluster, "run_all", lambda ray, work, shared, items, **_: sent.append(items) or ["score"] * len(items)
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert evaluate_sets([toy_data], toy_data, cells, device="cpu", ray=True, **options) == [*first, "score"]
+    assert evaluate_sets([toy_data], toy_data, cells, device="cuda", ray=True, **options) == ["score"] * 2
+    assert sent == [cells[1:], cells]
 
 
 # --- where the cluster is

@@ -32,7 +32,7 @@ from igd_lib.surrogate import (
     similarity_matrices,
     train_surrogate,
 )
-from igd_lib.tools import files, progress
+from igd_lib.tools import files, machine, progress
 from igd_lib.tools.recent import Recent
 
 # Two classes, two parameters, five epochs; every cosine below can be done in the head.
@@ -395,6 +395,16 @@ def test_sets_sampled_class_after_class_read_each_file_once(toy, toy_data, tmp_p
         assert gradients._recent.bytes <= (gradients._recent.limit)
     sent = pickle.loads(pickle.dumps(gradients._recent))
     assert sent.limit == gradients._recent.limit and sent.bytes == 0 < gradients._recent.bytes
+
+
+def test_an_eighth_of_the_memory_is_for_class_gradients_and_workers_divide_it(
+    toy, toy_data, tmp_path, monkeypatch
+):
+    alone = ClassGradients(toy().checkpoints, toy_data, tmp_path)._recent.limit
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 2**20 < alone <= pages // 8
+    monkeypatch.setattr(machine, "SHARED_BY", 4)
+    assert abs(ClassGradients(toy().checkpoints, toy_data, tmp_path)._recent.limit - alone // 4) <= 1
 
 
 def test_the_tensors_last_used_are_held():

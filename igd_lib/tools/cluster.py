@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from igd_lib.tools import machine
 from igd_lib.tools.locks import say_once
 from igd_lib.tools.machine import reuse_memory
 
@@ -164,7 +165,8 @@ def run_all(
     # No more than here: sums depend on it, in their last bits.
     threads = min(int(share["num_cpus"]), torch.get_num_threads())
     remote = ray.remote(max_restarts=RETRIES, max_task_retries=RETRIES, **share)(_Worker)
-    actors = [remote.remote([held], threads) for _ in range(min(count, len(items)))]
+    count = min(count, len(items))
+    actors = [remote.remote([held], threads, count) for _ in range(count)]
     results: dict[int, Any] = {}
     waiting = list(enumerate(items))
     free: list[Any] = []
@@ -209,10 +211,11 @@ def _result(ray: Any, reference: Any) -> Any:
 class _Worker:
     """An actor: the work and what it needs, on its GPU where it has one."""
 
-    def __init__(self, held: list[Any], threads: int):
+    def __init__(self, held: list[Any], threads: int, workers: int):
         import ray
 
         torch.set_num_threads(threads)
+        machine.SHARED_BY = workers
         self.work, self.shared = ray.get(held[0])
         if torch.cuda.is_available() and hasattr(self.shared, "to"):
             self.shared = self.shared.to("cuda")

@@ -89,13 +89,16 @@ def reuse_memory() -> None:
             mallopt(parameter, value)
 
 
+SHARED_BY = 1  # processes of one piece of work on this machine at most, as Ray's workers are
+
+
 def ram() -> int:
-    """Bytes of this machine's memory, or of those that its container may have."""
+    """Bytes of this machine's memory, or of those its container may have: this process's equal part."""
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):  # no such file, or "max"
             found = min(found, int(Path(limit).read_text()))
-    return found
+    return found // SHARED_BY
 
 
 def allow_open_files(count: int) -> None:
