@@ -396,7 +396,7 @@ def test_grid_of_settings(small):
 
 def test_soft_labels_come_from_the_surrogates_last_checkpoint(small_loads):
     """None for hard labels. Smoke's is hardly trained, so only there no accuracy is asked of it."""
-    assert prepare("03", "imagenet", "smoke").teacher() is None
+    assert prepare("03", "imagenet", "smoke", labels="hard").teacher() is None
     found = prepare("03", "imagenet", "smoke", labels="soft")
     teacher = found.teacher()
     assert found.scale.protocol.labels == "soft"

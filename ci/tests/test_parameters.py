@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from igd_lib.experiment import parameters
+from igd_lib.experiment.run import Run
 
 TYPES = dict(scale=str, ipc=int, seeds=int, threshold=float, save=bool)
 GIVEN = dict(scale="auto", ipc=10, seeds=3, threshold=0.7, save=False)
+FOUND = GIVEN | {"run": Run(ipc=10, seeds=3)}
 CELL = "\n".join(f"{name}: {kind.__name__} = {GIVEN[name]!r}  # a comment" for name, kind in TYPES.items())
 READING = "config = parameters.read(globals(), scale=str, ipc=int, seeds=int, threshold=float, save=bool)"
 
@@ -24,8 +26,8 @@ def run(*cells, deleted=()):
 def test_parameters_are_read_by_name():
     around = {"_hidden": 1, "In": [], "Out": {}, "torch": torch, "run": run}
     found = parameters.read(GIVEN | around, **TYPES)
-    assert vars(found) == GIVEN
-    assert vars(parameters.read(run(CELL, READING), **TYPES)) == GIVEN
+    assert vars(found) == FOUND
+    assert vars(parameters.read(run(CELL, READING), **TYPES)) == FOUND
 
 
 def test_an_int_passes_for_a_float():
@@ -43,7 +45,7 @@ def test_an_int_passes_for_a_float():
         ({"ipc": True}, TypeError, "'ipc' is int, got True"),
         ({"threshold": True}, TypeError, "'threshold' is float"),
         ({"save": 1}, TypeError, "'save' is bool"),
-        ({"scale": "large"}, ValueError, "scale is one of auto, smoke, small, paper, got 'large'"),
+        ({"scale": "large"}, ValueError, "scale is one of auto, smoke, small, rehearsal, paper, got 'large'"),
         ({"ipc": 0}, ValueError, "ipc is at least 1, got 0"),
         ({"seeds": 0}, ValueError, "seeds is at least 1"),
     ],
@@ -85,11 +87,11 @@ def test_variables_of_other_cells_are_no_parameters_when_everything_is_run_again
     ]
     namespace = run(*once, CELL, READING) | {"sets": {"a": 1}, "ks": [1.0, 2.0]}
     assert namespace["columns"] == ["top1", "sd"]
-    assert vars(parameters.read(namespace, **TYPES)) == GIVEN
+    assert vars(parameters.read(namespace, **TYPES)) == FOUND
     # A cell with anything but literals is none of the parameters' even where it is run behind them.
     mixed = "thresholds = (0.6, 0.7)\nrows = comparisons.selections(experiment, thresholds)"
     namespace = run(*once, CELL, mixed, READING) | {"thresholds": (0.6, 0.7)}
-    assert vars(parameters.read(namespace, **TYPES)) == GIVEN
+    assert vars(parameters.read(namespace, **TYPES)) == FOUND
 
 
 def test_a_corrected_name_no_longer_counts():
@@ -99,17 +101,17 @@ def test_a_corrected_name_no_longer_counts():
     with pytest.raises(NameError, match="unknown notebook parameter 'seedz'"):
         parameters.read(wrong, **TYPES)
     corrected = run(misspelt, READING, CELL, READING)
-    assert corrected["seedz"] == 5 and vars(parameters.read(corrected, **TYPES)) == GIVEN
+    assert corrected["seedz"] == 5 and vars(parameters.read(corrected, **TYPES)) == FOUND
     # So it is where the name came from a cell of its own.
     corrected = run(CELL, "seedz = 5", READING, CELL, READING)
-    assert corrected["seedz"] == 5 and vars(parameters.read(corrected, **TYPES)) == GIVEN
+    assert corrected["seedz"] == 5 and vars(parameters.read(corrected, **TYPES)) == FOUND
 
 
 def test_a_deleted_name_no_longer_counts():
     cells = (CELL, "seedz = 5", READING, "del seedz", READING)
     with pytest.raises(NameError, match="unknown notebook parameter 'seedz'"):
         parameters.read(run(*cells), **TYPES)
-    assert vars(parameters.read(run(*cells, deleted=["seedz"]), **TYPES)) == GIVEN
+    assert vars(parameters.read(run(*cells, deleted=["seedz"]), **TYPES)) == FOUND
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ class Run:
     """The shared parameters of the notebooks. Raises ValueError for what cannot be meant."""
 
     ipc: int = 10  # images a class
-    seeds: str = "5"  # generation seeds: how many, or which ("3:5", "0,3")
+    seeds: str | int = "5"  # generation seeds: how many, or which ("3:5", "0,3")
     methods: str = AUTO  # kinds of rows, comma-separated
     networks: str = AUTO  # what is trained on every set, comma-separated
     protocol: str = AUTO  # how, by name
@@ -59,7 +59,7 @@ class Run:
     @property
     def generation_seeds(self) -> tuple[int, ...]:
         """The seeds: 0 ... n - 1 for a plain number n."""
-        text = self.seeds.strip()
+        text = str(self.seeds).strip()
         return tuple(range(int(text))) if text.isdecimal() else numbers("seeds", text)
 
     def labels(self, count: int) -> list[int] | None:

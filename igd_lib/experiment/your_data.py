@@ -107,7 +107,7 @@ def _with_dit(
     artefact: str, folder: str, run: Run, fidelity: Fidelity = STANDARD, *, rehearsal: bool
 ) -> Experiment:
     if not folder:
-        raise ValueError("this scale is for a folder of yours: name it by the parameter `folder`")
+        raise ValueError("scale='paper' is for a folder of yours: name it by the parameter `folder`")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     spec = your_folder(folder, image_size=1)  # the DiT says the size
     if lacking := missing_for(spec, fidelity):
