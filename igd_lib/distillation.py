@@ -64,7 +64,9 @@ def distill(
     # the diffusion model's id of every class; None: 0 ... C-1, of a model that has these classes alone
     label_ids: Sequence[int] | None = None,
     only: Sequence[int] | None = None,  # the labels that this run works on; None: all of `classes`
-    batch: int = 0,  # images that go through the models side by side; 0: as many as fit, at most 50 (or 100)
+    # images that go through the models side by side; 0: as the set was begun, or at most 50 (without a memory
+    # 100), as many as fit
+    batch: int = 0,
     batch_classes: int | None = None,  # classes in work, and locked, at once; None: 50
     gradients: Gradients
     | None = None,  # such as `ClassGradients`; None: computed a batch of classes at a time
@@ -198,7 +200,7 @@ class Run:
         return [label for label in selected if label in wanted]
 
     def most(self, remembers: bool) -> int:
-        """Images side by side at most, where it is not said; more do not make a batch faster."""
+        """Images side by side at most where nobody says how many, as in every earlier version."""
         return max(self.batch_classes or 0, 50 if remembers else 100)
 
 
@@ -220,7 +222,7 @@ def fill(
 def _fill(wanted: Wanted, path: Path, run: Run) -> DistilledSet:
     labels = run.labels(wanted.selected)
     out = _open(path, wanted)
-    if not out.lacking(labels):
+    if not any(out.lacking([label]) for label in labels):
         return out
 
     def done() -> str:
@@ -228,7 +230,7 @@ def _fill(wanted: Wanted, path: Path, run: Run) -> DistilledSet:
         return f"{count} of {len(out.selected) * out.ipc} images are in {out.path}"
 
     if not run.wait:
-        out.check_free([label for label in labels if out.lacking([label])])
+        out.check_free(labels)
     job = _Job(wanted, out.path, run.batch, run.most(wanted.sampling.remembers))
     with resumable(done):
         with files.locked(out.path, RUN, wait=True):

@@ -107,6 +107,28 @@ def _workers() -> list[int]:
     return [process for process in named if is_ours(process)]
 
 
+def test_a_set_s_chunks_go_to_workers_that_find_their_own_batch(tmp_path, whole, monkeypatch):
+    """Workers that are copies in this process: the driver holds the locks, the first one notes a batch."""
+    chunks, held = [], []
+
+    def run_all(_, work, shared, items, **options):
+        for item in items:
+            held.append(len(list((tmp_path / "set").rglob(".lock"))))
+            worker = ray.cloudpickle.loads(ray.cloudpickle.dumps(shared))
+            work(worker, item)
+            chunks.append((item, worker.pace.images, DistilledSet(tmp_path / "set").manifest["batch"]))
+        assert options["done"]().split(" of ")[0] == str(4 * sum(map(len, items)))
+
+    monkeypatch.setattr(cluster, "cluster", lambda where: nullcontext(where))
+    monkeypatch.setattr(cluster, "workers_of", lambda *_: (2, {}))
+    monkeypatch.setattr(cluster, "run_all", run_all)
+    found = victim(tmp_path / "set", ray=True, workers=2)
+    assert chunks == [([0, 1, 2, 3, 4], 50, 50), ([5, 6, 7, 8, 9], 50, 50)] and held == [10, 10]
+    assert found.verify() == [] and torch.equal(latents(found), latents(whole))
+    again = victim(tmp_path / "part", ray=True, only=[7], batch_classes=None)
+    assert again.lacking() == 36 and chunks[2:] == [([7], 50, 50)]
+
+
 @pytest.mark.slow
 def test_evaluation_cells_as_tasks(two_processors, one_thread, tmp_path, toy_data):
     options = dict(

@@ -77,7 +77,10 @@ class DistilledSet:
         return finished
 
     def lacking(self, labels: Sequence[int] | None = None) -> int:
-        """How many images of the classes `labels` (default: all of the set's) are not there."""
+        """How many images of the classes `labels` (default: all) are still to be sampled.
+
+        Of each class the first that is not there, and all that follow from it.
+        """
         chosen = self.selected if labels is None else labels
         return sum(self.ipc - self.finished(label) for label in chosen)
 
@@ -109,9 +112,10 @@ class DistilledSet:
             yield mine
 
     def check_free(self, labels: Sequence[int]) -> None:
-        """Raise BlockingIOError where another run holds one of the classes `labels`."""
-        for folder in map(self._lock_folder, labels):
-            if (folder / files.LOCK).exists():
+        """Raise BlockingIOError where another run holds one of the classes `labels` that is not finished."""
+        for label in labels:
+            folder = self._lock_folder(label)
+            if (folder / files.LOCK).exists() and self.lacking([label]):
                 with files.locked(folder, RUN):
                     pass
 
