@@ -73,8 +73,8 @@ def remove(one: Work) -> None:
         return
     # A set's own lock keeps new runs from beginning, those of its classes say whether one is at work.
     with ExitStack() as locks:
-        for folder in dict.fromkeys([one.path, *(lock.parent for lock in one.path.rglob(files.LOCK))]):
-            locks.enter_context(files.locked(folder, "a run"))
+        for lock in dict.fromkeys([one.path / files.LOCK, *one.path.rglob(f"*{files.LOCK}")]):
+            locks.enter_context(files.locked(lock.parent, "a run", name=lock.name))
         shutil.rmtree(one.path)
 
 
