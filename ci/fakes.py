@@ -31,8 +31,6 @@ from igd_lib.data.datasets import (
     DATASETS,
     FOOD_CLASSES,
     IMAGENET_CLASSES,
-    IMAGENETTE_CLASSES,
-    IMAGEWOOF_CLASSES,
 )
 from igd_lib.data.sources.cifar import CIFAR, PIXELS
 from igd_lib.models.folder import dit_scheduler, write_pipeline
@@ -40,7 +38,7 @@ from igd_lib.tools import files
 
 TRAIN, TEST = 3, 2  # images a class, ...
 MORE = 8  # ... and for training of those that a rehearsal takes: the first of every data set
-REHEARSED = {*IMAGENET_CLASSES[:2], *IMAGENETTE_CLASSES[:2], *IMAGEWOOF_CLASSES[:2], *FOOD_CLASSES[:2]}
+REHEARSED = {name for spec in DATASETS.values() for name in spec.classes[:2]}
 # How an image is stored: ImageNet has some of each kind, all called .JPEG.
 KINDS = ("RGB", "L", "CMYK", "PNG", "RGB")
 DONE = "fakes.json"  # written last

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -148,6 +149,7 @@ def evaluate(
     Example: igd evaluate their_set imagewoof --network resnetap10 --seeds 3
     """
     from igd_lib.experiment import any_set
+    from igd_lib.experiment.run import split_names
     from igd_lib.protocols import PROTOCOLS
 
     if protocol is not None and protocol not in PROTOCOLS:
@@ -157,7 +159,7 @@ def evaluate(
             found = any_set.evaluate_set(
                 folder,
                 real,
-                networks=[name.strip() for name in (network or "").split(",") if name.strip()],
+                networks=split_names(network or ""),
                 protocol=PROTOCOLS[protocol] if protocol else None,
                 seeds=None if seeds is None else range(seeds),
                 teacher=teacher,
@@ -197,6 +199,18 @@ def convert(file: Path, out: Path, vae: str | None, heads: int | None) -> None:
     except (OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(out)
+
+
+def _of_training(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that every fine-tuning has."""
+    accumulate = click.option(
+        "--accumulate",
+        default=1,
+        show_default=True,
+        help="So many parts one after the other, of each process's share of a batch.",
+    )
+    kinds = click.Choice(["no", "bf16", "fp16"])
+    return click.option("--mixed-precision", type=kinds, default="no", show_default=True)(accumulate(command))
 
 
 def _found_model(repository: str, revision: str | None) -> Path:
@@ -243,13 +257,7 @@ def _autoencoder(name: str | None) -> Any:
     help="Train so many models, each on its own classes, in folders OUT/shard-I-of-N.",
 )
 @click.option("--shard", type=int, help="This one alone, from 0.")
-@click.option("--mixed-precision", type=click.Choice(["no", "bf16", "fp16"]), default="no", show_default=True)
-@click.option(
-    "--accumulate",
-    default=1,
-    show_default=True,
-    help="So many parts one after the other, of each process's share of a batch.",
-)
+@_of_training
 @click.option("--steps", type=int, help="Stop there, instead of where the method does; 0: after all epochs.")
 def minimax(
     dataset: str,
@@ -311,13 +319,7 @@ def minimax(
 @click.option("--steps", type=click.IntRange(1), help="Of the optimiser, instead of the recipe's.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images a step, instead of the recipe's.")
 @click.option("--lr", type=float, help="Of AdamW, instead of the recipe's.")
-@click.option("--mixed-precision", type=click.Choice(["no", "bf16", "fp16"]), default="no", show_default=True)
-@click.option(
-    "--accumulate",
-    default=1,
-    show_default=True,
-    help="So many parts one after the other, of each process's share of a batch.",
-)
+@_of_training
 def finetune(
     dataset: str,
     out: Path,

@@ -117,7 +117,7 @@ def distill(
     )
     ids = class_ids(pipe.transformer, len(dataset.classes), label_ids)
     wanted = Wanted(sampling, dataset, ipc, seed, _selected(dataset, classes), ids)
-    run = Run(only, batch, batch_classes, ray, workers, wait)
+    run = Division(only, batch, batch_classes, ray, workers, wait)
     return _fill(wanted, Path(out_dir), run)
 
 
@@ -173,8 +173,8 @@ def _selected(data: ImageData, classes: Sequence[int] | None) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Run:
-    """How a set is worked on, which it does not depend on but for rounding. `distill` says more."""
+class Division:
+    """How the work on a set is divided, which it does not depend on but for rounding. `distill` says more."""
 
     only: Sequence[int] | None = None  # labels
     batch: int = 0  # images side by side; 0: what fits
@@ -216,10 +216,10 @@ def fill(
     wait: bool = False,
 ) -> DistilledSet:
     """`distill` for a set that has been described: sample what `out_dir` lacks of it."""
-    return _fill(wanted, Path(out_dir), Run(only, batch, batch_classes, ray, workers, wait))
+    return _fill(wanted, Path(out_dir), Division(only, batch, batch_classes, ray, workers, wait))
 
 
-def _fill(wanted: Wanted, path: Path, run: Run) -> DistilledSet:
+def _fill(wanted: Wanted, path: Path, run: Division) -> DistilledSet:
     labels = run.labels(wanted.selected)
     out = _open(path, wanted)
     if not any(out.lacking([label]) for label in labels):
@@ -238,13 +238,14 @@ def _fill(wanted: Wanted, path: Path, run: Run) -> DistilledSet:
         if run.ray:
             _on_a_cluster(job, out, labels, run)
         else:
-            chunks = _chunks(labels, run.batch_classes or max(50, run.batch))
+            chunks = chunked(labels, run.batch_classes or max(50, run.batch))
             with _here(job) as own:
                 _in_turn(out, [[chunk] for chunk in chunks], own.run_all, run.wait)
     return DistilledSet(path)
 
 
-def _chunks(selected: Sequence[int], size: int) -> list[list[int]]:
+def chunked(selected: Sequence[int], size: int) -> list[list[int]]:
+    """Labels in chunks of that size, the last one perhaps smaller."""
     return [list(selected[i : i + size]) for i in range(0, len(selected), size)]
 
 
@@ -273,11 +274,11 @@ def _in_turn(
             out.wait_for(waves[0][0][0])
 
 
-def _on_a_cluster(job: _Job, out: DistilledSet, labels: list[int], run: Run) -> None:
+def _on_a_cluster(job: _Job, out: DistilledSet, labels: list[int], run: Division) -> None:
     """Chunks of classes as tasks on Ray actors that hold the pipeline; this process holds their locks."""
     with cluster.cluster(run.ray) as ray:
         count, _ = cluster.workers_of(ray, run.workers)
-        chunks = _chunks(labels, run.batch_classes or min(50, -(-len(labels) // count)))
+        chunks = chunked(labels, run.batch_classes or min(50, -(-len(labels) // count)))
 
         def done() -> str:
             return f"{len(labels) * out.ipc - out.lacking(labels)} of {len(labels) * out.ipc} images"

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -68,7 +69,7 @@ class Sampling:
         own = self.guidance is not None and self.guidance.gamma > 0
         return own or any(factory.remembers for factory in self.others)
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """What its images depend on but data, seed and number: JSON-able, weights by their digests."""
         return {

@@ -13,6 +13,7 @@ from igd_lib.experiment import surrogates
 from igd_lib.experiment.surrogates import PARTS, Surrogates, _Similarities
 from igd_lib.surrogate import ClassGradients, class_gradients, similarity_matrices
 from igd_lib.tools import progress
+from igd_lib.tools.machine import work_dir
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def test_matrices_replace_the_parts(small_loads, monkeypatch):
     assert first["mean"].shape == (3, 3)
     monkeypatch.setattr(surrogates, "class_gradients", None)
     assert equal(own.similarity_matrices(), first)
-    assert not [path for path in surrogates.keys.cache_dir().rglob(PARTS)]
+    assert not [path for path in work_dir().rglob(PARTS)]
 
 
 def test_many_classes_are_never_on_the_device(small_loads, monkeypatch):

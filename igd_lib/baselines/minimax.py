@@ -410,5 +410,4 @@ def _is_finished(folder: str | Path, labels: Sequence[int]) -> bool:
     """Whether a set has all images of these classes."""
     if not (Path(folder) / "manifest.json").is_file():
         return False
-    found = DistilledSet(folder)
-    return all(found.finished(label) == found.ipc for label in labels)
+    return not DistilledSet(folder).lacking(labels)

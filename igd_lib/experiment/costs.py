@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -249,8 +249,3 @@ def _seconds(call: Callable[[], Any], device: str, repeats: int = 3) -> float:
 
     timed()
     return min(timed() for _ in range(repeats))
-
-
-def total(found: Iterable[Stage], *, samples: bool) -> float:
-    """Operations of the stages of one kind."""
-    return sum(stage.operations for stage in found if stage.samples == samples)

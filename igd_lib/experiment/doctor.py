@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
@@ -38,7 +37,7 @@ def machine() -> list[str]:
     """Processor, memory, GPU and disk, a line each."""
     import torch
 
-    from igd_lib.tools.machine import cache_dir, data_dir, has_bfloat16
+    from igd_lib.tools.machine import cache_dir, data_dir, free_disk, has_bfloat16
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -54,9 +53,8 @@ def machine() -> list[str]:
     lines += ["no CUDA GPU"] if not torch.cuda.is_available() else []
     for name, folder in (("IGD_CACHE", cache_dir()), ("IGD_DATA", data_dir())):
         there = next(path for path in (folder, *folder.parents) if path.is_dir())
-        usage = shutil.disk_usage(there)
         state = "" if os.access(there, os.W_OK) else ", NOT WRITABLE"
-        lines.append(f"{name}: {folder}, {usage.free / 2**30:.0f} GiB free{state}")
+        lines.append(f"{name}: {folder}, {free_disk(folder) / 2**30:.0f} GiB free{state}")
     return lines
 
 

@@ -18,7 +18,7 @@ from igd_lib.config import STANDARD, TABLE_12_IPCS, Fidelity, nearest_ipc
 from igd_lib.data.datasets import DATASETS, DataSpec
 from igd_lib.data.images import ImageData, load, missing
 from igd_lib.data.resizing import needed
-from igd_lib.distillation import Wanted
+from igd_lib.distillation import Wanted, chunked
 from igd_lib.experiment import plan
 from igd_lib.experiment.artefacts import Artefact
 from igd_lib.experiment.artefacts import artefact as known
@@ -218,8 +218,13 @@ class Experiment:
         """
         ipc = self.ipc if ipc is None else ipc
         numbers = self.seeds if seeds is None else range(seeds) if isinstance(seeds, int) else seeds
-        cells = [(row, seed) for row in chosen(methods, self.run.methods) for seed in numbers]
-        sampled = {cell: self._wanted(*cell, ipc) for cell in cells if cell[0].family == SAMPLED}
+        rows = chosen(methods, self.run.methods)
+        cells = [(row, seed) for row in rows for seed in numbers]
+        # Once a row: its key is made of the digests of all its weights.
+        sampling = {row: self.sampling(row) for row in rows if row.family == SAMPLED}
+        sampled = {
+            (row, seed): self._wanted(sampling[row], seed, ipc) for row, seed in cells if row in sampling
+        }
         labels = self.run.labels(self.number_of_classes)
         # Classes outermost: their gradients, which are large, are read once for all sets.
         for part in self._parts(labels):
@@ -236,20 +241,20 @@ class Experiment:
         """A method's images for one generation seed: sampled, resumed, or made by another baseline."""
         if method.family != SAMPLED:
             return BASELINES[method.family].make(self, ipc, seed)
-        found = self._fill(*self._wanted(method, seed, ipc))
+        found = self._fill(*self._wanted(self.sampling(method), seed, ipc))
         _report_version(found)
         return found
 
-    def _wanted(self, method: Method, seed: int, ipc: int) -> tuple[Wanted, Path]:
+    def _wanted(self, sampling: Sampling, seed: int, ipc: int) -> tuple[Wanted, Path]:
         """A sampled set that is to be, and its folder."""
         every = list(range(self.number_of_classes))
-        wanted = Wanted(self.sampling(method), self.train, ipc, seed, every, list(self.label_ids))
+        wanted = Wanted(sampling, self.train, ipc, seed, every, list(self.label_ids))
         return wanted, work_dir() / "set" / f"{keys.key('set', wanted.settings)}-seed{seed}"
 
     def _parts(self, labels: Sequence[int] | None) -> list[list[int]]:
         """The classes to work on, as many at a time as there are class gradients in memory."""
         every = list(range(self.number_of_classes)) if labels is None else list(labels)
-        return [every[start : start + TOGETHER] for start in range(0, len(every), TOGETHER)]
+        return chunked(every, TOGETHER)
 
     def _fill(self, wanted: Wanted, folder: Path, part: Sequence[int] | None = None) -> DistilledSet:
         """Sample what is missing; notebooks that run side by side share sets, and wait for each other."""
@@ -355,24 +360,29 @@ def prepare(
     "paper" raises FileNotFoundError naming every missing piece and how to get it; "rehearsal" only where the
     data, the DiT or its autoencoder are missing.
     """
-    disable_progress_bar()  # of loading models: not worth a line in a notebook
-    if not torch.cuda.is_available():
-        reuse_memory()
     if scale not in SCALES:
         raise ValueError(f"scale is one of {', '.join(SCALES)}, got {scale!r}")
     if dataset not in DATASETS:
         raise ValueError(f"unknown data set {dataset!r}; known: {', '.join(sorted(DATASETS))}")
     asked = _Asked(artefact, dataset, run or Run(), fidelity, labels or known(artefact).labels)
     scale = _resolved(scale, asked)
-    work_in("rehearsal" if scale == "rehearsal" else "")
-    if where := ray_cluster():  # once, for all its sets
-        cluster.connect(where)
+    get_ready(scale)
     if scale in ("paper", "rehearsal"):
         made = _paper(asked, rehearsal=scale == "rehearsal")
     else:
         make = smoke_scale if scale == "smoke" else small_scale
         made = _on_stand_in(asked, stand_in, make(dataset, stand_in, fidelity=fidelity, labels=asked.labels))
     return _with_threshold(_with_named_protocol(made), threshold)
+
+
+def get_ready(scale: str) -> None:
+    """Prepare this process for an experiment at a scale."""
+    disable_progress_bar()  # of loading models: not worth a line in a notebook
+    if not torch.cuda.is_available():
+        reuse_memory()
+    work_in("rehearsal" if scale == "rehearsal" else "")
+    if where := ray_cluster():  # once, for all its sets
+        cluster.connect(where)
 
 
 def _with_threshold(made: Experiment, threshold: float) -> Experiment:
@@ -403,8 +413,9 @@ class _Asked:
         """The notebook, with the labels asked for."""
         return replace(known(self.artefact), labels=self.labels)
 
+    @cached_property
     def pieces(self) -> list[Piece]:
-        """What the paper's scale needs for it."""
+        """What the paper's scale needs for it, looked at once."""
         return pieces(self.dataset, self.needs, self.fidelity)
 
     def lacking(self) -> list[str]:
@@ -416,7 +427,7 @@ def _resolved(scale: str, asked: _Asked) -> str:
     if scale in ("smoke", "small"):
         return scale
     if scale == "rehearsal" and asked.dataset not in STAND_INS_ALONE:
-        lacking = [line for piece in asked.pieces() if piece.blocks_rehearsal for line in piece.problems]
+        lacking = [line for piece in asked.pieces if piece.blocks_rehearsal for line in piece.problems]
     else:
         lacking = asked.lacking()
     if scale == "auto":
@@ -486,7 +497,7 @@ def _about_rehearsal(asked: _Asked, scale: Scale) -> str:
         f"{scale.num_steps} steps: it shows that everything works with your data and models, "
         "**and its numbers mean nothing.** The plan of the real run is at the end."
     )
-    return "\n\n".join([cut, *replaced(asked.pieces())])
+    return "\n\n".join([cut, *replaced(asked.pieces)])
 
 
 def images_of(spec: DataSpec, split: str, scale: Scale) -> ImageData:

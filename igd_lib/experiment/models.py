@@ -160,15 +160,12 @@ class RehearsalModels(PaperModels):
 
     @cached_property
     def minimax(self) -> IGDPipeline:
-        if minimax_problems(self.dataset):
-            return self.pipe
-        return IGDPipeline.stored(minimax_folder(self.dataset), vae=self.pipe.vae).to(self.device)
+        return self.pipe if minimax_problems(self.dataset) else super().minimax
 
     @cached_property
     def tiny_decoder(self) -> AutoencoderTiny:
-        piece = guidance_decoder()
-        if piece.is_usable:
-            return AutoencoderTiny.from_pretrained(piece.where).to(self.device).eval()
+        if guidance_decoder().is_usable:
+            return super().tiny_decoder
         with _seeded():
             return AutoencoderTiny().to(self.device).eval()
 
@@ -190,7 +187,7 @@ class RehearsalModels(PaperModels):
     def extractor(self) -> features.Extractor:
         """Inception-V3's features, or those of a random network."""
         if not features.problems_of_inception():
-            return features.inception(device=self.device)
+            return super().extractor()
         with _seeded():
             model = network("convnet3", num_classes=10, image_size=32).to(self.device)
         return features.network_extractor(model, "a random ConvNet-3", image_size=32)

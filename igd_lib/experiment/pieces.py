@@ -119,25 +119,37 @@ def model_folder(repository: str, revision: str | None) -> Path | None:
 
 def dit(dataset: str, fidelity: Fidelity) -> Piece:
     """The diffusion model: of as many classes as asked for; DiT-XL/2 of the data's resolution too."""
-    spec, (repository, revision) = DATASETS[dataset], dit_of(dataset)
+    spec = DATASETS[dataset]
+    if spec.label_ids:
+        return dit_xl(fidelity, spec.image_size)
+    name, _ = dit_of(dataset)
+    remedy = f"igd finetune {dataset} {cache_dir() / 'models' / name}, or "
+    # Its images may have another size: they are resized.
+    return _transformer(name, None, fidelity, remedy, classes=len(spec.classes))
+
+
+def dit_xl(fidelity: Fidelity, image_size: int | None = None) -> Piece:
+    """DiT-XL/2, for images of that size."""
+    return _transformer(*DIT, fidelity, classes=len(IMAGENET_CLASSES), image_size=image_size)
+
+
+def _transformer(
+    repository: str, revision: str | None, fidelity: Fidelity, remedy: str = "", **wanted: int | None
+) -> Piece:
     vae = model_folder(*vae_of(fidelity))
-    known = bool(spec.label_ids)
-    wanted: dict[str, Any] = {"classes": len(IMAGENET_CLASSES if known else spec.classes)}
-    wanted |= {"image_size": spec.image_size} if known else {}  # others' images may be resized
-    remedy = "" if known else f"igd finetune {dataset} {cache_dir() / 'models' / repository}, or "
-    wanted |= {"vae": vae, "parts": ("transformer",)}
-    return _model(repository, revision, loadable.problems, wanted, remedy)
+    return _model(repository, revision, remedy, parts=("transformer",), vae=vae, **wanted)
 
 
 def autoencoder(fidelity: Fidelity) -> Piece:
-    return _model(*vae_of(fidelity), loadable.problems, {"parts": ("vae",)}, "")
+    return _model(*vae_of(fidelity), parts=("vae",))
 
 
-def _model(repository: str, revision: str | None, check, wanted: dict, remedy: str) -> Piece:
-    name = f"the weights {repository}"
-    found = model_folder(repository, revision)
+def _model(repository: str, revision: str | None, remedy: str = "", **wanted: Any) -> Piece:
+    """A model's folder; wanted: what `loadable.problems` compares it with."""
+    name, found = f"the weights {repository}", model_folder(repository, revision)
     if found is not None:
-        return Piece(name, str(found), tuple(f"{name}: {line}" for line in check(found, **wanted)))
+        lines = (f"{name}: {line}" for line in loadable.problems(found, **wanted))
+        return Piece(name, str(found), tuple(lines))
     download = f"hf download {repository} --revision {revision}, or " if revision else remedy
     place = cache_dir() / "models" / repository.split("/")[-1]
     return Piece(name, "", (f"{name}: {download}copy the folder to {place}",))

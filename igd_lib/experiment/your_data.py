@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from diffusers.utils.logging import disable_progress_bar
 from torchvision.transforms.v2 import functional as TF
 
 from igd_lib.analysis import features
@@ -21,11 +20,11 @@ from igd_lib.data.datasets import DATASETS, DataSpec
 from igd_lib.data.images import ImageData, load
 from igd_lib.data.your_folder import IDS, your_folder
 from igd_lib.experiment import comparisons
-from igd_lib.experiment.experiment import Experiment, Sets, few_classes, images_of
+from igd_lib.experiment.experiment import Experiment, Sets, few_classes, get_ready, images_of
 from igd_lib.experiment.methods import Method
 from igd_lib.experiment.models import StandInModels
 from igd_lib.experiment.pictures import Gallery
-from igd_lib.experiment.pieces import DIT, model_folder, vae_of
+from igd_lib.experiment.pieces import DIT, autoencoder, dit_xl, gpu, model_folder, vae_of
 from igd_lib.experiment.run import AUTO, Run
 from igd_lib.experiment.scales import (
     TEST_IMAGES,
@@ -43,8 +42,8 @@ from igd_lib.protocols import PROTOCOLS
 from igd_lib.sets.export import check_folder_names
 from igd_lib.teacher_training import train_teacher
 from igd_lib.teachers import Teacher
-from igd_lib.tools import cluster, files
-from igd_lib.tools.machine import cache_dir, ray_cluster, reuse_memory, work_in
+from igd_lib.tools import files
+from igd_lib.tools.machine import cache_dir
 
 # Classes, and training images a class, of the folder that is written.
 LESSON = {"small": (10, 1000), "smoke": (3, 40)}
@@ -67,14 +66,9 @@ def prepare(
     FileNotFoundError naming every piece that "paper" lacks, ValueError where the stand-in's DiT does not know
     the folder's classes.
     """
-    disable_progress_bar()
-    if not torch.cuda.is_available():
-        reuse_memory()
-    if where := ray_cluster():
-        cluster.connect(where)
     if scale == "auto":
         scale = "paper" if folder else "small"
-    work_in("rehearsal" if scale == "rehearsal" else "")
+    get_ready(scale)
     run = run or Run()
     if scale in ("paper", "rehearsal"):
         made = _with_dit(artefact, folder, run, rehearsal=scale == "rehearsal")
@@ -143,21 +137,15 @@ def _with_dit(
 
 def missing_for(spec: DataSpec, fidelity: Fidelity = STANDARD) -> list[str]:
     """What a folder still needs at the paper's scale, a line a piece with how to get it."""
-    lines = []
-    for repository, revision in (DIT, vae_of(fidelity)) if spec.label_ids else ():
-        if model_folder(repository, revision) is None:
-            place = cache_dir() / "models" / repository.split("/")[-1]
-            download = f"hf download {repository} --revision {revision}"
-            lines.append(f"the weights {repository}: {download}, or copy the folder to {place}")
+    models = [dit_xl(fidelity), autoencoder(fidelity)] if spec.label_ids else []
+    lines = [line for piece in models for line in piece.problems]
     if not spec.label_ids and not is_whole(_own_dit(spec)):
         command = shlex.join(["igd_lib", "finetune", spec.folder, str(_own_dit(spec))])
         lines.append(
             "a DiT that knows its classes. Where they are ImageNet-1K's, say which: write "
             f"{spec.folder}/{IDS}, columns folder,wnid. Else fine-tune DiT: accelerate launch -m {command}"
         )
-    if not torch.cuda.is_available() and not os.environ.get("IGD_ALLOW_CPU"):
-        lines.append("a CUDA GPU: none was found (IGD_ALLOW_CPU=1 runs it on a CPU, very slowly)")
-    return lines
+    return [*lines, *gpu().problems]
 
 
 def _own_dit(spec: DataSpec) -> Path:
