@@ -18,9 +18,10 @@ test: lint  ## lint, pytest, every notebook at scale "smoke", two at "rehearsal"
 	@$(PYTHON) ci/smoke_notebooks.py --twice 00 03 12
 	@$(PYTHON) ci/smoke_notebooks.py --scale rehearsal --only 02 08
 
-check: setup soak  ## what takes longer: slow tests, Ray, every notebook twice in one kernel, ten kills (about 25 minutes)
+check: setup soak  ## what takes longer: slow tests, Ray, every notebook twice in one kernel and rehearsed, ten kills (about 40 minutes)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n auto -m "slow and not weights"
 	@$(PYTHON) ci/smoke_notebooks.py --twice all
+	@$(PYTHON) ci/smoke_notebooks.py --scale rehearsal
 
 lint: setup  ## ruff, types, storeys
 	@$(PYTHON) -m ruff check .

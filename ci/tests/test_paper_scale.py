@@ -16,7 +16,7 @@ from igd_lib.experiment.experiment import prepare
 from igd_lib.experiment.methods import Method
 from igd_lib.experiment.run import Run
 from igd_lib.tools import keys
-from igd_lib.tools.machine import cache_dir, work_dir, work_in
+from igd_lib.tools.machine import cache_dir, data_dir, work_dir, work_in
 
 KINDS = ["Random", "RDED", "DiT", "DiT", "DiT + G_D", "DiT-IGD"]
 TUNED = ["Minimax", "Minimax-IGD"]
@@ -187,6 +187,25 @@ def test_what_a_rehearsal_has_not_is_random_and_the_same_every_time(rehearsing):
     teacher = found.any_teacher()
     assert teacher.weights == "random" and teacher.least == 0 and teacher.classes == found.train.classes
     assert "random" in found.models.extractor().name
+
+
+def test_fastai_s_images_are_cut_like_the_others(rehearsing, tmp_path, monkeypatch):
+    """The same classes in the same order, which is not that of fastai's folders."""
+    own = tmp_path / "data"
+    own.mkdir()
+    for folder in data_dir().iterdir():
+        (own / folder.name).symlink_to(folder)
+    monkeypatch.setenv("IGD_DATA", str(own))
+    found = prepare("13", "imagewoof", "rehearsal")
+    assert found.on_fastai() == []
+    fakes.class_folders(own / "imagewoof2", DATASETS["fastai-imagewoof2"].classes)
+    (other,) = found.on_fastai()
+    assert other.test.classes == found.test.classes == DATASETS["imagewoof"].classes[:2]
+    assert other.test.labels.tolist() == found.test.labels.tolist() == [0, 0, 1, 1]
+    tints = [test.fetch(torch.arange(4)).float().mean((2, 3)) for test in (found.test, other.test)]
+    coloured = tints[0].std(1).minimum(tints[1].std(1)) > 1
+    assert coloured.sum() == 2  # one of each class, and ...
+    assert 0 < (tints[0] - tints[1])[coloured].abs().max() < 6  # ... other noise of the same tints
 
 
 def test_rehearsed_rows_are_no_results(rehearsing, tmp_path):

@@ -306,7 +306,7 @@ class Experiment:
             return []
         ids = self.spec.label_ids
         spec = replace(DATASETS[name], classes=self.spec.classes, label_ids=ids, titles=self.spec.titles)
-        return [replace(self, test=load(spec, "test"))]
+        return [replace(self, test=images_of(few_classes(spec, self.scale.classes), "test", self.scale))]
 
     def on_validation(self) -> Experiment:
         """The same with the training data's validation split as test images: for choosing settings.
