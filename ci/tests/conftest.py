@@ -122,7 +122,7 @@ def rehearsing(faked, monkeypatch, own_cache) -> Path:
 def complete(rehearsing, monkeypatch) -> Path:
     """The same, as if all images were there."""
     monkeypatch.setattr(pieces, "count_problems", lambda dataset: [])
-    monkeypatch.setattr(data, "_check_sizes", lambda *_: None)
+    monkeypatch.setattr(data, "_size_problem", lambda *_: "")
     return rehearsing
 
 

@@ -260,8 +260,8 @@ def load(
         raise ValueError(f"{spec.name} has no held-out validation split; give its DataSpec a holdout")
     stored = "test" if split == "test" else "train"
     found = sources.read(spec, stored, root)
-    if check_sizes:
-        _check_sizes(spec, stored, found)
+    if check_sizes and (problem := _size_problem(spec, stored, found)):
+        raise ValueError(f"{problem}; restore the files, or pass check_sizes=False")
     data = _image_data(spec, stored, found)
     if split == "test" or spec.holdout == 0:
         return data
@@ -291,29 +291,26 @@ def count_problems(name: str | DataSpec) -> list[str]:
         return []
     for stored in ("train", "test"):
         try:
-            _check_sizes(spec, stored, sources.read(spec, stored, None))
+            if problem := _size_problem(spec, stored, sources.read(spec, stored, None)):
+                lines.append(f"{problem}; restore the files")
         except (ValueError, OSError) as error:
             lines.append(str(error))
     return lines
 
 
-def _check_sizes(spec: DataSpec, stored: str, found: Found) -> None:
-    """Raise ValueError at the first class, else at the whole split, of another size than the DataSpec's."""
-    index, remedy = (0 if stored == "train" else 1), "restore the files, or pass check_sizes=False"
+def _size_problem(spec: DataSpec, stored: str, found: Found) -> str:
+    """The first class, else the whole split, of another size than the DataSpec's; "" if there is none."""
+    index = 0 if stored == "train" else 1
     each, total = spec.per_class[index], spec.sizes[index]
-    for name, count in zip(
-        found.classes, found.labels.bincount(minlength=len(found.classes)).tolist(), strict=True
-    ):
+    counts = found.labels.bincount(minlength=len(found.classes)).tolist()
+    for name, count in zip(found.classes, counts, strict=True):
         if each is not None and count != each:
-            raise ValueError(
-                f"{spec.name}, {stored}: class {name!r} has {count:,} images instead of {each:,} in "
-                f"{found.where}; {remedy}"
-            )
+            size = f"class {name!r} has {count:,} images instead of {each:,}"
+            return f"{spec.name}, {stored}: {size} in {found.where}"
     if total is not None and len(found.labels) != total:
-        raise ValueError(
-            f"{spec.name}, {stored}: {len(found.labels):,} images instead of {total:,} in {found.where}; "
-            f"{remedy}"
-        )
+        size = f"{len(found.labels):,} images instead of {total:,}"
+        return f"{spec.name}, {stored}: {size} in {found.where}"
+    return ""
 
 
 # --- decoding

@@ -172,7 +172,7 @@ class Plan:
     @property
     def _title(self) -> str:
         work = self.work
-        rows = ", ".join(dict.fromkeys(row.kind for row in work.rows))
+        rows = "; ".join(row.label for row in work.rows)
         what = f"{len(work.rows)} rows ({rows}), {work.seeds} seeds" if work.rows else "the surrogate alone"
         return f"**Plan of `{self.name}`** at IPC {work.ipc}, scale paper: {what}."
 
