@@ -8,7 +8,7 @@ import pytest
 
 from igd_lib.experiment.artefacts import ARTEFACTS, artefact
 from igd_lib.experiment.methods import Method, chosen
-from igd_lib.experiment.run import Options, Run, listed, numbers
+from igd_lib.experiment.run import Options, Run
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,10 +62,6 @@ def test_a_run_from_a_notebook_s_parameters():
         {"scale": "paper", "ipc": 50, "seeds": "2", "ks": "1,2", "save_to": "x", "backbone": "minimax"}
     )
     assert run == Run(ipc=50, seeds="2", options=Options(backbone="minimax", ks="1,2"))
-
-
-def test_numbers_in_words():
-    assert listed(numbers("seeds", "0:5")) == "0 ... 4" and listed([0, 3]) == "0, 3" and listed([4]) == "4"
 
 
 def test_rows_are_chosen_by_kind():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
@@ -99,11 +99,3 @@ def numbers(what: str, text: str) -> tuple[int, ...]:
 def split_names(text: str) -> list[str]:
     """Comma-separated names."""
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def listed(numbers_: Sequence[int]) -> str:
-    """Such numbers in words: "0 ... 4", or each."""
-    values = list(numbers_)
-    if len(values) > 2 and values == list(range(values[0], values[-1] + 1)):
-        return f"{values[0]} ... {values[-1]}"
-    return ", ".join(map(str, values))
