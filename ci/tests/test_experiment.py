@@ -31,8 +31,8 @@ from igd_lib.experiment.comparisons import (
 from igd_lib.experiment.experiment import Sets, prepare
 from igd_lib.experiment.methods import Method, Selection
 from igd_lib.experiment.overview import overview, shown_steps, trace
-from igd_lib.experiment.run import Run
-from igd_lib.experiment.scales import STAND_INS, paper_scale
+from igd_lib.experiment.run import AUTO, Run
+from igd_lib.experiment.scales import STAND_INS, paper_scale, stand_in_of
 from igd_lib.guidance import influence_loss
 from igd_lib.guides import Shortcuts
 from igd_lib.models.networks import network
@@ -69,6 +69,22 @@ def columns(methods):
 def test_a_stand_in_has_no_paper_scale(only_fashion):
     with pytest.raises(FileNotFoundError, match="no paper scale"):
         prepare("01", "fashion-mnist", "paper")
+
+
+def test_the_quickstart_has_no_paper_scale_and_takes_a_stand_in_s_own_data(small_loads):
+    found = prepare("00_quickstart", None, "auto")
+    assert found.scale.name == "small" and found.train.name == found.spec.name == "fashion-mnist"
+    assert "These are not" not in found.banner
+    with pytest.raises(FileNotFoundError, match="no paper scale"):
+        prepare("00_quickstart", None, "rehearsal")
+
+
+def test_stand_ins_are_chosen_by_name(small_loads):
+    assert {stand_in_of(AUTO, scale) for scale in ("small", "smoke")} <= set(STAND_INS)
+    found = prepare("01", "imagewoof", "smoke", run=Run(stand_in="fashion-mnist"))
+    assert found.train.name == "fashion-mnist"
+    with pytest.raises(ValueError, match="stand_in is auto, fashion-mnist.*, got 'mnist'"):
+        prepare("01", "imagewoof", "smoke", run=Run(stand_in="mnist"))
 
 
 def test_auto_on_a_bare_machine_says_that_it_is_not_imagenet(small_loads):

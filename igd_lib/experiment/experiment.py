@@ -25,7 +25,14 @@ from igd_lib.experiment.artefacts import artefact as known
 from igd_lib.experiment.methods import SAMPLED, Method, chosen
 from igd_lib.experiment.models import Models, PaperModels, RehearsalModels, StandInModels
 from igd_lib.experiment.parameters import SCALES
-from igd_lib.experiment.pieces import STAND_INS_ALONE, Piece, missing_for_paper, pieces, replaced
+from igd_lib.experiment.pieces import (
+    STAND_INS_ALONE,
+    Piece,
+    has_paper_scale,
+    missing_for_paper,
+    pieces,
+    replaced,
+)
 from igd_lib.experiment.registry import BASELINES, GUIDES
 from igd_lib.experiment.run import AUTO, Run, split_names
 from igd_lib.experiment.scales import (
@@ -36,6 +43,7 @@ from igd_lib.experiment.scales import (
     rehearsal_scale,
     small_scale,
     smoke_scale,
+    stand_in_of,
 )
 from igd_lib.experiment.surrogates import Surrogates
 from igd_lib.models.dit import class_ids
@@ -345,26 +353,29 @@ def end_if_lacking(sets: Iterable[DistilledSet]) -> None:
 
 def prepare(
     artefact: str,
-    dataset: str,
+    dataset: str | None,  # None: the stand-in's own, which has no paper scale
     scale: str = "auto",
     *,
     run: Run | None = None,  # what the notebook's parameters ask for
     fidelity: Fidelity = STANDARD,
     labels: Literal["hard", "soft"] | None = None,  # of the evaluation; None: the notebook's own
-    stand_in: str = "fashion-mnist",
     threshold: float = 0.7,
 ) -> Experiment:
     """The experiment of a notebook for `dataset` at `scale`.
 
-    "auto" is "paper" where all that the notebook needs is usable on this machine, else "small" on `stand_in`.
+    "auto" is "paper" where all that the notebook needs is usable on this machine, else "small" on a
+    stand-in.
     "paper" raises FileNotFoundError naming every missing piece and how to get it; "rehearsal" only where the
     data, the DiT or its autoencoder are missing.
     """
     if scale not in SCALES:
         raise ValueError(f"scale is one of {', '.join(SCALES)}, got {scale!r}")
+    run = run or Run()
+    stand_in = stand_in_of(dataset if dataset in STAND_INS_ALONE else run.stand_in, scale)
+    dataset = dataset or STAND_INS[stand_in].dataset
     if dataset not in DATASETS:
         raise ValueError(f"unknown data set {dataset!r}; known: {', '.join(sorted(DATASETS))}")
-    asked = _Asked(artefact, dataset, run or Run(), fidelity, labels or known(artefact).labels)
+    asked = _Asked(artefact, dataset, run, fidelity, labels or known(artefact).labels)
     scale = _resolved(scale, asked)
     get_ready(scale)
     if scale in ("paper", "rehearsal"):
@@ -426,7 +437,7 @@ def _resolved(scale: str, asked: _Asked) -> str:
     """The scale that "auto" means here. Raises FileNotFoundError for one that cannot be had."""
     if scale in ("smoke", "small"):
         return scale
-    if scale == "rehearsal" and asked.dataset not in STAND_INS_ALONE:
+    if scale == "rehearsal" and has_paper_scale(asked.dataset, asked.needs):
         lacking = [line for piece in asked.pieces if piece.blocks_rehearsal for line in piece.problems]
     else:
         lacking = asked.lacking()

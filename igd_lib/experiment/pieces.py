@@ -74,10 +74,15 @@ def pieces(dataset: str, artefact: Artefact, fidelity: Fidelity = STANDARD) -> l
     ]
 
 
+def has_paper_scale(dataset: str, artefact: Artefact) -> bool:
+    """Whether there are a paper's settings for it."""
+    return artefact.paper and dataset not in STAND_INS_ALONE
+
+
 def missing_for_paper(dataset: str, artefact: Artefact, fidelity: Fidelity = STANDARD) -> list[str]:
     """What the paper's scale still needs here, a line a piece with how to get it; empty if nothing."""
-    if dataset in STAND_INS_ALONE:
-        return [f"{dataset} is a stand-in's data set and has no paper scale; use scale='small'"]
+    if not has_paper_scale(dataset, artefact):
+        return [f"here {dataset} is a stand-in's data set and has no paper scale; use scale='small'"]
     return [line for piece in pieces(dataset, artefact, fidelity) if piece.blocks for line in piece.problems]
 
 

@@ -34,6 +34,7 @@ class Run:
     classes: str = ""  # the labels that this run works on ("0:125", "3,7"); empty: all
     batch: int = 0  # images side by side; 0: as memory allows
     precision: Precision = "float32"
+    stand_in: str = AUTO  # whose data and models "small" and "smoke" take, by name
     options: Options = field(default_factory=Options)
 
     @classmethod

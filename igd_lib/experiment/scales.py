@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from igd_lib.baselines.minimax import Minimax
 from igd_lib.config import AUGMENTATION, STANDARD, Augment, Fidelity, Guidance, preset, surrogate_training
 from igd_lib.data.resizing import Filter
-from igd_lib.experiment.run import Run
+from igd_lib.experiment.run import AUTO, Run
 from igd_lib.protocols import IGD_CIFAR, IGD_HARD, RDED_SOFT, SMALL_HARD, SMALL_SOFT, Protocol
 from igd_lib.surrogate import SurrogateTraining
 
@@ -168,7 +168,17 @@ STAND_INS: Mapping[str, Scale] = {
         all_images=1000,
     ),
 }
+DEFAULTS = {"small": "fashion-mnist", "smoke": "fashion-mnist"}  # the stand-ins of the scales
 TEST_IMAGES = {"fashion-mnist": 200}  # a class at "small": the first of the test split, fixed
+
+
+def stand_in_of(name: str, scale: str) -> str:
+    """The stand-in of that name; "auto": a scale's own. Raises ValueError for a name that there is not."""
+    if name == AUTO:
+        return DEFAULTS.get(scale, DEFAULTS["small"])
+    if name not in STAND_INS:
+        raise ValueError(f"stand_in is {AUTO}, {', '.join(STAND_INS)}, got {name!r}")
+    return name
 
 
 def small_scale(dataset: str, stand_in: str, *, fidelity: Fidelity, labels: str) -> Scale:

@@ -33,6 +33,7 @@ from igd_lib.experiment.scales import (
     rehearsal_scale,
     small_scale,
     smoke_scale,
+    stand_in_of,
 )
 from igd_lib.experiment.surrogates import Surrogates
 from igd_lib.models.dit import class_ids, image_size_of, match_original
@@ -58,7 +59,6 @@ def prepare(
     k: str = "auto",  # of the influence guidance, and ...
     gamma: str = "auto",  # ... of the deviation guidance; "auto": the scale's
     save_to: str = "",
-    stand_in: str = "fashion-mnist",
 ) -> Experiment:
     """The experiment of a folder: at "paper" with DiT-XL/2 or a DiT fine-tuned on it, else with a stand-in.
 
@@ -73,6 +73,7 @@ def prepare(
     if scale in ("paper", "rehearsal"):
         made = _with_dit(artefact, folder, run, rehearsal=scale == "rehearsal")
     else:
+        stand_in = stand_in_of(run.stand_in, scale)
         place = folder or _lesson_folder(stand_in, scale, save_to)
         made = _on_stand_in(artefact, place, run, scale, stand_in)
     made = made if run.protocol == AUTO else made.with_protocol(made.scale.cut(PROTOCOLS[run.protocol]))
