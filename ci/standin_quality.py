@@ -159,6 +159,9 @@ def written(name: str, found: dict, training: dict) -> str:
             f"{vanilla.mean():.1f} ± {vanilla.std():.1f} (sd over n = {len(random)} draws): {share:.1f} % of "
             f"Random's{bar} |"
         )
+    hours = "not kept"
+    if "hours" in training:
+        hours = f"{training['hours']:g} hours on {training['threads']} thread(s) of a CPU"
     flips = "; both each image and its mirror image" if recipe["flip"] else ""
     return f"""# Model card: the {title} stand-in
 
@@ -171,7 +174,7 @@ Apache-2.0; {licence}. Nothing of DiT's or Stable Diffusion's weights is in it.
 | data | {title}, {training["images"]:,} training images ({split}){flips} |
 | autoencoder | `AutoencoderKL`, channels {tuple(recipe["vae_channels"])}, latents 4 x 8 x 8, {recipe["vae_steps"]:,} steps of {recipe["vae_batch"]} |
 | transformer | `DiTTransformer2DModel`, {recipe["layers"]} layers, {recipe["heads"]} heads of {recipe["head_dim"]}, patch {recipe["patch"]}, noise prediction, {recipe["dit_steps"]:,} steps of {recipe["dit_batch"]}, EMA {recipe["ema"]} |
-| time | {training.get("hours", "not kept")} |
+| time | {hours} |
 | seed | {recipe["seed"]} |
 | loss, last 500 steps | {training["last_loss"]:.4f} (noise error weighted by min(SNR, 1) / SNR) |
 | reconstruction error | mean squared error {found["reconstruction_mse"]:.4f} on the test images, pixels in [-1, 1] |

@@ -164,11 +164,15 @@ def test_a_build_cut_short_resumes(few_images, monkeypatch, tmp_path, capsys):
         build("fashion-mnist", tmp_path / "cut", recipe=SHORT)
     assert (tmp_path / "cut" / ".work" / "vae.safetensors").is_file()
     assert not (tmp_path / "cut" / "model_index.json").exists()  # not taken for a finished one
+    spent = tmp_path / "cut" / ".work" / "seconds.json"
+    assert 0 < json.loads(spent.read_text()) < 600
+    spent.write_text("7200.0")
     monkeypatch.setattr(standin, "train_transformer", real)
     capsys.readouterr()
     build("fashion-mnist", tmp_path / "cut", recipe=SHORT)
     said = capsys.readouterr().out
     assert "dit 2/2" in said and "vae 2/2" not in said  # the autoencoder was not trained again
+    assert 2 <= json.loads((tmp_path / "cut" / "training.json").read_text())["hours"] < 2.2
     cut, whole = weights(tmp_path / "cut"), weights(tmp_path / "whole")
     for part, tensors in whole.items():
         assert tensors.keys() == cut[part].keys()

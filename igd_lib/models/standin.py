@@ -150,13 +150,21 @@ def training_images(recipe: StandIn, root: str | Path | None = None) -> ImageDat
     return load(spec if recipe.holdout is None else replace(spec, holdout=recipe.holdout), "train", root)
 
 
+def _spent(work: Path, since: float) -> float:
+    """Add the seconds since `since` to those that the training has taken; returns the time now."""
+    now, path = time.monotonic(), work / "seconds.json"
+    before = json.loads(path.read_text()) if path.is_file() else 0.0
+    files.write(path, json.dumps(before + now - since))
+    return now
+
+
 def train_vae(recipe: StandIn, data: ImageData, work: Path) -> AutoencoderKL:
     """Mean squared error + KL + a pull of each latent position's mean to zero; resumes from `work`."""
     torch.manual_seed(recipe.seed)
     vae = new_vae(recipe, data.image_size)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.lr, weight_decay=0.0, fused=True)
     state = work / "vae.safetensors"
-    start = files.load_training(state, optimizer, vae=vae)["step"]
+    start, since = files.load_training(state, optimizer, vae=vae)["step"], time.monotonic()
     for step in range(start, recipe.vae_steps):
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
         for group in optimizer.param_groups:
@@ -183,6 +191,7 @@ def train_vae(recipe: StandIn, data: ImageData, work: Path) -> AutoencoderKL:
                 flush=True,
             )
             files.save_training(state, step + 1, optimizer, vae=vae)
+            since = _spent(work, since)
     return vae.eval()
 
 
@@ -217,8 +226,8 @@ def train_transformer(
     state = work / "transformer.safetensors"
     weights = noise_weights(scheduler, recipe)
     losses: list[float] = []
-    started = time.time()
     start = files.load_training(state, optimizer, model=model, average=average)["step"]
+    began = since = time.monotonic()
     for step in range(start, recipe.dit_steps):
         generator = torch.Generator().manual_seed((recipe.seed + 1) * 1_000_003 + step)
         for group in optimizer.param_groups:
@@ -241,13 +250,14 @@ def train_transformer(
         average.update_parameters(model)
         losses.append(loss.item())
         if (step + 1) % 250 == 0 or step + 1 == recipe.dit_steps:
-            rate = (time.time() - started) / (step + 1 - start)
+            rate = (time.monotonic() - began) / (step + 1 - start)
             print(
                 f"dit {step + 1}/{recipe.dit_steps} loss {sum(losses[-250:]) / len(losses[-250:]):.4f} "
                 f"{rate:.3f} s/step",
                 flush=True,
             )
             files.save_training(state, step + 1, optimizer, model=model, average=average)
+            since = _spent(work, since)
     return average.module.eval(), sum(losses[-500:]) / max(1, len(losses[-500:]))
 
 
@@ -345,9 +355,13 @@ def build(
         "id2label": {str(label): name for label, name in enumerate(data.classes)},
     }
     files.write(out / "model_index.json", json.dumps(index, indent=2) + "\n")
+    about = {
+        "recipe": asdict(recipe),
+        "images": len(data),
+        "last_loss": loss,
+        "hours": round(json.loads((work / "seconds.json").read_text()) / 3600, 2),
+        "threads": torch.get_num_threads(),
+    }
+    files.write(out / "training.json", json.dumps(about, indent=2) + "\n")
     shutil.rmtree(work)
-    files.write(
-        out / "training.json",
-        json.dumps({"recipe": asdict(recipe), "images": len(data), "last_loss": loss}, indent=2) + "\n",
-    )
     return out
