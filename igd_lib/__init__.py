@@ -30,6 +30,7 @@ _MODULE_OF = {
     "make_scheduler": "schedulers",
     "IGDPipeline": "pipeline",
     "distill": "distillation",
+    "FAST": "sampling",
     "DistilledSet": "sets.store",
     "Protocol": "protocols",
     "Score": "evaluation",

@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from igd_lib.tools.locks import say_once
 
+Solver = Literal["ddpm", "ddim", "dpmsolver++", "unipc", "configured"]
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -77,7 +79,7 @@ class Fidelity:
     """
 
     # [O] DDPM; [P] DDIM, Table 10: DPM-Solver++; configured: the pipeline's own
-    solver: Literal["ddpm", "ddim", "dpmsolver++", "unipc", "configured"] = "ddpm"
+    solver: Solver = "ddpm"
     # [D] 0 ... 999 with both ends; [P] 50 of 1000, not said which
     timestep_spacing: Literal["linspace", "leading", "trailing"] = "linspace"
     # [D] 10000^(-i/128); diffusers' port of the model: 10000^(-i/127)

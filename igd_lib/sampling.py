@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from igd_lib.config import STANDARD, Fidelity, Guidance
+from igd_lib.config import STANDARD, Fidelity, Guidance, Solver
 from igd_lib.data.images import ImageData
 from igd_lib.data.resizing import OutputResize
 from igd_lib.guides import Deviation, Guide, GuideFactory, Influence, SecondChain, Shortcuts
@@ -211,6 +211,35 @@ class Sampling:
             generator=list(generators),
             **options,
         )
+
+
+@dataclass(frozen=True)
+class Quick:
+    """A way to guided images for less: few steps of a fast solver, and cheap gradients in the guided ones.
+
+    A small guidance decoder belongs to it (TAESD at the paper's scale): `distill(..., guidance_decoder=)`.
+    """
+
+    solver: Solver
+    num_steps: int
+    guided_range: tuple[int, int]
+    shortcuts: Shortcuts
+
+    def options(self, guidance: Guidance | None, fidelity: Fidelity = STANDARD) -> dict[str, Any]:
+        """`distill`'s and `sample_igd`'s options for such a guidance; for `sample_igd` with the scheduler of
+        these options' fidelity.
+        """
+        return {
+            "guidance": guidance and replace(guidance, guided_range=self.guided_range),
+            "fidelity": replace(fidelity, solver=self.solver),
+            "num_steps": self.num_steps,
+            **asdict(self.shortcuts),
+        }
+
+
+# The solver, steps and range are Table 10's; what it costs and brings is measured by `make bench` and
+# `14_shortcuts`.
+FAST = Quick("dpmsolver++", 20, (12, 18), Shortcuts(jacobian="decoder", every=2))
 
 
 def copied(model: Any, tensor: Callable[[Tensor], Tensor]) -> Any:

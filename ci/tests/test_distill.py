@@ -19,10 +19,10 @@ from diffusers import DiTPipeline
 from PIL import Image
 
 from igd_lib import distillation as module
-from igd_lib.config import STANDARD, Guidance
+from igd_lib.config import PAPER, STANDARD, Guidance
 from igd_lib.data.images import to_uint8
 from igd_lib.distillation import distill, image_generator
-from igd_lib.sampling import Sampling
+from igd_lib.sampling import FAST, Sampling
 from igd_lib.sets import store
 from igd_lib.sets.store import DistilledSet
 from igd_lib.surrogate import Checkpoints, class_gradients
@@ -58,6 +58,24 @@ def test_shortcuts_reach_the_sampler_and_the_manifest(run, tiny):
     assert other.manifest["settings"]["shortcuts"]["guidance_decoder"].startswith("AutoencoderKL, ")
     with pytest.raises(TypeError, match=r"unknown options \['evry'\]; shortcuts are jacobian"):
         run("typo", evry=2)
+
+
+def test_fast_is_its_options_by_name(run, tiny):
+    """The set of `FAST`, and the same one asked for option by option."""
+    short = dict(guidance=replace(GUIDANCE, guided_range=(12, 18)), num_steps=20)
+    named = FAST.options(GUIDANCE)
+    assert named["guidance"] == short["guidance"] and named["num_steps"] == 20
+    assert FAST.options(None)["guidance"] is None and FAST.options(None, PAPER)["fidelity"] == replace(
+        PAPER, solver="dpmsolver++"
+    )
+    decoder = tiny().vae
+    found = run("named", **named, guidance_decoder=decoder)
+    solver = replace(STANDARD, solver="dpmsolver++")
+    apart = run(
+        "apart", **short, fidelity=solver, jacobian="decoder", every=2, guidance_decoder=decoder, ipc=3
+    )
+    assert found.manifest["settings"] == apart.manifest["settings"]
+    assert torch.equal(latents(found), latents(apart))
 
 
 def pixels(found: DistilledSet):

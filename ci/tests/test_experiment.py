@@ -323,8 +323,10 @@ def test_labels_say_what_a_table_s_rows_differ_in(small):
         "gradient every 8th step",
         "gradient every 4th step, decoder Jacobian",
         "one checkpoint a step",
+        "DiT, DPM-Solver++ 20",
+        "FAST",
     ]
-    assert len(set(shortcuts(small))) == 11
+    assert len(set(shortcuts(small))) == 13
     assert Method(shortcuts=Shortcuts(every=4, jacobian="decoder"), varies=("shortcuts",)) in [
         replace(method, guidance=None) for method in shortcuts(small)
     ]

@@ -9,6 +9,7 @@ from igd_lib.config import Fidelity, Guidance, flips
 from igd_lib.experiment.methods import SAMPLED, Method, Selection
 from igd_lib.experiment.outline import Outline
 from igd_lib.guides import Shortcuts
+from igd_lib.sampling import FAST
 
 THRESHOLDS = (0.6, 0.7, 0.8)  # of Algorithm 2, in Table 6
 CFGS = (4.0, 1.0, 1.5, 2.0, 3.0)
@@ -103,7 +104,7 @@ def solvers(experiment: Outline) -> list[Method]:
     slow = Method(
         fidelity=replace(scale.fidelity, solver="ddim"), num_steps=scale.num_steps, varies=("solver",)
     )
-    quick = replace(slow, fidelity=replace(scale.fidelity, solver="dpmsolver++"), num_steps=scale.few_steps)
+    quick = replace(slow, fidelity=replace(scale.fidelity, solver=FAST.solver), num_steps=scale.few_steps)
 
     def four(guidance: Guidance) -> list[Method]:
         short = replace(guidance, guided_range=scale.few_range)
@@ -125,7 +126,7 @@ SHORTCUTS: tuple[tuple[Shortcuts, bool], ...] = (  # and whether with the tiny d
 
 
 def shortcuts(experiment: Outline) -> list[Method]:
-    """DiT, G_D alone and DiT-IGD, and DiT-IGD with each shortcut."""
+    """DiT, G_D alone and DiT-IGD, DiT-IGD with each shortcut, and both in FAST's steps."""
     _, plain, _, deviation, both = comparison(experiment)
     varied = replace(both, varies=("shortcuts",))
     return [
@@ -133,7 +134,19 @@ def shortcuts(experiment: Outline) -> list[Method]:
         deviation,
         both,
         *(replace(varied, shortcuts=own, tiny_decoder=tiny) for own, tiny in SHORTCUTS),
+        *fast(experiment),
     ]
+
+
+def fast(experiment: Outline) -> list[Method]:
+    """DiT in FAST's steps, and guided by `FAST`."""
+    scale = experiment.scale
+    plain = Method(
+        fidelity=replace(scale.fidelity, solver=FAST.solver), num_steps=scale.few_steps, varies=("solver",)
+    )
+    guidance = replace(scale.guidance, guided_range=scale.few_range)
+    guided = replace(plain, guidance=guidance, shortcuts=FAST.shortcuts, tiny_decoder=True)
+    return [plain, replace(guided, varies=("shortcuts",))]
 
 
 def grid(

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from igd_lib.analysis import results
-from igd_lib.config import STANDARD, Fidelity, Guidance
+from igd_lib.config import STANDARD, Fidelity, Guidance, Solver
 from igd_lib.experiment.registry import BASELINES, GUIDES
 from igd_lib.experiment.run import ALL, AUTO, split_names
 from igd_lib.guides import Shortcuts
+from igd_lib.sampling import FAST
 
 SAMPLED = "sampled"
 Field = Literal["cfg", "k", "gamma", "solver", "selection", "surrogate", "shortcuts", "fidelity"]
@@ -76,8 +77,15 @@ class Method:
         return " + ".join([plain, *(shown.get(name) or GUIDES[name].name for name in names)])
 
     @property
+    def solver(self) -> Solver | None:
+        """The solver, where it is not the experiment's."""
+        return self.fidelity.solver if self.fidelity else None
+
+    @property
     def shortcuts_label(self) -> str:
-        """The shortcuts in words, empty without any."""
+        """The shortcuts in words, empty without any; "FAST" for those of that name together."""
+        if (self.shortcuts, self.tiny_decoder) == (FAST.shortcuts, True) and self.solver == FAST.solver:
+            return "FAST"
         words = {2: "2nd", 3: "3rd"}
         own = self.shortcuts
         found = [f"gradient every {words.get(own.every, f'{own.every}th')} step"] if own.every > 1 else []

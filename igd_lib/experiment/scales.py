@@ -14,6 +14,7 @@ from igd_lib.config import AUGMENTATION, STANDARD, Augment, Fidelity, Guidance, 
 from igd_lib.data.resizing import Filter
 from igd_lib.experiment.run import AUTO, Run
 from igd_lib.protocols import IGD_CIFAR, IGD_HARD, RDED_SOFT, SMALL_HARD, SMALL_SOFT, Protocol
+from igd_lib.sampling import FAST
 from igd_lib.surrogate import SurrogateTraining
 
 
@@ -37,8 +38,8 @@ class Scale:
     best_cfg: float = 1.5  # vanilla's, on validation data
     minimax: Minimax = field(default_factory=Minimax)
     minimax_guidance: Guidance | None = None  # None: `guidance`
-    few_steps: int = 20  # of the quick solver (Table 10), ...
-    few_range: tuple[int, int] = (12, 18)  # ... and its guided range
+    few_steps: int = FAST.num_steps  # of the quick solver (Table 10), ...
+    few_range: tuple[int, int] = FAST.guided_range  # ... and its guided range
     most: int | None = None  # at most so many images a class, seeds, and values of a grid
     candidates: int = 300  # RDED's, a class
     all_images: int | None = (
