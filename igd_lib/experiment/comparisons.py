@@ -104,7 +104,7 @@ def solvers(experiment: Outline) -> list[Method]:
     slow = Method(
         fidelity=replace(scale.fidelity, solver="ddim"), num_steps=scale.num_steps, varies=("solver",)
     )
-    quick = replace(slow, fidelity=replace(scale.fidelity, solver=FAST.solver), num_steps=scale.few_steps)
+    quick = in_few_steps(experiment)
 
     def four(guidance: Guidance) -> list[Method]:
         short = replace(guidance, guided_range=scale.few_range)
@@ -138,12 +138,17 @@ def shortcuts(experiment: Outline) -> list[Method]:
     ]
 
 
+def in_few_steps(experiment: Outline) -> Method:
+    """DiT by the quick solver."""
+    scale = experiment.scale
+    solver = replace(scale.fidelity, solver=FAST.solver)
+    return Method(fidelity=solver, num_steps=scale.few_steps, varies=("solver",))
+
+
 def fast(experiment: Outline) -> list[Method]:
     """DiT in FAST's steps, and guided by `FAST`."""
     scale = experiment.scale
-    plain = Method(
-        fidelity=replace(scale.fidelity, solver=FAST.solver), num_steps=scale.few_steps, varies=("solver",)
-    )
+    plain = in_few_steps(experiment)
     guidance = replace(scale.guidance, guided_range=scale.few_range)
     guided = replace(plain, guidance=guidance, shortcuts=FAST.shortcuts, tiny_decoder=True)
     return [plain, replace(guided, varies=("shortcuts",))]
