@@ -19,7 +19,15 @@ from igd_lib.config import (
     preset,
     surrogate_training,
 )
-from igd_lib.protocols import IGD_HARD, MINIMAX_HARD, RDED_SOFT, SMALL_HARD, Training, rded_soft
+from igd_lib.protocols import (
+    IGD_HARD,
+    MINIMAX_HARD,
+    RDED_SOFT,
+    SMALL_HARD,
+    SMALL_HARD_COLOUR,
+    Training,
+    rded_soft,
+)
 from igd_lib.tools.machine import cache_dir, data_dir
 
 
@@ -318,6 +326,8 @@ def test_when_networks_are_tested():
     assert RDED_SOFT.tests(300) == [250, 260, 270, 280, 290, 300]
     assert replace(RDED_SOFT, test_every=7).tests(20) == [20]
     assert SMALL_HARD.tests(50) == [50]
+    assert SMALL_HARD_COLOUR.training("convnet3", 10, 10) == Training(60, 64, 1e-3, 0.01)
+    assert SMALL_HARD_COLOUR.training("convnet3", 50, 10).epochs == 30
 
 
 def test_images_without_patches_are_never_cropped_by_the_soft_protocol():

@@ -4,8 +4,9 @@ import pytest
 import timm
 import torch
 import torchvision
+from torch.nn import functional as F
 
-from igd_lib.models.networks import ConvNet, network
+from igd_lib.models.networks import AvgPool2, ConvNet, network
 
 
 def test_convnet6_has_the_released_size():
@@ -182,7 +183,7 @@ def test_rdeds_convnets_are_batch_normalised(depth, size):
         torch.manual_seed(1)
         plain = network(f"convnet{depth}", num_classes=10, image_size=size)
     kinds = [type(module).__name__ for module in found.features]
-    assert kinds == ["Conv2d", "BatchNorm2d", "ReLU", "AvgPool2d"] * depth
+    assert kinds == ["Conv2d", "BatchNorm2d", "ReLU", "AvgPool2"] * depth
     for key, value in plain.state_dict().items():
         assert torch.equal(found.state_dict()[key], value), key
     images = torch.rand(3, 3, size, size)
@@ -288,3 +289,32 @@ def test_images_that_shrink_to_one_pixel_raise(name, size):
     """The last normalisation sees one pixel, so the logits would not depend on the image."""
     with pytest.raises(ValueError, match=f"{size} px are too few"):
         network(name, num_classes=10, image_size=size)
+
+
+@pytest.mark.parametrize("sides", [(8, 8), (2, 6), (7, 5), (1, 4)])
+def test_pooling_by_two_is_torchs(sides):
+    """Values and gradients, of odd sides too, and of images that `vmap` takes one by one."""
+    torch.manual_seed(0)
+    ours = torch.randn(3, 4, *sides, dtype=torch.float64, requires_grad=True)
+    theirs = ours.detach().clone().requires_grad_()
+    if 1 in sides:
+        with pytest.raises(RuntimeError, match="[Oo]utput size"):
+            AvgPool2()(ours)
+        return
+    found, wanted = AvgPool2()(ours), F.avg_pool2d(theirs, 2)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-15)
+    weights = torch.randn_like(found)
+    (found * weights).sum().backward()
+    (wanted * weights).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-15)
+    torch.testing.assert_close(torch.vmap(AvgPool2())(ours), wanted, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("name", "width"), [("convnet3", 128), ("convnet3-w32", 32), ("convnet3-bn-w16", 16)]
+)
+def test_a_convnets_width_is_in_its_name(name, width):
+    """Three convolutions and normalisations and a linear layer on 4 x 4 positions, counted by hand."""
+    model = network(name, num_classes=10, image_size=32)
+    wanted = 9 * 3 * width + 2 * 9 * width * width + 3 * 3 * width + 10 * (16 * width + 1)
+    assert sum(p.numel() for p in model.parameters()) == wanted

@@ -22,7 +22,7 @@ SCHEMA = {
     "gradients": 2,
     "similarities": 2,
     "set": 2,
-    "evaluation": 2,
+    "evaluation": 3,
     "rded": 3,
     "minimax": 2,
     "finetune": 1,
