@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,40 +23,27 @@ from igd_lib.experiment.experiment import Experiment, prepare
 from igd_lib.experiment.methods import Method
 from igd_lib.experiment.run import Run
 from igd_lib.models import standin
-from igd_lib.protocols import SMALL_HARD
-from igd_lib.teacher_training import TEACHER, train_teacher
+from igd_lib.teacher_training import STAND_IN_TEACHER, stand_in_teacher, train_teacher
 from igd_lib.teachers import Teacher, predict, topk
 from igd_lib.tools import files
 
 PARTS = Path("out/standin_quality")
 # Percent of samples recognised, and of Random's accuracy at IPC 10 and 50.
 BARS = {"fashion-mnist": (90, {50: 95}), "cifar-10": (85, {10: 100, 50: 92})}
-# What recognises the samples: torchvision's reference settings at the images' size, shorter.
-JUDGE = replace(
-    TEACHER,
-    name="standin-judge",
-    image_size=32,
-    mean=(0.5,) * 3,
-    std=(0.5,) * 3,
-    lr=0.05,
-    weight_decay=5e-4,
-    batch_size=128,
-    epochs=20,
-    milestones=(0.6, 0.85),
-    crop_scale=(0.5, 1.0),
-    train_resize=None,
-    test_resize=None,
-    mixed_precision=True,
-)
 
 
 def samples(experiment: Experiment, vanilla: Method, name: str) -> dict[str, float]:
-    """What the judge recognises (percent), Fréchet distances over its features, reconstruction, latents."""
+    """What the judge, a network trained on all real images, recognises (percent), Fréchet distances over its
+    features, reconstruction, latents.
+    """
     found = experiment.set(vanilla, 0, 50).data()
     grid = make_grid(torch.cat([found.of_class(label, 12) for label in range(10)]) / 255, nrow=12, padding=1)
     files.write(standin.path(name) / "samples.png", lambda path: save_image(grid, path, format="png"))
-    judge = train_teacher(experiment.train, experiment.test, network="convnet3", recipe=JUDGE)
-    logits, labels = predict(judge.model, found, JUDGE), found.labels
+    recipe, place = STAND_IN_TEACHER, PARTS / name / "judge"
+    judge = stand_in_teacher(name) or train_teacher(
+        experiment.train, experiment.test, place, network="convnet3", recipe=recipe
+    )
+    logits, labels = predict(judge.model, found, recipe), found.labels
     of_class = [topk(logits[labels == label], labels[labels == label], 1) for label in range(10)]
     return {
         "cfg": vanilla.cfg_scale,
@@ -71,7 +57,7 @@ def samples(experiment: Experiment, vanilla: Method, name: str) -> dict[str, flo
 
 def frechet_distances(experiment: Experiment, judge: Teacher, vanilla: Method) -> dict[str, float]:
     """Of 2,500 vanilla samples, and of as many real training images, from the test images."""
-    extractor = features.network_extractor(judge.model, "the judge", image_size=JUDGE.image_size)
+    extractor = features.network_extractor(judge.model, "the judge")
     real = metrics.gaussian(features.features(extractor, experiment.test))
     every = [experiment.set(vanilla, seed, 50).data() for seed in range(5)]
     sampled = torch.cat([features.features(extractor, one) for one in every])
@@ -102,13 +88,14 @@ def reconstruction(experiment: Experiment) -> dict[str, float]:
 
 def accuracies(experiment: Experiment, vanilla: Method, name: str, seeds: Sequence[int]) -> None:
     """Top-1 of ConvNet-3 trained on 10 and 50 images a class, Random and vanilla, a file a draw."""
+    protocol = experiment.scale.protocol
     for ipc in (10, 50):
         for seed in seeds:
             sets = {"random": experiment.train.per_class(ipc, seed)}
             sets["vanilla"] = experiment.set(vanilla, seed, ipc)
-            row = {"ipc": ipc, "seed": seed}
+            row = {"ipc": ipc, "seed": seed, "protocol": protocol.name}
             for kind, images in sets.items():
-                score = evaluate(images, experiment.test, network="convnet3", protocol=SMALL_HARD, seed=seed)
+                score = evaluate(images, experiment.test, network="convnet3", protocol=protocol, seed=seed)
                 row[kind] = score.last
             files.write(PARTS / name / f"ipc{ipc}-{seed}.json", json.dumps(row) + "\n")
             print(row, flush=True)
@@ -152,10 +139,11 @@ def written(name: str, found: dict, training: dict) -> str:
     lines = []
     for ipc in (10, 50):
         random, vanilla = of_draws(found, ipc, "random"), of_draws(found, ipc, "vanilla")
+        protocol = found["accuracy"][0]["protocol"]
         share = 100 * (vanilla.mean() / random.mean()).item()
         bar = f" (bar: {shares[ipc]} %)" if ipc in shares else ""
         lines.append(
-            f"| IPC {ipc} | ConvNet-3, `{SMALL_HARD.name}`: Random {random.mean():.1f} ± {random.std():.1f}, vanilla "
+            f"| IPC {ipc} | ConvNet-3, `{protocol}`: Random {random.mean():.1f} ± {random.std():.1f}, vanilla "
             f"{vanilla.mean():.1f} ± {vanilla.std():.1f} (sd over n = {len(random)} draws): {share:.1f} % of "
             f"Random's{bar} |"
         )

@@ -57,6 +57,25 @@ def demo(scale: str, out: Path) -> None:
 
 
 @igd.command()
+@click.argument("name")
+def fetch(name: str) -> None:
+    """Fetch the data set NAME where it is not on this machine, and check it.
+
+    fashion-mnist, cifar-10, cifar-100 and food-101 can be had so. Example: igd fetch cifar-10
+    """
+    from igd_lib.data.datasets import DATASETS
+    from igd_lib.data.images import load
+
+    if name not in DATASETS:
+        raise click.BadParameter(f"one of {', '.join(sorted(DATASETS))}, got {name!r}", param_hint="NAME")
+    try:
+        train, test = load(name, "train"), load(name, "test")
+    except (OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"{name}: {len(train):,} training and {len(test):,} test images are here")
+
+
+@igd.command()
 def doctor() -> None:
     """Say what this machine has, and what each notebook would do on it.
 
@@ -377,7 +396,9 @@ def finetune(
 @click.argument("name")
 @click.option("--out", type=click.Path(path_type=Path), help="Default: the package's assets folder.")
 @click.option(
-    "--decoder", is_flag=True, help="Train the guidance decoder alone, for the stand-in that is there."
+    "--decoder",
+    is_flag=True,
+    help="Train the guidance decoder and the teacher alone, for the stand-in that is there.",
 )
 def standin(name: str, out: Path | None, decoder: bool) -> None:
     """Train the embedded stand-in NAME (fashion-mnist, cifar-10) from scratch; an interrupted run goes on.
@@ -385,6 +406,7 @@ def standin(name: str, out: Path | None, decoder: bool) -> None:
     Example: igd standin fashion-mnist --out out/standin
     """
     from igd_lib.models import standin as library
+    from igd_lib.teacher_training import add_teacher
     from igd_lib.tools.machine import reuse_memory
 
     if name not in library.STANDINS:
@@ -394,6 +416,8 @@ def standin(name: str, out: Path | None, decoder: bool) -> None:
     if not decoder:
         click.echo(library.build(name, folder))
     click.echo(library.add_decoder(name, folder))
+    if library.STANDINS[name].teacher:
+        click.echo(add_teacher(name, folder))
 
 
 @igd.command()

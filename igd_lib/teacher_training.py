@@ -1,4 +1,4 @@
-"""Teachers that are trained here on a data set's real images, where none is given."""
+"""Teachers that are trained here on a data set's real images, where none is given, and the stand-ins'."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from igd_lib import evaluation
-from igd_lib.data.images import ImageData
+from igd_lib.data.images import ImageData, load
 from igd_lib.evaluation import Cell
+from igd_lib.models import standin
 from igd_lib.models.networks import network as make_network
 from igd_lib.protocols import Protocol
 from igd_lib.teachers import Teacher
@@ -52,6 +53,22 @@ def teacher_recipe(image_size: int) -> tuple[str, Protocol]:
     return "resnet18_modified", replace(small, train_resize=None, test_resize=None)
 
 
+# A stand-in's: torchvision's reference code as for other small images, shorter.
+STAND_IN_TEACHER = replace(
+    teacher_recipe(32)[1],
+    name="stand-in-teacher",
+    mean=(0.5,) * 3,
+    std=(0.5,) * 3,
+    lr=0.05,
+    weight_decay=5e-4,
+    batch_size=128,
+    epochs=20,
+    milestones=(0.6, 0.85),
+    mixed_precision=True,
+)
+SHIPPED = "teacher/teacher.safetensors"  # in a stand-in's folder
+
+
 def train_teacher(
     train: ImageData,
     test: ImageData,
@@ -93,3 +110,31 @@ def _train(cell: Cell, training: Path, path: Path) -> None:
     model, score = evaluation.train_network(cell, training)
     files.save_tensors(path, model.state_dict(), top1=score.last)
     training.unlink(missing_ok=True)
+
+
+def add_teacher(name: str, out: str | Path) -> Path:
+    """Train a stand-in's teacher and write it beside its models in `out`, in half precision.
+
+    A ConvNet-3 on all images that the stand-in may see; an interrupted training goes on. Returns its file.
+    """
+    data, path = standin.data_of(standin.STANDINS[name]), Path(out) / SHIPPED
+    train, test = load(data, "train"), load(data, "test")
+    teacher = train_teacher(train, test, network="convnet3", recipe=STAND_IN_TEACHER)
+    state = {key: value.half() for key, value in teacher.model.state_dict().items()}
+    files.save_tensors(path, state, network=teacher.architecture, images=len(train), top1=teacher.top1)
+    return path
+
+
+def stand_in_teacher(name: str) -> Teacher | None:
+    """The teacher that a stand-in is shipped with, None where it has none."""
+    path, recipe = standin.path(name) / SHIPPED, STAND_IN_TEACHER
+    if not path.is_file():
+        return None
+    state, about = files.load_tensors(path)
+    classes = standin.data_of(standin.STANDINS[name]).classes
+    model = make_network(about["network"], num_classes=len(classes), image_size=recipe.image_size)
+    model.load_state_dict(state)
+    weights = f"the stand-in's, of {about['images']:,} real images; {files.digest(state)}"
+    return Teacher(
+        model.eval(), about["network"], weights, classes, recipe.mean, recipe.std, top1=about["top1"]
+    )

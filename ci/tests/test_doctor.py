@@ -77,3 +77,13 @@ def test_verify_by_command(tmp_path, tiny_pipe, toy_data):
     told = run(igd, ["verify", str(tmp_path)])
     assert told.exit_code == 2 and "no distilled set" in told.stderr
     assert run(igd, ["treat"]).exit_code == 2
+
+
+def test_a_data_set_is_fetched_by_name(only_fashion, monkeypatch):
+    """What is there is said; what cannot be had ends with its reason and 1."""
+    told = CliRunner().invoke(igd, ["fetch", "fashion-mnist"])
+    assert told.exit_code == 0 and "50,000 training and 10,000 test images are here" in told.output
+    told = CliRunner().invoke(igd, ["fetch", "imagenet"])
+    assert told.exit_code == 1 and "imagenet" in told.output and "Traceback" not in told.output
+    told = CliRunner().invoke(igd, ["fetch", "fashion"])
+    assert told.exit_code == 2 and "one of cifar-10" in told.output

@@ -288,3 +288,25 @@ def test_a_file_in_the_cache_is_the_teacher(paper, own_cache, monkeypatch):
     found = paper("imagewoof").teacher(CLASSES, (0, 1, 2))
     assert "Teacher-imagewoof.pth" in found.weights and found.least == 65
     assert all(torch.equal(value, state[name]) for name, value in found.model.state_dict().items())
+
+
+# --- a stand-in's
+
+
+def test_a_stand_ins_teacher_is_kept_in_its_folder(tmp_path, monkeypatch):
+    """Trained on its data, half precision on disk; read, it labels as it did. None where there is none."""
+    pixels = torch.randint(0, 256, (40, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+    tiny = from_tensors("cifar-10", "train", DATASETS["cifar-10"].classes, pixels, torch.arange(40) % 10)
+    monkeypatch.setattr(teacher_training, "load", lambda spec, split: tiny)
+    monkeypatch.setattr(teacher_training.standin, "path", lambda name: tmp_path)
+    short = replace(teacher_training.STAND_IN_TEACHER, epochs=1, mixed_precision=False)
+    monkeypatch.setattr(teacher_training, "STAND_IN_TEACHER", short)
+    assert teacher_training.stand_in_teacher("cifar-10") is None
+    path = teacher_training.add_teacher("cifar-10", tmp_path)
+    assert path.stat().st_size < 800_000
+    found = teacher_training.stand_in_teacher("cifar-10")
+    assert found.architecture == "convnet3" and found.classes == tiny.classes and found.mean == HALF
+    trained = train_teacher(tiny, tiny, network="convnet3", recipe=short)  # read from the cache
+    assert found.top1 == trained.top1 and "of 40 real images" in found.weights
+    ours, theirs = (predict(one.model, tiny, short) for one in (found, trained))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02)

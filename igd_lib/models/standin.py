@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from igd_lib.data.datasets import spec_of
+from igd_lib.data.datasets import DataSpec, spec_of
 from igd_lib.data.images import ImageData, load, to_float
 from igd_lib.tools import files
 from igd_lib.tools.machine import has_bfloat16
@@ -59,6 +59,7 @@ class StandIn:
     # of the guidance decoder; one doubling between neighbours
     decoder_channels: tuple[int, ...] = (16, 16, 16)
     decoder_steps: int = 1500
+    teacher: bool = False  # whether a network that gives soft labels is shipped with it (`add_teacher`)
     seed: int = 0
 
 
@@ -68,14 +69,15 @@ STANDINS = {
         "cifar-10",
         holdout=0.1,
         vae_channels=(32, 64, 64),
-        vae_steps=5000,
+        vae_steps=3500,
         kl_weight=1e-3,
-        dit_steps=90_000,
+        dit_steps=22_000,
         dit_batch=128,
-        dit_constant=0.5,
+        dit_constant=0.6,
         dit_bfloat16=True,
         ema=0.9995,
         flip=True,
+        teacher=True,
     ),
 }
 
@@ -144,10 +146,10 @@ def learning_rate(step: int, steps: int, peak: float, *, constant: float = 0.0, 
     return peak * 0.5 * (1 + math.cos(math.pi * max(0, step - falls) / max(1, steps - falls)))
 
 
-def training_images(recipe: StandIn, root: str | Path | None = None) -> ImageData:
-    """What a stand-in is trained on: the data set's training images without those held out for validation."""
+def data_of(recipe: StandIn) -> DataSpec:
+    """A stand-in's data set, with the validation split that nothing of the stand-in is trained on."""
     spec = spec_of(recipe.dataset)
-    return load(spec if recipe.holdout is None else replace(spec, holdout=recipe.holdout), "train", root)
+    return spec if recipe.holdout is None else replace(spec, holdout=recipe.holdout)
 
 
 def _spent(work: Path, since: float) -> float:
@@ -306,7 +308,7 @@ def add_decoder(
     """
     recipe, out = recipe or STANDINS[name], Path(out)
     vae = AutoencoderKL.from_pretrained(out / "vae").float().eval()
-    data = training_images(recipe, root)
+    data = load(data_of(recipe), "train", root)
     few = data.per_class(min(2000, int(data.labels.bincount().min())), seed=0)
     latents = encode(vae, few) * vae.config.scaling_factor
     model = train_decoder(recipe, vae, latents, out / ".work")
@@ -325,7 +327,7 @@ def build(
     """
     recipe = recipe or STANDINS[name]
     out = Path(out)
-    data = training_images(recipe, root)
+    data = load(data_of(recipe), "train", root)
     work = out / ".work"
     vae = train_vae(recipe, data, work)
     latents, labels = encode(vae, data), data.labels
