@@ -1,5 +1,5 @@
-"""What guided sampling costs: seconds, counted arithmetic and memory, on the stand-in and at the paper's
-shapes.
+"""What guided sampling costs: seconds, counted arithmetic and memory, on the stand-ins and at the paper's
+shapes; and how long a notebook takes.
 
 `make bench` runs every part, each in a process of its own, and writes paper_figures/data/bench.json; `--only
 NAMES` measures these anew in it, `--part NAME` prints one part's JSON. Ratios within one part are what to
@@ -11,52 +11,37 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from ci.bench import shapes
-from igd_lib.config import RELEASED, STANDARD, Guidance
+from ci.bench import notebook, paper, shapes
+from ci.bench.measure import counted, peak_gib, timed
+from ci.bench.paper import SHORTCUTS
+from ci.bench.report import say
+from igd_lib.config import RELEASED, STANDARD, Fidelity, Guidance
 from igd_lib.data.images import from_tensors
 from igd_lib.distillation import distill, image_generator
-from igd_lib.experiment import comparisons
 from igd_lib.experiment.experiment import Experiment, prepare
-from igd_lib.experiment.methods import Method
+from igd_lib.experiment.run import Run
+from igd_lib.experiment.scales import DEFAULTS, STAND_INS
 from igd_lib.models import standin
 from igd_lib.models.networks import ConvNet
 from igd_lib.pipeline import IGDPipeline
 from igd_lib.sampler import sample_igd
-from igd_lib.schedulers import make_scheduler
+from igd_lib.sampling import FAST
 from igd_lib.surrogate import Checkpoints
 from igd_lib.tools import files
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "paper_figures" / "data" / "bench.json"
-SHORTCUTS: dict[str, dict[str, Any]] = {
-    "exact": {}
-}  # `sample_igd`'s options; "tiny" names the stand-in's guidance decoder
-for _own, _tiny in comparisons.SHORTCUTS:
-    _label = Method(shortcuts=_own, tiny_decoder=_tiny).shortcuts_label
-    SHORTCUTS[_label] = asdict(_own) | ({"guidance_decoder": "tiny"} if _tiny else {})
-
-
-def peak_gib(device: str) -> float:
-    """The most memory this process has used: the GPU's where there is one, else its resident size."""
-    used = (
-        torch.cuda.max_memory_allocated()
-        if device == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
-    return used / 2**30
 
 
 def processor() -> str:
@@ -74,124 +59,91 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def timed(run: Callable[[], Any], device: str, repeats: int) -> float:
-    """The median of `repeats` runs in seconds; whoever calls has warmed up."""
-    times = []
-    for _ in range(repeats):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return sorted(times)[len(times) // 2]
+# --- the stand-ins
 
 
-def counted(run: Callable[[], Any]) -> float:
-    """Floating-point operations (two a multiply-add), by torch's counter."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return float(counter.get_total_flops())
+def standin_setup(name: str = DEFAULTS["small"]) -> tuple[Experiment, Any]:
+    setup = prepare("bench", None, "small", run=Run(stand_in=name))
+    return setup, standin.tiny_decoder(name).to(setup.device)
 
 
-def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product on this machine."""
-    size = 8192 if device == "cuda" else 2048
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    a @ a
-    return 2 * size**3 / timed(lambda: a @ a, device, 5)
+@dataclass(frozen=True)
+class Way:
+    """How images are sampled. shortcuts: `sample_igd`'s; "tiny" names the stand-in's guidance decoder."""
+
+    guided: bool = True
+    fidelity: Fidelity = STANDARD
+    one_by_one: bool = False
+    fast: bool = False  # in `FAST`'s steps
+    shortcuts: Mapping[str, Any] = field(default_factory=dict)
 
 
-# --- the stand-in
+FASTER = {
+    "DPM-Solver++ 20": Way(guided=False, fast=True),
+    "FAST": Way(fast=True, shortcuts=asdict(FAST.shortcuts) | {"guidance_decoder": "tiny"}),
+}
 
 
-def standin_setup() -> tuple[Experiment, Any]:
-    setup = prepare("bench", "fashion-mnist", "small")
-    return setup, standin.tiny_decoder("fashion-mnist").to(setup.device)
-
-
-def sampler(
-    setup: Experiment,
-    tiny: Any,
-    batch: int,
-    *,
-    guided: bool,
-    fidelity=STANDARD,
-    one_by_one: bool = False,
-    **shortcuts: Any,
-) -> Callable[[], torch.Tensor]:
+def sampler(setup: Experiment, tiny: Any, batch: int, way: Way) -> Callable[[], torch.Tensor]:
     """A function that samples `batch` images of classes 0, 1, ... with five earlier latents each in memory,
     in the models' precision.
     """
-    device, dtype = setup.device, setup.models.pipe.transformer.dtype
-    if shortcuts.get("guidance_decoder") == "tiny":
-        shortcuts["guidance_decoder"] = tiny
+    device, dtype, pipe = setup.device, setup.models.pipe.transformer.dtype, setup.models.pipe
     targets = torch.arange(batch, device=device) % 10
-    own = torch.stack([setup.retained[1](int(label)) for label in targets.tolist()], dim=1).to(device, dtype)
     memory = [
         torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(b)).to(device, dtype)
         for b in range(batch)
     ]
-    parts = [[b] for b in range(batch)] if one_by_one else [list(range(batch))]
+    guidance = setup.scale.guidance.for_latents(setup.latent_values)
+    steps: dict[str, Any] = {"num_steps": setup.scale.num_steps, "fidelity": way.fidelity}
+    if way.fast:
+        quick = FAST.options(guidance, way.fidelity)
+        guidance, steps = quick["guidance"], {name: quick[name] for name in steps}
+    options: dict[str, Any] = {}
+    if way.guided:
+        options = {"guidance": guidance, "checkpoints": setup.checkpoints, **way.shortcuts}
+        if options.get("guidance_decoder") == "tiny":
+            options["guidance_decoder"] = tiny
+        own = [setup.retained[1](int(label)) for label in targets.tolist()]
+        gradients = torch.stack(own, dim=1).to(device, dtype)
 
     def run() -> torch.Tensor:
         found = []
-        for part in parts:
+        for part in [[b] for b in range(batch)] if way.one_by_one else [list(range(batch))]:
             generators = [image_generator(0, int(targets[b]), b) for b in part]
-            options = (
-                dict(
-                    targets=targets[part],
-                    guidance=setup.scale.guidance.for_latents(setup.latent_values),
-                    checkpoints=setup.checkpoints,
-                    gradients=own[:, part],
-                    memory=[memory[b] for b in part],
-                    **shortcuts,
-                )
-                if guided
-                else {}
-            )
-            found.append(
-                sample_igd(
-                    setup.models.pipe.transformer,
-                    setup.models.pipe.vae,
-                    setup.models.pipe.scheduler_for(fidelity),
-                    setup.models.pipe.latent_noise(generators).to(dtype),
-                    targets[part],
-                    num_steps=setup.scale.num_steps,
-                    fidelity=fidelity,
-                    generator=generators,
-                    **options,
-                )
-            )
+            noise, scheduler = pipe.latent_noise(generators).to(dtype), pipe.scheduler_for(steps["fidelity"])
+            models = (pipe.transformer, pipe.vae, scheduler, noise, targets[part])
+            of_part = {}
+            if way.guided:
+                of_part = {"targets": targets[part], "gradients": gradients[:, part]}
+                of_part["memory"] = [memory[b] for b in part]
+            found.append(sample_igd(*models, generator=generators, **steps, **options, **of_part))
         return torch.cat(found)
 
     return run
 
 
-def part_standin(repeats: int) -> dict[str, Any]:
-    """Batch 10: vanilla, exact, every shortcut, and straight-line versions: seconds and arithmetic."""
-    setup, tiny = standin_setup()
-    device, batch = setup.device, 10
-    rows = {"vanilla": sampler(setup, tiny, batch, guided=False)}
-    rows |= {
-        name: sampler(setup, tiny, batch, guided=True, **dict(options)) for name, options in SHORTCUTS.items()
-    }
-    straight, alone = dict(guided=True, one_by_one=True), replace(RELEASED, second_chain=False)
-    rows["straight line"] = sampler(setup, tiny, batch, fidelity=alone, **straight)
-    rows["released code"] = sampler(setup, tiny, batch, fidelity=RELEASED, **straight)
-    rows["exact, second chain"] = sampler(
-        setup, tiny, batch, guided=True, fidelity=replace(STANDARD, second_chain=True)
-    )
+def part_standin(repeats: int, number: int) -> dict[str, Any]:
+    """Batch 10 on the stand-in of that number: vanilla, exact, every shortcut, and straight-line versions."""
+    name, batch = list(STAND_INS)[number], 10
+    setup, tiny = standin_setup(name)
+    alone = replace(RELEASED, second_chain=False)
+    ways = {"vanilla": Way(guided=False)}
+    ways |= {label: Way(shortcuts=options) for label, options in SHORTCUTS.items()} | FASTER
+    ways["straight line"] = Way(fidelity=alone, one_by_one=True)
+    ways["released code"] = Way(fidelity=RELEASED, one_by_one=True)
+    ways["exact, second chain"] = Way(fidelity=replace(STANDARD, second_chain=True))
     found = {}
-    for name, run in rows.items():  # the slow ones once
-        slow = name in ("straight line", "released code")
+    for label, way in ways.items():  # the slow ones once
+        run = sampler(setup, tiny, batch, way)
         work = counted(run)  # which warms up too
-        found[name] = {
-            "seconds": timed(run, device, 1 if slow else repeats) / batch,
+        found[label] = {
+            "seconds": timed(run, setup.device, 1 if way.one_by_one else repeats) / batch,
             "gflop": work / batch / 1e9,
         }
     return {
+        "stand-in": name,
+        "surrogate": setup.scale.surrogate,
         "steps": setup.scale.num_steps,
         "checkpoints": len(setup.checkpoints),
         "batch": batch,
@@ -218,8 +170,8 @@ def part_same() -> dict[str, Any]:
         for chain in (False, True):
             fast, slow = (replace(fidelity, second_chain=chain) for fidelity in (STANDARD, RELEASED))
             ours, theirs = (
-                sampler(setup, tiny, 2, guided=True, fidelity=fast)(),
-                sampler(setup, tiny, 2, guided=True, fidelity=slow, one_by_one=True)(),
+                sampler(setup, tiny, 2, Way(fidelity=fast))(),
+                sampler(setup, tiny, 2, Way(fidelity=slow, one_by_one=True))(),
             )
             apart[f"{'second chain, ' if chain else ''}{str(dtype).removeprefix('torch.')}"] = float(
                 (ours - theirs).norm() / theirs.norm()
@@ -235,7 +187,7 @@ def part_batch(batch: int, recompute: int = 0) -> dict[str, Any]:
     if recompute:
         setup.models.pipe.transformer.enable_gradient_checkpointing()
         setup.models.pipe.vae.enable_gradient_checkpointing()
-    run = sampler(setup, tiny, batch, guided=True)
+    run = sampler(setup, tiny, batch, Way())
     if setup.device == "cuda":
         run()
     seconds = timed(run, setup.device, 1)
@@ -258,90 +210,11 @@ def part_variants(repeats: int) -> dict[str, Any]:
         if name == "torch.compile":
             setup.models.pipe.transformer.compile()
             setup.models.pipe.vae.decoder.compile()
-        runs = {kind: sampler(setup, tiny, 10, guided=kind == "exact") for kind in ("vanilla", "exact")}
+        runs = {kind: sampler(setup, tiny, 10, Way(kind == "exact")) for kind in ("vanilla", "exact")}
         for run in runs.values():  # compiles
             run()
         found[name] = {kind: timed(run, setup.device, repeats) / 10 for kind, run in runs.items()}
     return found
-
-
-# --- the paper's shapes
-
-
-def part_paper(batch: int, repeats: int) -> dict[str, Any]:
-    """One vanilla and one guided step of each kind at DiT-XL/2's shapes, and what they make of 50 steps with
-    16 guided.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    models = shapes.paper(device, dtype)
-    count = sum(parameter.numel() for parameter in models.checkpoints.model.parameters())
-    labels, targets = torch.full((batch,), 207, device=device), torch.full((batch,), 3, device=device)
-    gradients = torch.randn(4, batch, count, device=device)
-    memory = [torch.randn(64, 4, 32, 32, device=device)] * batch
-
-    def step(guided: bool, fidelity=STANDARD, **shortcuts: Any) -> Callable[[], Any]:
-        if shortcuts.get("guidance_decoder") == "tiny":
-            shortcuts["guidance_decoder"] = models.tiny
-        options = dict(
-            targets=targets,
-            guidance=Guidance(5.0, 120.0, (0, 0)),
-            checkpoints=models.checkpoints,
-            gradients=gradients,
-            memory=memory,
-            **shortcuts,
-        )
-        scheduler = make_scheduler(fidelity, models.config, learned_variance=True)
-        latents = torch.randn(batch, 4, 32, 32, device=device)
-        generator = [torch.Generator().manual_seed(b) for b in range(batch)]
-        return lambda: sample_igd(
-            models.transformer,
-            models.vae,
-            scheduler,
-            latents,
-            labels,
-            num_steps=1,
-            fidelity=fidelity,
-            generator=generator,
-            **(options if guided else {}),
-        )
-
-    runs = {"vanilla": step(False)}
-    runs |= {
-        name: step(True, **dict(options)) for name, options in SHORTCUTS.items() if "every" not in options
-    }
-    runs["released code"] = step(True, RELEASED)
-    work = {name: counted(run) for name, run in runs.items()}  # which warms up too
-    found = {
-        name: {"seconds": timed(run, device, repeats) / batch, "tflop": work[name] / batch / 1e12}
-        for name, run in runs.items()
-    }
-    plain = found["vanilla"]
-
-    def over_50(row: dict[str, float], guided: int = 16) -> dict[str, float]:
-        return {
-            f"{what} / vanilla": (guided * row[what] + (50 - guided) * plain[what]) / (50 * plain[what])
-            for what in ("seconds", "tflop")
-        }
-
-    whole = {name: over_50(row) for name, row in found.items()}
-    for every in (2, 4, 8):
-        whole[f"gradient every {every}th step" if every > 2 else "gradient every 2nd step"] = over_50(
-            found["exact"], 16 // every
-        )
-    whole["gradient every 4th step, decoder Jacobian"] = over_50(found["decoder Jacobian"], 4)
-    rate = matmul_rate(device, dtype)
-    shares = {name: row["tflop"] * 1e12 / row["seconds"] / rate for name, row in found.items()}
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "dtype": str(dtype).removeprefix("torch."),
-        "batch": batch,
-        "a step": found,
-        "over 50 steps with 16 guided": whole,
-        "matmul_tflops": rate / 1e12,
-        "share of the matmul rate": shares,
-        "peak_gib": peak_gib(device),
-    }
 
 
 # --- growth
@@ -436,23 +309,27 @@ PARTS = {
     "same": part_same,
     "batch": part_batch,
     "variants": part_variants,
-    "paper": part_paper,
+    "paper": paper.steps,
+    "whole": paper.whole_images,
     "growth": part_growth,
     "workers": part_workers,
+    "notebook": notebook.minutes,
 }
 
 
 WHOLE: dict[str, Callable[[], Any]] = {
-    "standin": lambda: part("standin", 3),
+    "standins": lambda: [part("standin", 3, number) for number in range(len(STAND_INS))],
     "same": lambda: part("same"),
     "batches": lambda: [part("batch", batch) for batch in (1, 2, 4, 8, 16, 32, 64)],
     "recompute": lambda: part("batch", 64, 1),
     "variants": lambda: part("variants", 3),
     "paper": lambda: part("paper", *((10, 3) if torch.cuda.is_available() else (1, 1))),
+    "whole": lambda: part("whole", 3 if torch.cuda.is_available() else 1),
     "growth": lambda: [
         part("growth", images, classes) for images, classes in ((10, 10), (100, 10), (1000, 10), (1000, 100))
     ],
     "workers": lambda: [part("workers", workers) for workers in (0, 1, 2)],
+    "notebooks": lambda: [part("notebook", *of) for of in ((0, 10), (3, 50))],
 }
 
 
@@ -479,37 +356,7 @@ def main() -> None:
         raise SystemExit(f"{arguments.out} was measured elsewhere; measure all of it anew")
     report |= here | {name: WHOLE[name]() for name in arguments.only}
     files.write(arguments.out, json.dumps(report, indent=1) + "\n")
-    rows, plain = report["standin"]["rows"], report["standin"]["rows"]["vanilla"]
-    print(f"\nstand-in, {report['machine']}, {report['threads']} threads, batch {report['standin']['batch']}")
-    for name, row in rows.items():
-        times, work = row["seconds"] / plain["seconds"], row["gflop"] / plain["gflop"]
-        print(
-            f"{name:32s} {row['seconds']:8.3f} s/image  {times:6.2f} x vanilla  {work:6.2f} x its arithmetic"
-        )
-    for name, row in report["paper"]["over 50 steps with 16 guided"].items():
-        print(
-            f"paper's shapes, {name:42s} {row['seconds / vanilla']:6.2f} x vanilla  "
-            f"{row['tflop / vanilla']:6.2f} x its arithmetic"
-        )
-    for name in ("straight line", "released code"):
-        times = rows[name]["seconds"] / rows["exact"]["seconds"]
-        print(f"exact is {times:.1f} times as fast as the {name} (a backward a checkpoint, image by image)")
-    for name, apart in report["same"].items():
-        print(f"and {apart:.1e} of the latents' norm apart after all steps ({name})")
-    for row in [*report["batches"], report["recompute"]]:
-        print(
-            f"batch {row['batch']:3d}: {row['images_per_second']:.2f} images/s, {row['peak_gib']:.2f} "
-            f"GiB{', activations recomputed' * row['recompute']}"
-        )
-    for name, row in report["variants"].items():
-        print(f"{name:14s} {row['vanilla']:.3f} and {row['exact']:.3f} s/image, vanilla and exact")
-    for row in report["growth"]:
-        print(
-            f"{row['images']:5d} images of {row['classes']:4d} classes: {row['seconds_per_image']:.3f} "
-            f"s/image, {row['peak_gib']:.2f} GiB"
-        )
-    for row in report["workers"]:
-        print(f"{row['workers'] or 'no':>2} Ray workers: {row['images_per_second']:.3f} images/s")
+    say(report)
     print(f"written to {arguments.out}; python paper_figures/make_figures.py draws it")
 
 

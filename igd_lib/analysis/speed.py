@@ -47,7 +47,8 @@ def figure(report: Mapping[str, Any]) -> Figure:
     memory.set_ylim(bottom=0)
     memory.grid(False)
     memory.set_ylabel("peak memory (GiB)", color="#D55E00")
+    one = report["standins"][-1]
     right.set_title(
-        f"stand-in, {report['standin']['steps']} steps\n{report['machine']}, {report['threads']} threads"
+        f"{one['stand-in']}, {one['steps']} steps\n{report['machine']}, {report['threads']} threads"
     )
     return figure
