@@ -1,14 +1,18 @@
-"""Chooses a stand-in's cfg, k and gamma on its validation split; the test set is never touched.
+"""Chooses a stand-in's settings on its validation split; the test set is never touched.
 
 Generation seeds 100, 101, ... differ from the notebooks' 0, 1, ...; rows go to
-data/standin_settings_STAGE.csv. Guidance is chosen at cfg 4: of the (k, gamma) that leave the finished images
-with a lower influence loss than DiT's on the same noise, the one of the highest accuracy. Without that
-condition gamma alone would win.
+data/STANDIN_settings_STAGE.csv. Stages, each with the others as `scales.STAND_INS` has them: cfg (of vanilla
+sampling); guidance (k and gamma at cfg 4); range (guided steps); surrogate (its network); checkpoints
+(Algorithm 2's threshold). Of guided rows that leave the finished images with a lower influence loss than the
+unguided row on the same noise, the one of the highest accuracy is chosen. Without that condition gamma alone
+would win.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -18,22 +22,35 @@ from igd_lib.experiment import comparisons, measures, pictures
 from igd_lib.experiment.experiment import Experiment, Sets, prepare
 from igd_lib.experiment.methods import Method
 from igd_lib.experiment.run import Run
+from igd_lib.experiment.scales import STAND_INS
 from igd_lib.tools import files
 from igd_lib.tools.progress import progress
 
 DATA = Path(__file__).parent / "data"
 PARTS = Path(__file__).parents[1] / "out" / "settings"
-CFGS = (1.0, 1.5, 2.0, 3.0, 4.0)
-GAMMAS = (120.0, 240.0, 480.0)  # the paper's, for 4,096 latent values
-KS = (0.0, 15.0, 30.0, 50.0)
-SHOWN = 6  # the class in the pictures
+CFGS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+GAMMAS = (0.0, 120.0, 480.0)  # the paper's, for 4,096 latent values
+KS = (0.0, 10.0, 30.0, 60.0)
+RANGES = ((15, 22), (12, 18), (7, 14), (10, 22), (18, 24))  # of 25 steps; the first is the paper's share
+SURROGATES = ("convnet3-w16", "convnet3-w32", "convnet3-w64", "convnet3")
+THRESHOLDS = (0.6, 0.7, 0.8)
+SHOWN = 7  # the class in the pictures
 
 
 def candidates(given: argparse.Namespace, experiment: Experiment) -> list[Method]:
-    """The settings that one stage compares."""
-    if given.stage == "cfg":
-        return [Method(cfg_scale=cfg, varies=("cfg",)) for cfg in CFGS]
-    return comparisons.grid(experiment, given.ks, given.gammas, given.backbone)
+    """The settings that one stage compares, the unguided row first."""
+    plain, guided = comparisons.plain_and_guided(experiment, given.backbone)
+    stages: dict[str, Callable[[], list[Method]]] = {
+        "cfg": lambda: [replace(plain, cfg_scale=cfg, varies=("cfg",)) for cfg in CFGS],
+        "guidance": lambda: comparisons.grid(experiment, given.ks, given.gammas, given.backbone),
+        "range": lambda: [plain, *comparisons.ranges(experiment, RANGES, given.backbone)],
+        "surrogate": lambda: [
+            plain,
+            *(replace(guided, surrogate=name, varies=("surrogate",)) for name in SURROGATES),
+        ],
+        "checkpoints": lambda: comparisons.selections(experiment, THRESHOLDS, given.backbone),
+    }
+    return stages[given.stage]()
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -46,19 +63,21 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def finish(given: argparse.Namespace, name: str, rows: pd.DataFrame, experiment: Experiment) -> None:
-    """Write all rows and one class's images with every setting, and say which setting the rule chooses."""
+    """Write all rows, with k and gamma one class's images too, and say which setting the rule chooses."""
     files.write(DATA / f"{name}.csv", rows.sort_values(["method", "metric", "seed"]).to_csv(index=False))
     tried = candidates(given, experiment)
-    sets = Sets(given.ipc, {(method, 0): experiment.set(method, 100, given.ipc) for method in tried})
-    title = f"{experiment.train.name}, {experiment.train.classes[SHOWN]}, {experiment.scale.name}, seed 100"
-    pictures.one_class(sets, SHOWN, title=title, count=given.ipc).save(experiment, str(PARTS / name))
-    for kind in ("csv", "png"):
-        files.write(DATA / f"{name}.images.{kind}", (PARTS / name / f"images.{kind}").read_bytes())
+    if given.stage == "guidance":
+        sets = Sets(given.ipc, {(method, 0): experiment.set(method, 100, given.ipc) for method in tried})
+        own = f"{experiment.train.name}, {experiment.train.classes[SHOWN]}, {experiment.scale.name}, seed 100"
+        pictures.one_class(sets, SHOWN, title=own, count=given.ipc).save(experiment, str(PARTS / name))
+        for kind in ("csv", "png"):
+            files.write(DATA / f"{name}.images.{kind}", (PARTS / name / f"images.{kind}").read_bytes())
     found = table(rows)
     print(found.round(4).to_string(index=False))
-    plain = found[found.method == tried[0].label]["influence loss"] if given.stage == "guidance" else []
-    fit = found[found["influence loss"] < plain.item()] if len(plain) else found
-    print("chosen:", fit.iloc[0].method)
+    if given.stage != "cfg":
+        plain = found[found.method == tried[0].label]["influence loss"].item()
+        found = found[found["influence loss"] < plain]
+    print("chosen:", found.iloc[0].method if len(found) else "none lowers the influence loss")
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -68,7 +87,8 @@ def numbers(text: str) -> tuple[float, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=("cfg", "guidance"))
+    parser.add_argument("stage", choices=("cfg", "guidance", "range", "surrogate", "checkpoints"))
+    parser.add_argument("--stand-in", default="cifar-10", choices=tuple(STAND_INS))
     parser.add_argument("--backbone", default="dit", choices=("dit", "minimax"))
     parser.add_argument("--ks", type=numbers, default=KS, help="comma-separated")
     parser.add_argument("--gammas", type=numbers, default=GAMMAS, help="comma-separated")
@@ -81,9 +101,10 @@ def main() -> None:
     )
     parser.add_argument("--merge", action="store_true", help="join the parts")
     given = parser.parse_args()
-    name = f"standin_settings_{given.stage}" + ("" if given.backbone == "dit" else f"_{given.backbone}")
-    experiment = prepare("choose_settings", "fashion-mnist", "small", run=Run(ipc=given.ipc))
-    experiment = experiment.on_validation()
+    name = f"{given.stand_in}_settings_{given.stage}"
+    name += "" if given.backbone == "dit" else f"_{given.backbone}"
+    run = Run(ipc=given.ipc, stand_in=given.stand_in)
+    experiment = prepare("choose_settings", None, "small", run=run).on_validation()
     print("kept checkpoints, in epochs:", experiment.checkpoints.epochs, flush=True)
     if given.merge:
         parts = [pd.read_csv(part) for part in sorted(PARTS.glob(f"{name}-[0-9]*.csv"))]

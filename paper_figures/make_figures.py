@@ -139,6 +139,12 @@ ARTEFACTS = (
         "half of classifier-free guidance from the sample's own latent, the released code from a second one.",
     ),
     Artefact("14_shortcuts", "Faster guidance{where}", "shortcuts", against(GUIDED)),
+    Artefact(
+        "14_shortcuts_fashion-mnist",
+        "Faster guidance{where}, grey images",
+        "shortcuts_fashion-mnist",
+        against(GUIDED),
+    ),
     Artefact("21_influence", "Figure 1{where}", "fig01", figure=influence, all_networks=True, note=RDED_HARD),
     Artefact(
         "22_early_stage",

@@ -10,8 +10,8 @@ from igd_lib.tools.progress import progress
 
 
 def test_sliders_cover_what_was_tried_and_show_its_rows():
-    settings = explore.Settings()
-    rows = pd.read_csv(explore.TRIED.with_suffix(".csv"))
+    settings = explore.Settings(explore.tried("fashion-mnist"))
+    rows = pd.read_csv(f"{explore.tried('fashion-mnist')}.csv")
     tried = set(rows.method) - {"DiT"}
     assert {f"k {k:g}, gamma {gamma:g}" for k in settings.ks for gamma in settings.gammas} == tried
     figure = settings.figure(30.0, 480.0)
@@ -27,9 +27,9 @@ def test_sliders_cover_what_was_tried_and_show_its_rows():
 
 def test_sliders_in_jupyterlab_and_a_picture_elsewhere(monkeypatch):
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
-    assert hasattr(explore.explore(30.0, 480.0), "savefig")
+    assert hasattr(explore.explore("fashion-mnist", 30.0, 480.0), "savefig")
     monkeypatch.setenv("JPY_SESSION_NAME", "lesson.ipynb")
-    found = explore.explore(30.0, 480.0)
+    found = explore.explore("fashion-mnist", 30.0, 480.0)
     k, gamma, picture = found.children
     assert (k.description, k.value, gamma.description, gamma.value) == ("k", 30.0, "gamma", 480.0)
     before = bytes(picture.value)

@@ -114,6 +114,7 @@ def label(fields: Mapping[str, Any]) -> str:
         "cfg": f"cfg {fields['cfg']:g}",
         "k": f"k {fields['k']:g}",
         "gamma": f"gamma {fields['gamma']:g}",
+        "range": f"steps {fields['guided_range']}",
         "solver": f"{SOLVERS.get(fields['solver'])} {fields['steps']}",
         "selection": f"{fields['selection']} ({fields['kept']})",
         "surrogate": fields["surrogate"],

@@ -16,15 +16,20 @@ CFGS = (4.0, 1.0, 1.5, 2.0, 3.0)
 
 
 def comparison(experiment: Outline) -> list[Method]:
-    """Random, DiT at cfg 4, DiT at its best cfg, deviation guidance alone, and DiT-IGD."""
-    scale = experiment.scale
-    return [
-        Method("random"),
-        Method(),
-        Method(cfg_scale=scale.best_cfg, cfg_choice="best"),
-        Method(guidance=replace(scale.guidance, k=0.0)),
-        Method(guidance=scale.guidance),
-    ]
+    """Random, DiT at cfg 4, DiT at its best cfg where that is another, G_D alone, and DiT-IGD."""
+    return [Method("random"), *vanilla_rows(experiment), *guided_rows(experiment)]
+
+
+def vanilla_rows(experiment: Outline) -> list[Method]:
+    """DiT at cfg 4, and at the cfg that was best on validation data, where that is another."""
+    plain, own = Method(), experiment.scale.best_cfg
+    return [plain] if own == plain.cfg_scale else [plain, Method(cfg_scale=own, cfg_choice="best")]
+
+
+def guided_rows(experiment: Outline) -> tuple[Method, Method]:
+    """Deviation guidance alone, and DiT-IGD."""
+    own = experiment.scale.guidance
+    return Method(guidance=replace(own, k=0.0)), Method(guidance=own)
 
 
 def baselines(experiment: Outline) -> list[Method]:
@@ -58,13 +63,12 @@ def ablation(experiment: Outline) -> list[Method]:
     """Table 5's rows: neither guidance, each alone, both, on either backbone; and vanilla sampling at its
     best cfg.
     """
-    _, plain, best, deviation, both = comparison(experiment)
+    deviation, both = guided_rows(experiment)
     own = experiment.scale.on_minimax()
     tuned = [None, replace(own, gamma=0.0), replace(own, k=0.0), own]
     influence = Method(guidance=replace(experiment.scale.guidance, gamma=0.0))
     return [
-        plain,
-        best,
+        *vanilla_rows(experiment),
         influence,
         deviation,
         both,
@@ -76,8 +80,8 @@ def surrogates(experiment: Outline, names: Sequence[str]) -> list[Method]:
     """Table 4's rows: DiT-IGD guided by surrogates of other architectures; DiT and deviation guidance alone
     beside them.
     """
-    _, plain, _, deviation, both = comparison(experiment)
-    return [plain, deviation, *(replace(both, surrogate=name, varies=("surrogate",)) for name in names)]
+    deviation, both = guided_rows(experiment)
+    return [Method(), deviation, *(replace(both, surrogate=name, varies=("surrogate",)) for name in names)]
 
 
 def selections(experiment: Outline, thresholds: Sequence[float], backbone: str = "dit") -> list[Method]:
@@ -127,10 +131,10 @@ SHORTCUTS: tuple[tuple[Shortcuts, bool], ...] = (  # and whether with the tiny d
 
 def shortcuts(experiment: Outline) -> list[Method]:
     """DiT, G_D alone and DiT-IGD, DiT-IGD with each shortcut, and both in FAST's steps."""
-    _, plain, _, deviation, both = comparison(experiment)
+    deviation, both = guided_rows(experiment)
     varied = replace(both, varies=("shortcuts",))
     return [
-        plain,
+        Method(),
         deviation,
         both,
         *(replace(varied, shortcuts=own, tiny_decoder=tiny) for own, tiny in SHORTCUTS),
@@ -162,6 +166,14 @@ def grid(
     own = experiment.scale.guidance
     pairs = [replace(own, k=float(k), gamma=float(gamma)) for gamma in gammas for k in ks if k or gamma]
     return [plain, *(replace(plain, guidance=pair, varies=("k", "gamma")) for pair in pairs)]
+
+
+def ranges(experiment: Outline, ranges: Sequence[tuple[int, int]], backbone: str = "dit") -> list[Method]:
+    """A backbone's guided row in each guided range."""
+    _, guided = plain_and_guided(experiment, backbone)
+    assert guided.guidance is not None
+    own = [replace(guided.guidance, guided_range=one) for one in ranges]
+    return [replace(guided, guidance=one, varies=("range",)) for one in own]
 
 
 def early_stage(experiment: Outline, ks: Sequence[float]) -> list[Method]:

@@ -15,15 +15,18 @@ from igd_lib.analysis import plotting, results
 from igd_lib.tools.progress import in_jupyterlab
 from igd_lib.tools.version import PROJECT
 
-TRIED = PROJECT / "paper_figures" / "data" / "standin_settings_guidance"
+
+def tried(stand_in: str) -> Path:
+    """Where the pairs that were tried on a stand-in are, without the endings."""
+    return PROJECT / "paper_figures" / "data" / f"{stand_in}_settings_guidance"
 
 
 class Settings:
-    """The stand-in's grid of k and gamma on validation data: rows and a class's images, as
+    """A stand-in's grid of k and gamma on validation data: rows and a class's images, as
     `paper_figures/choose_settings.py` left them.
     """
 
-    def __init__(self, source: Path = TRIED):
+    def __init__(self, source: Path):
         rows = results.load(source.with_suffix(".csv"))
         self.shown = plotting.read_gallery(f"{source}.images")
         measured = rows[rows.metric.isin(["top1", "influence_loss"])]
@@ -54,9 +57,9 @@ class Settings:
         return plotting.keep(figure, "", "")
 
 
-def explore(k: float, gamma: float) -> Any:
-    """Sliders over the pairs that were tried, in JupyterLab; anywhere else the picture of this one."""
-    settings = Settings()
+def explore(stand_in: str, k: float, gamma: float) -> Any:
+    """Sliders over the pairs that were tried on a stand-in, in JupyterLab; elsewhere this one's picture."""
+    settings = Settings(tried(stand_in))
     if not in_jupyterlab():
         return settings.figure(k, gamma)
     from ipywidgets import Image, SelectionSlider, VBox

@@ -14,7 +14,7 @@ from igd_lib.guides import Shortcuts
 from igd_lib.sampling import FAST
 
 SAMPLED = "sampled"
-Field = Literal["cfg", "k", "gamma", "solver", "selection", "surrogate", "shortcuts", "fidelity"]
+Field = Literal["cfg", "k", "gamma", "range", "solver", "selection", "surrogate", "shortcuts", "fidelity"]
 BACKBONES = {"dit": "DiT", "minimax": "Minimax"}
 
 
