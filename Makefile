@@ -7,18 +7,21 @@ PYTHON := .venv/bin/python
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
 
-setup:  ## .venv, the locked packages, the data
+setup:  ## .venv with the locked packages and this one
 	@sh ci/setup.sh
 
-demo: setup  ## the whole method on real images (10 to 15 minutes)
+demo:  ## the whole method on real images, in colour (6 minutes)
+	@sh ci/setup.sh cifar-10 fashion-mnist
 	@$(PYTHON) -m igd_lib demo
 
 test: lint  ## lint, pytest, every notebook at scale "smoke", two at "rehearsal" (10 to 15 minutes)
+	@sh ci/setup.sh fashion-mnist
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n auto --dist worksteal
 	@$(PYTHON) ci/smoke_notebooks.py --twice 00 03 12
 	@$(PYTHON) ci/smoke_notebooks.py --scale rehearsal --only 02 08
 
 check: setup soak  ## what takes longer: slow tests, Ray, every notebook twice in one kernel and rehearsed, ten kills (about 40 minutes)
+	@sh ci/setup.sh fashion-mnist
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n auto -m "slow and not weights"
 	@$(PYTHON) ci/smoke_notebooks.py --twice all
 	@$(PYTHON) ci/smoke_notebooks.py --scale rehearsal

@@ -15,11 +15,15 @@ import sys
 import time
 from pathlib import Path
 
+from papermill import inspect_notebook
+
 ROOT = Path(__file__).parents[1]
-# Runs beside those at the notebooks' own defaults.
+# What differs from the notebooks' own defaults, and runs beside those.
+OWN = {"14_shortcuts": {"seeds": "10"}}
 FURTHER = {
     "01_nette_woof_ipc50": ("01_nette_woof", {"ipc": "50", "networks": "convnet3"}),
     "06_checkpoint_selection_minimax": ("06_checkpoint_selection", {"backbone": "minimax"}),
+    "14_shortcuts_fashion-mnist": ("14_shortcuts", {"stand_in": "fashion-mnist"}),
     "26_sensitivity_minimax": ("26_sensitivity", {"backbone": "minimax"}),
     "27_gallery_minimax": ("27_gallery", {"backbone": "minimax"}),
 }
@@ -33,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="default: out/SCALE")
     parser.add_argument("--scale", default="small", choices=("smoke", "small"))
     given = parser.parse_args(argv)
-    runs = {path.stem: (path.stem, {}) for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")} | FURTHER
+    names = [path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")]
+    runs = {name: (name, OWN.get(name, {})) for name in names} | FURTHER
     chosen = [name for name in sorted(runs) if not given.notebooks or name.startswith(tuple(given.notebooks))]
     base, failed, started = (given.out or ROOT / "out" / given.scale).resolve(), [], time.monotonic()
     for name in chosen:
@@ -42,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
         folder.mkdir(parents=True)
         values = {"scale": given.scale, "save_to": str(folder), **further}
+        if "methods" in inspect_notebook(ROOT / "notebooks" / f"{notebook}.ipynb"):
+            values["methods"] = "all"
         parameters = [part for key, value in values.items() for part in ("-p", key, value)]
         files = [str(ROOT / "notebooks" / f"{notebook}.ipynb"), str(base / f"{name}.ipynb")]
         command = [

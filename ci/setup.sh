@@ -1,5 +1,6 @@
 #!/bin/sh
-# Makes .venv with the locked packages, this package and the demo's data. Does nothing when all is there.
+# Makes .venv with the locked packages and this package, and fetches the first of the data sets that its
+# arguments name (fashion-mnist, cifar-10) and that can be had. Does nothing when all is there.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -7,21 +8,35 @@ stamp=.venv/.igd-setup
 partial=.venv/.igd-partial # there while pip writes: what it left half-done is not to be trusted
 wanted=$(cat requirements.lock pyproject.toml | sha256sum | cut -d' ' -f1)
 
-# The places where igd_lib.data.sources.fashion.fashion_mnist_folder looks; one file stands for all four.
-have_data() {
-    data=${IGD_DATA:-${IGD_CACHE:-$HOME/.cache/igd}/data}
-    case $data in "~/"*) data=$HOME/${data#"~/"} ;; esac
-    for folder in "$data/fashion-mnist" "$data/FashionMNIST/raw" /usr/share/datasets/fashion-mnist; do
-        for suffix in .gz ''; do
-            [ ! -f "$folder/train-images-idx3-ubyte$suffix" ] || return 0
+data=${IGD_DATA:-${IGD_CACHE:-$HOME/.cache/igd}/data}
+case $data in "~/"*) data=$HOME/${data#"~/"} ;; esac
+
+# Whether one of a data set's files is where the library looks; one stands for all.
+have() {
+    case $1 in
+    fashion-mnist)
+        set -- "$data/fashion-mnist" "$data/FashionMNIST/raw" /usr/share/datasets/fashion-mnist
+        names='train-images-idx3-ubyte.gz train-images-idx3-ubyte' ;;
+    cifar-10)
+        set -- "$data/cifar-10" "$data/cifar-10/cifar-10-batches-bin" "$data/cifar-10/cifar-10-batches-py" \
+            "$data/cifar-10-batches-bin" "$data/cifar-10-batches-py"
+        names='data_batch_1.bin data_batch_1' ;;
+    *) return 1 ;;
+    esac
+    for folder in "$@"; do
+        for name in $names; do
+            [ ! -f "$folder/$name" ] || return 0
         done
     done
     return 1
 }
 
+# The first of the named data sets that can be had.
 fetch_data() {
-    echo "setup: looking for Fashion-MNIST (30 MB, fetched if it is not here)"
-    .venv/bin/python -c 'from igd_lib.data.sources.fashion import fashion_mnist_folder; print("setup: data in", fashion_mnist_folder())'
+    for name in "$@"; do
+        if have "$name" || .venv/bin/python -m igd_lib fetch "$name"; then return 0; fi
+    done
+    return $(($# > 0))
 }
 
 usable() { # a Python of the right version with the module $2
@@ -29,7 +44,7 @@ usable() { # a Python of the right version with the module $2
 }
 
 if [ "$(cat "$stamp" 2>/dev/null || true)" = "$wanted" ] && [ -x .venv/bin/python ]; then
-    have_data || fetch_data
+    fetch_data "$@"
     exit 0
 fi
 
@@ -72,5 +87,5 @@ install -r requirements.lock
 echo "setup: installing igd_lib"
 install --no-deps -e .
 rm -f "$partial"
-fetch_data
-echo "$wanted" >"$stamp" # last, so that an interrupted set-up starts again
+echo "$wanted" >"$stamp" # after all of it, so that an interrupted set-up starts again
+fetch_data "$@"

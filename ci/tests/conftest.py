@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTTransforme
 import reference
 from ci import fakes
 from igd_lib.data import images as data
-from igd_lib.experiment import experiment, pieces, plan
+from igd_lib.experiment import experiment, pieces, plan, scales
 from igd_lib.memory import Footprint
 from igd_lib.models import standin
 from igd_lib.models.networks import ConvNet
@@ -63,7 +63,9 @@ def fashion_test(fashion_folder):
 
 @pytest.fixture
 def only_fashion(monkeypatch, tmp_path, fashion_folder) -> None:
-    """A machine with Fashion-MNIST and nothing of the paper's: no images, no weights, no GPU."""
+    """A machine with Fashion-MNIST, on which "small" then runs, and nothing else: no images, no weights, no
+    GPU.
+    """
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     def absent(*_, **__):
@@ -76,6 +78,7 @@ def only_fashion(monkeypatch, tmp_path, fashion_folder) -> None:
     monkeypatch.delenv("IGD_ALLOW_CPU", raising=False)
     monkeypatch.setattr(pieces, "snapshot_download", absent)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(scales.DEFAULTS, "small", "fashion-mnist")
 
 
 @pytest.fixture
@@ -112,6 +115,7 @@ def rehearsing(faked, monkeypatch, own_cache) -> Path:
     for folder in (Path(faked["IGD_CACHE"]) / "models").iterdir():
         (models / folder.name).symlink_to(folder)
     pieces._counted.cache_clear()
+    monkeypatch.setitem(scales.DEFAULTS, "small", "fashion-mnist")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(plan, "this_machine", lambda precision: plan.other_machine(24))
     monkeypatch.setattr(plan, "guided_step", lambda *_: Footprint(3_350_000_000, 3_057_000_000))

@@ -110,6 +110,12 @@ def test_a_method_s_gamma_is_the_paper_s_and_follows_the_latents_where_it_sample
     assert small.sampling(alone).guidance == replace(own, k=0.0, gamma=own.gamma * 256 / 4096)
 
 
+def test_where_the_papers_cfg_is_best_there_is_no_row_twice(small):
+    same = replace(small, scale=replace(small.scale, best_cfg=4.0))
+    assert labels(comparison(same)) == ["Random", "DiT", "DiT + G_D", "DiT-IGD"]
+    assert len(labels(ablation(small))) - 1 == len(labels(ablation(same))) == len(set(ablation(same)))
+
+
 def test_smoke_is_short(small_loads):
     found = prepare("01", "imagenet", "smoke", fidelity=PAPER)
     scale = found.scale

@@ -15,6 +15,7 @@ from igd_lib.experiment import measures, registry
 from igd_lib.experiment.experiment import prepare
 from igd_lib.experiment.methods import Method
 from igd_lib.experiment.registry import Baseline, OtherGuide
+from igd_lib.experiment.run import Run
 from igd_lib.guides import Guide, GuideFactory, Step, Update
 
 PLAIN, GUIDED, OTHER = Method(), Method(guides=("toy",)), Method("toy")
@@ -146,3 +147,28 @@ def test_a_killed_run_ends_as_one_that_was_not(experiment, monkeypatch, tmp_path
     assert whole.path != resumed.path and whole.path.name == resumed.path.name
     assert torch.equal(latents(whole), latents(resumed)) and torch.isfinite(latents(whole)).all()
     assert all(torch.equal(whole.images(label), resumed.images(label)) for label in range(10))
+
+
+# --- what takes long
+
+
+def test_a_baseline_that_takes_long_is_left_out_until_it_is_there_or_asked_for(
+    small_loads, monkeypatch, capsys
+):
+    """Only "small" and "auto" leave it out, with its minutes; what lies in the cache is shown."""
+    made = {0}
+
+    def toy(minutes=None):
+        return Baseline("Toy", mean_images, minutes, lambda place, ipc, seed: seed in made)
+
+    def rows(scale="small", methods="auto", seeds="0,1"):
+        found = prepare("01", "fashion-mnist", scale, run=Run(ipc=1, methods=methods, seeds=seeds))
+        return [method.kind for method in found.sets([Method("random"), Method("toy")]).methods]
+
+    monkeypatch.setitem(registry.BASELINES, "toy", toy(lambda place, ipc: 3.0 * ipc))
+    assert rows() == ["Random"]
+    assert "left out: Toy (about 3 minutes); `-p methods all` makes them" in capsys.readouterr().out
+    assert rows(methods="all") == rows(methods="Random,Toy") == rows(seeds="1") == ["Random", "Toy"]
+    assert rows(scale="smoke") == ["Random", "Toy"] and not capsys.readouterr().out
+    monkeypatch.setitem(registry.BASELINES, "toy", toy())
+    assert rows() == ["Random", "Toy"]

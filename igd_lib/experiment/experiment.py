@@ -37,7 +37,6 @@ from igd_lib.experiment.registry import BASELINES, GUIDES
 from igd_lib.experiment.run import AUTO, Run, split_names
 from igd_lib.experiment.scales import (
     STAND_INS,
-    TEST_IMAGES,
     Scale,
     paper_scale,
     rehearsal_scale,
@@ -46,6 +45,7 @@ from igd_lib.experiment.scales import (
     stand_in_of,
 )
 from igd_lib.experiment.surrogates import Surrogates
+from igd_lib.models import standin
 from igd_lib.models.dit import class_ids
 from igd_lib.protocols import PROTOCOLS, Protocol
 from igd_lib.sampling import Sampling
@@ -226,7 +226,7 @@ class Experiment:
         """
         ipc = self.ipc if ipc is None else ipc
         numbers = self.seeds if seeds is None else range(seeds) if isinstance(seeds, int) else seeds
-        rows = chosen(methods, self.run.methods)
+        rows = self._within_reach(chosen(methods, self.run.methods), ipc, numbers)
         cells = [(row, seed) for row in rows for seed in numbers]
         # Once a row: its key is made of the digests of all its weights.
         sampling = {row: self.sampling(row) for row in rows if row.family == SAMPLED}
@@ -244,6 +244,20 @@ class Experiment:
         for one in found.values():
             _report_version(one)
         return Sets(ipc, {cell: found.get(cell) or self.set(*cell, ipc) for cell in cells})
+
+    def _within_reach(self, rows: Sequence[Method], ipc: int, seeds: Sequence[int]) -> list[Method]:
+        """At "small" without the rows that take long and are not there yet, unless they are asked for."""
+        if self.scale.name != "small" or self.run.methods != AUTO:
+            return list(rows)
+        left_out = {}
+        for row in rows:
+            own = BASELINES.get(row.family)
+            if own and own.minutes and (lacking := [s for s in seeds if not own.is_made(self, ipc, s)]):
+                left_out[row] = len(lacking) * own.minutes(self, ipc)
+        if left_out:
+            named = ", ".join(f"{row.label} (about {time:.0f} minutes)" for row, time in left_out.items())
+            print(f"left out: {named}; `-p methods all` makes them", flush=True)
+        return [row for row in rows if row not in left_out]
 
     def set(self, method: Method, seed: int, ipc: int) -> Images:
         """A method's images for one generation seed: sampled, resumed, or made by another baseline."""
@@ -535,8 +549,14 @@ def few_classes(spec: DataSpec, count: int | None) -> DataSpec:
 
 def _on_stand_in(asked: _Asked, stand_in: str, scale: Scale) -> Experiment:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    spec = DATASETS[STAND_INS[stand_in].dataset]
-    train, test = load(spec, "train"), load(spec, "test").first(TEST_IMAGES[stand_in])
+    spec = standin.data_of(standin.STANDINS[stand_in])
+    try:
+        train, test = load(spec, "train"), load(spec, "test")
+    except FileNotFoundError as error:
+        others = ", ".join(f"`-p stand_in {name}`" for name in STAND_INS if name != stand_in)
+        raise FileNotFoundError(f"{error}; or take other images: {others}") from error
+    if scale.test_images is not None:
+        test = test.first(scale.test_images)
     if not scale.figures_mean_something:
         test = test.per_class(20, seed=0)
     ids = spec.label_ids or tuple(range(len(train.classes)))
@@ -554,9 +574,10 @@ def _about_stand_in(asked: _Asked, scale: Scale, spec: DataSpec) -> str:
     else:
         banner += "A seconds-long run of the stand-in that only shows that everything works; "
         banner += "its numbers mean nothing."
-    if scale.dataset == spec.name:
+    if not has_paper_scale(scale.dataset, asked.needs):
         return banner
-    banner += f" These are not {scale.dataset} results"
+    own = scale.dataset == spec.name
+    banner += " The paper's data, but not its models" if own else f" These are not {scale.dataset} results"
     if lacking := asked.lacking():
         return "\n- ".join([f"{banner}, for which this machine lacks:\n", *lacking])
     return f"{banner}: what the paper's scale needs is on this machine (`-p scale paper`)."

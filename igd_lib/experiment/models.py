@@ -32,7 +32,7 @@ from igd_lib.models.dit import match_original
 from igd_lib.models.folder import is_whole
 from igd_lib.models.networks import keep_outputs, network
 from igd_lib.pipeline import IGDPipeline
-from igd_lib.teacher_training import teacher_recipe, train_teacher
+from igd_lib.teacher_training import stand_in_teacher, teacher_recipe, train_teacher
 from igd_lib.teachers import (
     Teacher,
     imagenet_teacher,
@@ -240,23 +240,23 @@ class StandInModels:
     def tiny_decoder(self) -> AutoencoderTiny:
         return standin.tiny_decoder(self.name).to(self.device)
 
+    @cached_property
+    def _shipped_teacher(self) -> Teacher | None:
+        found = stand_in_teacher(self.name)
+        return found and replace(found, model=found.model.to(self.device))
+
     def teacher(self, classes: Sequence[str], label_ids: Sequence[int]) -> Teacher:
-        """The surrogate's last checkpoint."""
+        """The one that the stand-in has, else the surrogate's last checkpoint."""
+        own, least = self.surrogates.scale.surrogate, self.surrogates.scale.teacher_least
+        if self._shipped_teacher is not None:
+            return replace(self._shipped_teacher, least=least)
         model, epoch = self.surrogates.last_checkpoint()
         origin = f"the surrogate's trajectory, epoch {epoch:g}"
-        half = (0.5,) * 3
-        return Teacher(
-            model,
-            self.surrogates.scale.surrogate,
-            origin,
-            tuple(classes),
-            half,
-            half,
-            self.surrogates.scale.teacher_least,
-        )
+        return Teacher(model, own, origin, tuple(classes), (0.5,) * 3, (0.5,) * 3, least)
 
     def extractor(self) -> features.Extractor:
-        """The surrogate's last checkpoint's features."""
-        return features.network_extractor(
-            self.surrogates.last_checkpoint()[0], self.surrogates.scale.surrogate
-        )
+        """The features of its teacher, else of the surrogate's last checkpoint."""
+        if self._shipped_teacher is not None:
+            return features.network_extractor(self._shipped_teacher.model, "the stand-in's teacher")
+        last, own = self.surrogates.last_checkpoint()[0], self.surrogates.scale.surrogate
+        return features.network_extractor(last, own)

@@ -43,6 +43,10 @@ class Baseline:
 
     name: str  # the paper's
     make: Callable[[Any, int, int], ImageData]  # of a Workplace, IPC and generation seed
+    # Of a method that takes long: minutes of two cores for a set on a stand-in, by Workplace and IPC, and
+    # whether it is in the cache already.
+    minutes: Callable[[Any, int], float] | None = None
+    is_made: Callable[[Any, int, int], bool] = lambda place, ipc, seed: False
 
 
 @dataclass(frozen=True)

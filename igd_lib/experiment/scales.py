@@ -13,7 +13,15 @@ from igd_lib.baselines.minimax import Minimax
 from igd_lib.config import AUGMENTATION, STANDARD, Augment, Fidelity, Guidance, preset, surrogate_training
 from igd_lib.data.resizing import Filter
 from igd_lib.experiment.run import AUTO, Run
-from igd_lib.protocols import IGD_CIFAR, IGD_HARD, RDED_SOFT, SMALL_HARD, SMALL_SOFT, Protocol
+from igd_lib.protocols import (
+    IGD_CIFAR,
+    IGD_HARD,
+    RDED_SOFT,
+    SMALL_HARD,
+    SMALL_HARD_COLOUR,
+    SMALL_SOFT,
+    Protocol,
+)
 from igd_lib.sampling import FAST
 from igd_lib.surrogate import SurrogateTraining
 
@@ -51,6 +59,7 @@ class Scale:
     output_resize: Filter | None = None  # of a model's images to the data's size, where it makes others
     classes: int | None = None  # so many of the data's, the first ones; None: all
     images: tuple[int, int] | None = None  # at most so many of a class, for training and testing; None: all
+    test_images: int | None = None  # a class, the first ones of the test split; None: all
     many_classes: bool = False  # class gradients of all checkpoints are too large to keep
     teacher_least: float = 50.0  # percent of real images that a teacher must get right
     from_table_12: bool = False  # whether k and gamma are the paper's for this data set
@@ -167,10 +176,24 @@ STAND_INS: Mapping[str, Scale] = {
         num_steps=25,
         minimax=Minimax(images=200, ema=0.999, flip=False, posterior="mean"),  # 2,000 steps: a few minutes
         all_images=1000,
+        test_images=200,
+    ),
+    "cifar-10": Scale(
+        name="small",
+        dataset="cifar-10",
+        guidance=Guidance(30.0, 480.0, (15, 22)),
+        surrogate="convnet3-w32",
+        training=SurrogateTraining(epochs=5, saves_in_first_epoch=4),
+        train_images=1000,
+        protocol=SMALL_HARD_COLOUR,
+        num_steps=25,
+        best_cfg=4.0,
+        minimax=Minimax(images=200, ema=0.999, posterior="mean"),
+        all_images=1000,
+        test_images=200,
     ),
 }
-DEFAULTS = {"small": "fashion-mnist", "smoke": "fashion-mnist"}  # the stand-ins of the scales
-TEST_IMAGES = {"fashion-mnist": 200}  # a class at "small": the first of the test split, fixed
+DEFAULTS = {"small": "cifar-10", "smoke": "fashion-mnist"}  # the stand-ins of the scales
 
 
 def stand_in_of(name: str, scale: str) -> str:
@@ -184,9 +207,8 @@ def stand_in_of(name: str, scale: str) -> str:
 
 def small_scale(dataset: str, stand_in: str, *, fidelity: Fidelity, labels: str) -> Scale:
     """A stand-in's settings."""
-    protocol = SMALL_SOFT if labels == "soft" else SMALL_HARD
     own = STAND_INS[stand_in].with_fidelity(fidelity, num_classes=10)
-    return replace(own, dataset=dataset, protocol=protocol)
+    return replace(own, dataset=dataset, protocol=SMALL_SOFT if labels == "soft" else own.protocol)
 
 
 def smoke_scale(dataset: str, stand_in: str, *, fidelity: Fidelity, labels: str) -> Scale:

@@ -27,7 +27,7 @@ from igd_lib.experiment.pictures import Gallery
 from igd_lib.experiment.pieces import DIT, autoencoder, dit_xl, gpu, model_folder, vae_of
 from igd_lib.experiment.run import AUTO, Run
 from igd_lib.experiment.scales import (
-    TEST_IMAGES,
+    STAND_INS,
     Scale,
     paper_scale,
     rehearsal_scale,
@@ -252,7 +252,7 @@ def _lesson_folder(stand_in: str, scale: str, save_to: str) -> Path:
     if out.is_dir():
         return out
     train = _first(load(stand_in, "train"), classes, count)
-    test = _first(load(stand_in, "test"), classes, min(count, TEST_IMAGES[stand_in]))
+    test = _first(load(stand_in, "test"), classes, min(count, STAND_INS[stand_in].test_images or count))
     return write_folder({"train": train, "test": test}, out)
 
 
