@@ -263,7 +263,9 @@ def test_work_is_named_after_the_cluster_s_device(monkeypatch, toy_data):
     monkeypatch.setattr(cluster, "connect", lambda where: (fake, False))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     own = Surrogates(
-        small_scale("fashion-mnist", "fashion-mnist", fidelity=STANDARD, labels="hard"), toy_data, "cpu"
+        small_scale("fashion-mnist", "fashion-mnist", fidelity=STANDARD, ipc=10, labels="hard"),
+        toy_data,
+        "cpu",
     )
     own = replace(own, scale=replace(own.scale, train_images=None))
     monkeypatch.setenv("IGD_RAY", "1")

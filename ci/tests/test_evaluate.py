@@ -141,6 +141,7 @@ def test_rdeds_mixup_variant():
 def test_only_the_stand_ins_protocols_are_in_mixed_precision():
     assert {name for name, found in PROTOCOLS.items() if found.mixed_precision} == {
         "small-hard",
+        "small-hard-colour",
         "small-soft",
     }
     assert {found.tf32 for found in PROTOCOLS.values()} == {"convolutions"}  # torch's default

@@ -32,7 +32,7 @@ from igd_lib.experiment.experiment import Sets, prepare
 from igd_lib.experiment.methods import Method, Selection
 from igd_lib.experiment.overview import overview, shown_steps, trace
 from igd_lib.experiment.run import AUTO, Run
-from igd_lib.experiment.scales import STAND_INS, paper_scale, stand_in_of
+from igd_lib.experiment.scales import STAND_INS, paper_scale, small_scale, stand_in_of
 from igd_lib.guidance import influence_loss
 from igd_lib.guides import Shortcuts
 from igd_lib.models.networks import network
@@ -111,7 +111,10 @@ def test_a_method_s_gamma_is_the_paper_s_and_follows_the_latents_where_it_sample
 
 
 def test_where_the_papers_cfg_is_best_there_is_no_row_twice(small):
-    same = replace(small, scale=replace(small.scale, best_cfg=4.0))
+    """On CIFAR-10 up to ten images a class; for more another cfg is best."""
+    few, many = (small_scale("x", "cifar-10", fidelity=STANDARD, ipc=n, labels="hard") for n in (10, 50))
+    assert (few.best_cfg, many.best_cfg) == (4.0, 2.0)
+    same = replace(small, scale=replace(small.scale, best_cfg=few.best_cfg))
     assert labels(comparison(same)) == ["Random", "DiT", "DiT + G_D", "DiT-IGD"]
     assert len(labels(ablation(small))) - 1 == len(labels(ablation(same))) == len(set(ablation(same)))
 

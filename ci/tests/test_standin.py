@@ -103,11 +103,15 @@ def test_the_shipped_stand_in_is_ready_to_use(standin_pipe):
     assert images.shape == (1, 32, 32, 3)
 
 
-def test_the_assets_stay_below_20_mb():
-    files = [
-        Path(folder, name) for folder, _, names in os.walk(standin.ASSETS, followlinks=True) for name in names
-    ]
-    assert 0 < sum(path.stat().st_size for path in files) < 20e6
+def test_the_assets_stay_below_20_mb_each_and_40_in_all():
+    sizes = {}
+    for name in standin.STANDINS:
+        walked = os.walk(standin.ASSETS / name, followlinks=True)
+        files = [Path(folder, file) for folder, _, names in walked for file in names]
+        sizes[name] = sum(path.stat().st_size for path in files)
+    assert all(0 < size < 20e6 for size in sizes.values()) and sum(sizes.values()) < 40e6
+    files = [path for path in standin.ASSETS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) == sum(sizes.values())  # no others
     assert not [
         path.name for path in files if path.suffix in (".bin", ".pt", ".pkl", ".ckpt")
     ]  # nothing is unpickled

@@ -396,7 +396,8 @@ def prepare(
         made = _paper(asked, rehearsal=scale == "rehearsal")
     else:
         make = smoke_scale if scale == "smoke" else small_scale
-        made = _on_stand_in(asked, stand_in, make(dataset, stand_in, fidelity=fidelity, labels=asked.labels))
+        own = make(dataset, stand_in, fidelity=fidelity, ipc=run.ipc, labels=asked.labels)
+        made = _on_stand_in(asked, stand_in, own)
     return _with_threshold(_with_named_protocol(made), threshold)
 
 

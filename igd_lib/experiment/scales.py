@@ -187,11 +187,14 @@ STAND_INS: Mapping[str, Scale] = {
         train_images=1000,
         protocol=SMALL_HARD_COLOUR,
         num_steps=25,
-        best_cfg=4.0,
         minimax=Minimax(images=200, ema=0.999, posterior="mean"),
         all_images=1000,
         test_images=200,
     ),
+}
+BEST_CFG = {  # vanilla's by IPC: more images a class are to differ more
+    "fashion-mnist": ((float("inf"), 1.5),),
+    "cifar-10": ((10, 4.0), (float("inf"), 2.0)),
 }
 DEFAULTS = {"small": "cifar-10", "smoke": "fashion-mnist"}  # the stand-ins of the scales
 
@@ -205,15 +208,17 @@ def stand_in_of(name: str, scale: str) -> str:
     return name
 
 
-def small_scale(dataset: str, stand_in: str, *, fidelity: Fidelity, labels: str) -> Scale:
+def small_scale(dataset: str, stand_in: str, *, fidelity: Fidelity, ipc: int, labels: str) -> Scale:
     """A stand-in's settings."""
     own = STAND_INS[stand_in].with_fidelity(fidelity, num_classes=10)
-    return replace(own, dataset=dataset, protocol=SMALL_SOFT if labels == "soft" else own.protocol)
+    protocol = SMALL_SOFT if labels == "soft" else own.protocol
+    best = next(cfg for most, cfg in BEST_CFG[stand_in] if ipc <= most)
+    return replace(own, dataset=dataset, protocol=protocol, best_cfg=best)
 
 
-def smoke_scale(dataset: str, stand_in: str, *, fidelity: Fidelity, labels: str) -> Scale:
+def smoke_scale(dataset: str, stand_in: str, *, fidelity: Fidelity, ipc: int, labels: str) -> Scale:
     """The same cut to seconds."""
-    small = small_scale(dataset, stand_in, fidelity=fidelity, labels=labels)
+    small = small_scale(dataset, stand_in, fidelity=fidelity, ipc=ipc, labels=labels)
     guided = replace(small.guidance, guided_range=(6, 7))
     return replace(
         small,

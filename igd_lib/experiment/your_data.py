@@ -227,7 +227,7 @@ def _on_stand_in(artefact: str, folder: str | Path, run: Run, name: str, stand_i
     spec = replace(spec, label_ids=ids, titles=())
     train, test = load(spec, "train"), load(spec, "test")
     make = smoke_scale if name == "smoke" else small_scale
-    scale = _for_images(make(spec.name, stand_in, fidelity=STANDARD, labels="hard"), train)
+    scale = _for_images(make(spec.name, stand_in, fidelity=STANDARD, ipc=run.ipc, labels="hard"), train)
     surrogates = Surrogates(scale, train, str(torch.device(device)))
     models = StandInModels(stand_in, train, ids, surrogates, scale.minimax, device)
     banner = (
