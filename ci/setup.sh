@@ -24,8 +24,8 @@ have() {
     *) return 1 ;;
     esac
     for folder in "$@"; do
-        for name in $names; do
-            [ ! -f "$folder/$name" ] || return 0
+        for file in $names; do
+            [ ! -f "$folder/$file" ] || return 0
         done
     done
     return 1
@@ -33,8 +33,10 @@ have() {
 
 # The first of the named data sets that can be had.
 fetch_data() {
-    for name in "$@"; do
-        if have "$name" || .venv/bin/python -m igd_lib fetch "$name"; then return 0; fi
+    for dataset in "$@"; do
+        if have "$dataset"; then return 0; fi
+        echo "setup: looking for $dataset (fetched if it is not here)"
+        if .venv/bin/python -m igd_lib fetch "$dataset"; then return 0; fi
     done
     return $(($# > 0))
 }
