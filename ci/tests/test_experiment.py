@@ -12,7 +12,7 @@ from igd_lib import distillation, teachers
 from igd_lib.analysis import plotting, results, statistics, tables
 from igd_lib.config import AUGMENTATION, PAPER, STANDARD, Guidance, surrogate_training
 from igd_lib.experiment import experiment as module
-from igd_lib.experiment import measures, pictures, registry
+from igd_lib.experiment import measures, models, pictures, registry
 from igd_lib.experiment.comparisons import (
     ablation,
     baselines,
@@ -433,6 +433,18 @@ def test_soft_labels_come_from_the_surrogates_last_checkpoint(small_loads):
     assert replace(found, models=replace(found.models, surrogates=asking)).teacher().least == 50
     last = found.surrogates.trajectory().states[-1]
     assert all(torch.equal(value, last[name]) for name, value in teacher.model.state_dict().items())
+
+
+def test_a_stand_ins_own_teacher_labels_its_own_classes_alone(smoke, monkeypatch):
+    """Images of other classes, or in another order, are labelled by their own surrogate."""
+    classes = smoke.train.classes
+    shipped = replace(smoke.any_teacher(), weights="shipped", classes=classes)
+    monkeypatch.setattr(models, "stand_in_teacher", lambda name: shipped)
+    found = replace(smoke.models)  # nothing looked up yet
+    assert found.teacher(classes, ()).weights == "shipped"
+    for others in (classes[:3], tuple(reversed(classes))):
+        teacher = found.teacher(others, ())
+        assert "trajectory" in teacher.weights and teacher.classes == others
 
 
 def test_a_published_teacher_is_reduced_to_the_classes_at_hand(monkeypatch):

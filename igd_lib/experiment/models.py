@@ -246,10 +246,11 @@ class StandInModels:
         return found and replace(found, model=found.model.to(self.device))
 
     def teacher(self, classes: Sequence[str], label_ids: Sequence[int]) -> Teacher:
-        """The one that the stand-in has, else the surrogate's last checkpoint."""
+        """The one that the stand-in has for these classes, else the surrogate's last checkpoint."""
         own, least = self.surrogates.scale.surrogate, self.surrogates.scale.teacher_least
-        if self._shipped_teacher is not None:
-            return replace(self._shipped_teacher, least=least)
+        shipped = self._shipped_teacher
+        if shipped is not None and shipped.classes == tuple(classes):  # a folder of one's own has others
+            return replace(shipped, least=least)
         model, epoch = self.surrogates.last_checkpoint()
         origin = f"the surrogate's trajectory, epoch {epoch:g}"
         return Teacher(model, own, origin, tuple(classes), (0.5,) * 3, (0.5,) * 3, least)
