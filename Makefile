@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lab figures reproduce-small soak browser-test doctor bench lint standin clean
+.PHONY: help setup images demo test check lab figures reproduce-small soak browser-test doctor bench lint standin clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -10,18 +10,19 @@ help:  ## this list
 setup:  ## .venv with the locked packages and this one
 	@sh ci/setup.sh
 
+images: setup  # of the tests
+	@sh ci/setup.sh fashion-mnist
+
 demo:  ## the whole method on real images, in colour (6 minutes)
 	@sh ci/setup.sh cifar-10 fashion-mnist
 	@$(PYTHON) -m igd_lib demo
 
-test: lint  ## lint, pytest, every notebook at scale "smoke", two at "rehearsal" (10 to 15 minutes)
-	@sh ci/setup.sh fashion-mnist
+test: lint images  ## lint, pytest, every notebook at scale "smoke", two at "rehearsal" (10 to 15 minutes)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n auto --dist worksteal
 	@$(PYTHON) ci/smoke_notebooks.py --twice 00 03 12
 	@$(PYTHON) ci/smoke_notebooks.py --scale rehearsal --only 02 08
 
-check: setup soak  ## what takes longer: slow tests, Ray, every notebook twice in one kernel and rehearsed, ten kills (about 40 minutes)
-	@sh ci/setup.sh fashion-mnist
+check: images soak  ## what takes longer: slow tests, Ray, every notebook twice in one kernel and rehearsed, ten kills (about 40 minutes)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n auto -m "slow and not weights"
 	@$(PYTHON) ci/smoke_notebooks.py --twice all
 	@$(PYTHON) ci/smoke_notebooks.py --scale rehearsal

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +74,13 @@ class Way:
     guided: bool = True
     fidelity: Fidelity = STANDARD
     one_by_one: bool = False
-    fast: bool = False  # in `FAST`'s steps
+    fast: bool = False  # in `FAST`'s steps, guided with its shortcuts
     shortcuts: Mapping[str, Any] = field(default_factory=dict)
 
 
 FASTER = {
     "DPM-Solver++ 20": Way(guided=False, fast=True),
-    "FAST": Way(fast=True, shortcuts=asdict(FAST.shortcuts) | {"guidance_decoder": "tiny"}),
+    "FAST": Way(fast=True, shortcuts={"guidance_decoder": "tiny"}),
 }
 
 
@@ -95,17 +95,17 @@ def sampler(setup: Experiment, tiny: Any, batch: int, way: Way) -> Callable[[], 
         for b in range(batch)
     ]
     guidance = setup.scale.guidance.for_latents(setup.latent_values)
-    steps: dict[str, Any] = {"num_steps": setup.scale.num_steps, "fidelity": way.fidelity}
+    options: dict[str, Any] = {"guidance": guidance, "num_steps": setup.scale.num_steps}
+    options["fidelity"] = way.fidelity
     if way.fast:
-        quick = FAST.options(guidance, way.fidelity)
-        guidance, steps = quick["guidance"], {name: quick[name] for name in steps}
-    options: dict[str, Any] = {}
+        options = FAST.options(guidance, way.fidelity)
+    steps = {name: options.pop(name) for name in ("num_steps", "fidelity")}
     if way.guided:
-        options = {"guidance": guidance, "checkpoints": setup.checkpoints, **way.shortcuts}
+        options |= {"checkpoints": setup.checkpoints, **way.shortcuts}
         if options.get("guidance_decoder") == "tiny":
             options["guidance_decoder"] = tiny
-        own = [setup.retained[1](int(label)) for label in targets.tolist()]
-        gradients = torch.stack(own, dim=1).to(device, dtype)
+        by_image = [setup.retained[1](int(label)) for label in targets.tolist()]
+        gradients = torch.stack(by_image, dim=1).to(device, dtype)
 
     def run() -> torch.Tensor:
         found = []
@@ -113,11 +113,11 @@ def sampler(setup: Experiment, tiny: Any, batch: int, way: Way) -> Callable[[], 
             generators = [image_generator(0, int(targets[b]), b) for b in part]
             noise, scheduler = pipe.latent_noise(generators).to(dtype), pipe.scheduler_for(steps["fidelity"])
             models = (pipe.transformer, pipe.vae, scheduler, noise, targets[part])
-            of_part = {}
+            own = {}
             if way.guided:
-                of_part = {"targets": targets[part], "gradients": gradients[:, part]}
-                of_part["memory"] = [memory[b] for b in part]
-            found.append(sample_igd(*models, generator=generators, **steps, **options, **of_part))
+                own = options | {"targets": targets[part], "gradients": gradients[:, part]}
+                own["memory"] = [memory[b] for b in part]
+            found.append(sample_igd(*models, generator=generators, **steps, **own))
         return torch.cat(found)
 
     return run

@@ -25,16 +25,26 @@ for _own, _tiny in comparisons.SHORTCUTS:
     SHORTCUTS[_label] = asdict(_own) | ({"guidance_decoder": "tiny"} if _tiny else {})
 
 
+def _here() -> tuple[str, torch.dtype, Any]:
+    """The device, its precision, and the models there."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return device, dtype, shapes.paper(device, dtype)
+
+
+def _gradients(models: Any, batch: int, device: str) -> torch.Tensor:
+    """Class gradients (E, B, P) to be like."""
+    count = sum(parameter.numel() for parameter in models.checkpoints.model.parameters())
+    return torch.randn(len(models.checkpoints), batch, count, device=device)
+
+
 def steps(batch: int, repeats: int) -> dict[str, Any]:
     """One vanilla and one guided step of each kind at DiT-XL/2's shapes, and what they make of 50 steps with
     16 guided.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    models = shapes.paper(device, dtype)
-    count = sum(parameter.numel() for parameter in models.checkpoints.model.parameters())
+    device, dtype, models = _here()
     labels, targets = torch.full((batch,), 207, device=device), torch.full((batch,), 3, device=device)
-    gradients = torch.randn(4, batch, count, device=device)
+    gradients = _gradients(models, batch, device)
     memory = [torch.randn(64, 4, 32, 32, device=device)] * batch
 
     def step(guided: bool, fidelity=STANDARD, **shortcuts: Any) -> Callable[[], Any]:
@@ -105,20 +115,15 @@ def whole_images(repeats: int) -> dict[str, Any]:
     """Whole images at DiT-XL/2's shapes: a vanilla one of 50 DDPM steps, and in FAST's steps without guidance
     and with it.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    models = shapes.paper(device, dtype)
-    count = sum(parameter.numel() for parameter in models.checkpoints.model.parameters())
+    device, dtype, models = _here()
     labels, targets = torch.tensor([207], device=device), torch.tensor([3], device=device)
     quick = FAST.options(Guidance(5.0, 120.0))
     steering = dict(
         targets=targets,
-        guidance=quick["guidance"],
         checkpoints=models.checkpoints,
-        gradients=torch.randn(4, 1, count, device=device),
+        gradients=_gradients(models, 1, device),
         memory=[torch.randn(64, 4, 32, 32, device=device)],
         guidance_decoder=models.tiny,
-        **asdict(FAST.shortcuts),
     )
 
     def image(fidelity: Fidelity, num_steps: int, **options: Any) -> Callable[[], Any]:
@@ -131,11 +136,10 @@ def whole_images(repeats: int) -> dict[str, Any]:
 
         return run
 
-    few = (quick["fidelity"], quick["num_steps"])
     runs = {
         "vanilla": image(STANDARD, 50),
-        "DPM-Solver++ 20": image(*few),
-        "FAST": image(*few, **steering),
+        "DPM-Solver++ 20": image(quick["fidelity"], quick["num_steps"]),
+        "FAST": image(**quick, **steering),
     }
     found = {}
     for name, run in runs.items():

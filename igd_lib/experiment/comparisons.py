@@ -168,11 +168,11 @@ def grid(
     return [plain, *(replace(plain, guidance=pair, varies=("k", "gamma")) for pair in pairs)]
 
 
-def ranges(experiment: Outline, ranges: Sequence[tuple[int, int]], backbone: str = "dit") -> list[Method]:
+def ranges(experiment: Outline, steps: Sequence[tuple[int, int]], backbone: str = "dit") -> list[Method]:
     """A backbone's guided row in each guided range."""
     _, guided = plain_and_guided(experiment, backbone)
     assert guided.guidance is not None
-    own = [replace(guided.guidance, guided_range=one) for one in ranges]
+    own = [replace(guided.guidance, guided_range=one) for one in steps]
     return [replace(guided, guidance=one, varies=("range",)) for one in own]
 
 

@@ -210,13 +210,9 @@ def _modified(name: str, num_classes: int, in_channels: int) -> nn.Module:
 
 def _unknown(name: str) -> str:
     """What to say of a name that nobody knows."""
-    own = [
-        "convnetN",
-        "convnetN-bn",
-        "convnetN-wM",
-        *(f"{kind}{depth}" for kind in ("resnet", "resnetap") for depth in BLOCKS),
-    ]
-    own += [*(f"{known}-cifar" for known in own[3:]), *MODIFIED]
+    resnets = [f"{kind}{depth}" for kind in ("resnet", "resnetap") for depth in BLOCKS]
+    own = ["convnetN", "convnetN-bn", "convnetN-wM", *resnets]
+    own += [*(f"{known}-cifar" for known in resnets), *MODIFIED]
     near = difflib.get_close_matches(name, [*own, *TORCHVISION, *timm.list_models()], n=3)
     return (
         f"unknown network {name!r}{' (' + ', '.join(near) + '?)' if near else ''}; known are "
