@@ -35,6 +35,12 @@ def own_cache(monkeypatch, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A test draws the same numbers alone, in any order and in any process of a parallel run."""
+    torch.manual_seed(0)
+
+
 # --- real images and the stand-in
 
 

@@ -218,6 +218,7 @@ def test_a_teacher_s_file_gives_soft_labels(folders, tmp_path):
     from igd_lib.models.networks import network
 
     model = network("resnet18_modified", num_classes=3, image_size=16)
+    torch.nn.init.zeros_(model.get_submodule("fc").weight)  # every image is of one class: a third right
     file = files.save_tensors(tmp_path / "teacher.safetensors", model.state_dict())
     with pytest.raises(
         ValueError, match=r"teacher resnet18_modified \(teacher\.safetensors, .* real images of real"
