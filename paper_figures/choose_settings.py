@@ -3,9 +3,9 @@
 Generation seeds 100, 101, ... differ from the notebooks' 0, 1, ...; rows go to
 data/STANDIN_settings_STAGE.csv. Stages, each with the others as `scales.STAND_INS` has them: cfg (of vanilla
 sampling); guidance (k and gamma at cfg 4); range (guided steps); surrogate (its network); checkpoints
-(Algorithm 2's threshold). Of guided rows that leave the finished images with a lower influence loss than the
-unguided row on the same noise, the one of the highest accuracy is chosen. Without that condition gamma alone
-would win.
+(Algorithm 2's threshold); fast (k and gamma in FAST's steps). Of guided rows that leave the finished images
+with a lower influence loss than the unguided row on the same noise, the one of the highest accuracy is
+chosen. Without that condition gamma alone would win.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ KS = (0.0, 10.0, 30.0, 60.0)
 RANGES = ((15, 22), (12, 18), (7, 14), (10, 22), (18, 24))  # of 25 steps; the first is the paper's share
 SURROGATES = ("convnet3-w16", "convnet3-w32", "convnet3-w64", "convnet3")
 THRESHOLDS = (0.6, 0.7, 0.8)
+FAST_KS = (3.0, 10.0, 30.0)
 SHOWN = 7  # the class in the pictures
 
 
@@ -49,6 +50,7 @@ def candidates(given: argparse.Namespace, experiment: Experiment) -> list[Method
             *(replace(guided, surrogate=name, varies=("surrogate",)) for name in SURROGATES),
         ],
         "checkpoints": lambda: comparisons.selections(experiment, THRESHOLDS, given.backbone),
+        "fast": lambda: comparisons.fast_grid(experiment, FAST_KS, GAMMAS[1:]),
     }
     return stages[given.stage]()
 
@@ -87,7 +89,7 @@ def numbers(text: str) -> tuple[float, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=("cfg", "guidance", "range", "surrogate", "checkpoints"))
+    parser.add_argument("stage", choices=("cfg", "guidance", "range", "surrogate", "checkpoints", "fast"))
     parser.add_argument("--stand-in", default="cifar-10", choices=tuple(STAND_INS))
     parser.add_argument("--backbone", default="dit", choices=("dit", "minimax"))
     parser.add_argument("--ks", type=numbers, default=KS, help="comma-separated")

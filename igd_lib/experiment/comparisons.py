@@ -153,9 +153,18 @@ def fast(experiment: Outline) -> list[Method]:
     """DiT in FAST's steps, and guided by `FAST`."""
     scale = experiment.scale
     plain = in_few_steps(experiment)
-    guidance = replace(scale.guidance, guided_range=scale.few_range)
+    guidance = replace(FAST.weaker(scale.guidance), guided_range=scale.few_range)
     guided = replace(plain, guidance=guidance, shortcuts=FAST.shortcuts, tiny_decoder=True)
     return [plain, replace(guided, varies=("shortcuts",))]
+
+
+def fast_grid(experiment: Outline, ks: Sequence[float], gammas: Sequence[float]) -> list[Method]:
+    """DiT in FAST's steps, and guided by `FAST` with every pair of k and gamma."""
+    plain, guided = fast(experiment)
+    assert guided.guidance is not None
+    pairs = [replace(guided.guidance, k=k, gamma=gamma) for gamma in gammas for k in ks]
+    varies = ("shortcuts", "k", "gamma")
+    return [plain, *(replace(guided, guidance=pair, varies=varies) for pair in pairs)]
 
 
 def grid(
