@@ -163,8 +163,7 @@ def fast_grid(experiment: Outline, ks: Sequence[float], gammas: Sequence[float])
     plain, guided = fast(experiment)
     assert guided.guidance is not None
     pairs = [replace(guided.guidance, k=k, gamma=gamma) for gamma in gammas for k in ks]
-    varies = ("shortcuts", "k", "gamma")
-    return [plain, *(replace(guided, guidance=pair, varies=varies) for pair in pairs)]
+    return [plain, *(replace(guided, guidance=one, varies=("shortcuts", "k", "gamma")) for one in pairs)]
 
 
 def grid(
