@@ -1,7 +1,8 @@
 """Chooses a stand-in's settings on its validation split; the test set is never touched.
 
 Generation seeds 100, 101, ... differ from the notebooks' 0, 1, ...; rows go to
-data/STANDIN_settings_STAGE.csv. Stages, each with the others as `scales.STAND_INS` has them: cfg (of vanilla
+data/STANDIN_settings_STAGE.csv (behind STAGE the backbone, "soft" labels and another IPC than 10, where they
+are). Stages, each with the others as `scales.STAND_INS` has them: cfg (of vanilla
 sampling); guidance (k and gamma at cfg 4); range (guided steps); surrogate (its network); checkpoints
 (Algorithm 2's threshold); fast (k and gamma in FAST's steps). Of guided rows that leave the finished images
 with a lower influence loss than the unguided row on the same noise, the one of the highest accuracy is
@@ -23,6 +24,7 @@ from igd_lib.experiment.experiment import Experiment, Sets, prepare
 from igd_lib.experiment.methods import Method
 from igd_lib.experiment.run import Run
 from igd_lib.experiment.scales import STAND_INS
+from igd_lib.protocols import SMALL_SOFT
 from igd_lib.tools import files
 from igd_lib.tools.progress import progress
 
@@ -92,6 +94,7 @@ def main() -> None:
     parser.add_argument("stage", choices=("cfg", "guidance", "range", "surrogate", "checkpoints", "fast"))
     parser.add_argument("--stand-in", default="cifar-10", choices=tuple(STAND_INS))
     parser.add_argument("--backbone", default="dit", choices=("dit", "minimax"))
+    parser.add_argument("--labels", default="hard", choices=("hard", "soft"))
     parser.add_argument("--ks", type=numbers, default=KS, help="comma-separated")
     parser.add_argument("--gammas", type=numbers, default=GAMMAS, help="comma-separated")
     parser.add_argument("--seeds", type=int, default=3)
@@ -105,8 +108,12 @@ def main() -> None:
     given = parser.parse_args()
     name = f"{given.stand_in}_settings_{given.stage}"
     name += "" if given.backbone == "dit" else f"_{given.backbone}"
+    name += "" if given.labels == "hard" else f"_{given.labels}"
+    name += "" if given.ipc == 10 else f"_ipc{given.ipc}"
     run = Run(ipc=given.ipc, stand_in=given.stand_in)
     experiment = prepare("choose_settings", None, "small", run=run).on_validation()
+    if given.labels == "soft":
+        experiment = experiment.with_protocol(SMALL_SOFT)
     print("kept checkpoints, in epochs:", experiment.checkpoints.epochs, flush=True)
     if given.merge:
         parts = [pd.read_csv(part) for part in sorted(PARTS.glob(f"{name}-[0-9]*.csv"))]
