@@ -77,7 +77,7 @@ class Artefact:
     figure: Callable[[pd.DataFrame, str], Figure] = scores
     all_networks: bool = False  # whether the figure shows them all
     correlations: bool = False  # of every metric with accuracy
-    note: str = ""  # on the stand-in's rows
+    note: str = ""  # on rows from before version 0.3
 
 
 SENSITIVITY = curves(("k", "top1"), ("gamma", "top1"))
@@ -282,7 +282,7 @@ def draw(artefact: Artefact, data: Path, out: Path) -> None:
         f"{whole_title}. Means ± sd over n generation seeds; trained on {trained}. {_origin(rows)}",
         *(results.markdown(table, 3) for table in whole),
     ]
-    parts += [artefact.note] if small else []
+    parts += [artefact.note] if is_before_0_3(rows) else []
     if pairs:
         parts.append(
             "Paired differences in top-1 (same noise):\n\n- "
@@ -305,11 +305,16 @@ def draw(artefact: Artefact, data: Path, out: Path) -> None:
     files.write(out / f"{artefact.name}.md", "\n\n".join(part.strip() for part in parts if part) + "\n")
 
 
+def is_before_0_3(rows: pd.DataFrame) -> bool:
+    """Whether some of the rows are from before version 0.3."""
+    return not BEFORE_0_3.isdisjoint(rows.git_revision)
+
+
 def _origin(rows: pd.DataFrame) -> str:
     """What made the rows' sets, and whether it has been corrected since."""
     revisions = sorted(set(rows.git_revision))
     made = f"Sets made by revision {', '.join(revisions)}"
-    if BEFORE_0_3.isdisjoint(revisions):
+    if not is_before_0_3(rows):
         return f"{made}."
     return f"{made}, before the corrections of version 0.3 (CHANGELOG.md); they are still to be made anew."
 
