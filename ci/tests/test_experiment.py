@@ -198,6 +198,9 @@ def test_the_steps_of_a_notebook(smoke, monkeypatch):
         shown.looks, (2, 3, 32, 32)
     )
     assert torch.equal(shown.rows["DiT + G_D"], torch.cat([after.images(0), after.images(1)]))
+    two = smoke.sets([RANDOM], 2, 1)  # the second image, where there is one
+    second = pictures.across_classes(two).rows["Random"][3]
+    assert torch.equal(second, two[RANDOM, 0].of_class(3)[1])
     assert torch.equal(pictures.one_class(sets, 8, title="").rows["DiT + G_D"], after.images(8))
     by_class = pictures.by_class(sets, title="").rows
     assert len(by_class) == 20 and torch.equal(

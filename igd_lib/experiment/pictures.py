@@ -67,15 +67,18 @@ def one_class(sets: Sets, label: int, *, title: str, column: str = "{}", count: 
 
 
 def across_classes(sets: Sets, *, title: str = "", count: int = 10) -> Gallery:
-    """A row a method: the first image of each of the first classes, of one seed."""
-    seed = sets.shown_seed
+    """A row a method: the second image of each of the first classes, of one seed; with IPC 1 the only one.
+
+    The first has no other to deviate from, so that deviation guidance does not show there.
+    """
+    seed, shown = sets.shown_seed, min(2, sets.ipc)
     title = title or (
-        f"First image of the first classes, seed {seed}: each column's sampled rows share their noise"
+        f"Image {shown} of the first classes, seed {seed}: each column's sampled rows share their noise"
     )
     once = Sets(sets.ipc, {(method, seed): in_memory(own) for method, own in sets.of_seed(seed).items()})
     classes = next(iter(once.cells.values())).classes[:count]
-    parts = [_first_images(once, label, 1) for label in range(len(classes))]
-    rows = {method: torch.cat([part[method] for part in parts]) for method in parts[0]}
+    parts = [_first_images(once, label, shown) for label in range(len(classes))]
+    rows = {method: torch.stack([part[method][-1] for part in parts]) for method in parts[0]}
     return Gallery(rows, classes, title, looks(sets))
 
 
