@@ -30,7 +30,7 @@ from igd_lib.tools.progress import progress
 
 DATA = Path(__file__).parent / "data"
 PARTS = Path(__file__).parents[1] / "out" / "settings"
-CFGS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+CFGS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0)
 GAMMAS = (0.0, 120.0, 480.0)  # the paper's, for 4,096 latent values
 KS = (0.0, 10.0, 30.0, 60.0)
 RANGES = ((15, 22), (12, 18), (7, 14), (10, 22), (18, 24))  # of 25 steps; the first is the paper's share
