@@ -195,7 +195,7 @@ STAND_INS: Mapping[str, Scale] = {
 # Vanilla's by labels and IPC: under hard labels more images a class are to differ more, a teacher's labels
 # ask for typical ones. (Grey images were tried with hard labels at IPC 10 alone.)
 ALWAYS = float("inf")
-BEST_CFG = {
+BEST_CFG: Mapping[str, Mapping[str, tuple[tuple[float, float], ...]]] = {
     "fashion-mnist": {"hard": ((ALWAYS, 1.5),), "soft": ((ALWAYS, 1.5),)},
     "cifar-10": {"hard": ((10, 4.0), (ALWAYS, 2.0)), "soft": ((ALWAYS, 7.0),)},
 }
