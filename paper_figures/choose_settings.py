@@ -2,11 +2,11 @@
 
 Generation seeds 100, 101, ... differ from the notebooks' 0, 1, ...; rows go to
 data/STANDIN_settings_STAGE.csv (behind STAGE the backbone, "soft" labels and another IPC than 10, where they
-are). Stages, each with the others as `scales.STAND_INS` has them: cfg (of vanilla
-sampling); guidance (k and gamma at cfg 4); range (guided steps); surrogate (its network); checkpoints
-(Algorithm 2's threshold); fast (k and gamma in FAST's steps). Of guided rows that leave the finished images
-with a lower influence loss than the unguided row on the same noise, the one of the highest accuracy is
-chosen. Without that condition gamma alone would win.
+are). Stages, each with the others as `scales.STAND_INS` has them: cfg (of vanilla sampling); guidance (k and
+gamma at cfg 4); range (guided steps); surrogate (its network); checkpoints (Algorithm 2's threshold); fast (k
+and gamma in FAST's steps). Of guided rows that leave the finished images with a lower influence loss than the
+unguided row on the same noise, the one of the highest accuracy is chosen. Without that condition gamma alone
+would win.
 """
 
 from __future__ import annotations
