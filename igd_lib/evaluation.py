@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from igd_lib.data.augment import augment, cutmix, mixup, normalise
+from igd_lib.data.augment import augment, cutmix, mixup, normalise, to_unit
+from igd_lib.data.dsa import apply, draw
 from igd_lib.data.images import ImageData, Pass
 from igd_lib.models.networks import keep_outputs
 from igd_lib.models.networks import network as make_network
 from igd_lib.protocols import Protocol
 from igd_lib.sets.store import DistilledSet, in_memory
-from igd_lib.teachers import Teacher, accuracy, check_class_order, check_teacher
+from igd_lib.teachers import Teacher, accuracy, check_class_order, check_teacher, seen_by
 from igd_lib.tools import cluster, files, keys
 from igd_lib.tools.machine import has_bfloat16, tf32
 from igd_lib.tools.progress import Pace, progress, resumable
@@ -122,6 +123,11 @@ class Cell:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         precision = _precision(device, protocol, mixed_precision)
         train, test = at_sizes(distilled, dataset, protocol)
+        if protocol.labels == "own" and train.targets is None:
+            raise ValueError(
+                f"protocol {protocol.name!r} trains on a set's own soft labels, and {train.split!r} has "
+                'none; give a set that has, or replace(protocol, labels="hard")'
+            )
         return cls(train, test, network, protocol, seed, teacher, device, precision)
 
     def checked(self) -> Cell:
@@ -244,7 +250,8 @@ def at_sizes(
     train = in_memory(distilled)
     check_class_order(train.classes, dataset.classes)
     side = protocol.image_size if protocol.train_resize is None else protocol.train_resize
-    return train.at(side) if side else train, dataset.at(protocol.test_resize or protocol.image_size)
+    test = replace(dataset.at(protocol.test_resize or protocol.image_size), whitening=train.whitening)
+    return train.at(side) if side else train, test
 
 
 def train_network(cell: Cell, state: Path | None = None) -> tuple[nn.Module, Score]:
@@ -297,6 +304,8 @@ class _Training:
         protocol, classes = cell.protocol, len(cell.test.classes)
         ipc = max(1, round(len(cell.train) / len(cell.train.labels.unique())))
         self.plan = protocol.training(cell.network, ipc, classes)
+        if protocol.own_lr and cell.train.lr is not None:
+            self.plan = replace(self.plan, lr=cell.train.lr)
         made_for = max(classes, protocol.made_for or 0)
         model = make_network(cell.network, num_classes=made_for, image_size=protocol.image_size)
         if made_for != classes:
@@ -311,6 +320,11 @@ class _Training:
         self.optimizer = make_optimizer(model, protocol, lr=self.plan.lr, weight_decay=self.plan.weight_decay)
         self.tests = protocol.tests(self.plan.epochs)
         self.train, self.held = resident(cell.train, cell.device), resident(cell.test, cell.device)
+        if protocol.labels == "own" and cell.train.targets is not None:
+            # Shares of all classes in place of one class: cross-entropy takes either.
+            self.train = replace(self.train, labels=cell.train.targets)
+        self.seen = seen_by(cell.train, protocol, cell.device)
+        self.changes = protocol.changes
         self.found: dict[str, Any] = {
             "last": 0.0,
             "last_top5": 0.0,
@@ -348,17 +362,24 @@ class _Training:
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """The loss of one augmented and mixed batch."""
         protocol, teacher = self.cell.protocol, self.cell.teacher
-        plain = augment(images.to(self.cell.device).float() / 255, protocol, self.generator)
-        mixed, other, share = self.mix(plain, labels)
-        inputs = normalise(mixed, protocol.mean, protocol.std)
+        plain = augment(to_unit(images.to(self.cell.device)), protocol, self.generator)
+        if self.changes is None:
+            mixed, other, share = self.mix(plain, labels)
+            inputs = self.seen(mixed)
+        else:
+            mixed = self.seen(plain)
+            drawn = draw(self.changes, len(mixed), mixed.shape[-1], self.generator, per_sample=True)
+            inputs, other, share = self.mix(apply(mixed, drawn), labels)
         with _autocast(self.cell.device, self.cell.precision):
             with torch.no_grad():
                 if self.double:  # RDED's CutMix has written into the batch by then, its mixup has not
-                    self.model(normalise(plain, protocol.mean, protocol.std) if protocol.mixup else inputs)
+                    self.model(self.seen(plain) if protocol.mixup else inputs)
                 if teacher is not None:
                     target = teacher.model(normalise(mixed, teacher.mean, teacher.std)).float()
             logits = self.model(inputs).float()
         if teacher is not None:
+            if protocol.soft_loss == "mse+ce":
+                return logit_loss(logits, target, labels, protocol.hard_weight)
             return soft_label_loss(logits, target, protocol.temperature)
         return share * F.cross_entropy(logits, labels) + (1 - share) * F.cross_entropy(logits, other)
 
@@ -462,6 +483,11 @@ def fingerprint(data: ImageData) -> str:
     digest = hashlib.sha256(data.labels.numpy().tobytes())
     for images, _ in data.batches(500):
         digest.update(images.numpy().tobytes())
+    for learned in (data.targets, None if data.whitening is None else data.whitening.matrix):
+        if learned is not None:
+            digest.update(learned.numpy().tobytes())
+    if data.lr is not None:
+        digest.update(repr(data.lr).encode())
     return digest.hexdigest()[:12]
 
 
@@ -497,7 +523,9 @@ def make_optimizer(
 
 
 def schedule(protocol: Protocol, epoch: int, epochs: int) -> float:
-    """The learning rate's factor in an epoch from 0: falls at milestones, or by half a cosine to one half."""
+    """The learning rate's factor in an epoch from 0: falls at milestones, or by a cosine to 0 or one half."""
+    if protocol.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
     if protocol.schedule == "half-cosine":
         return 0.5 * (1 + math.cos(math.pi * epoch / epochs / 2))
     return protocol.lr_decay ** sum(epoch >= int(epochs * share) for share in protocol.milestones)
@@ -508,3 +536,11 @@ def soft_label_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tens
     return F.kl_div(
         (logits / temperature).log_softmax(1), (teacher / temperature).softmax(1), reduction="batchmean"
     )
+
+
+def logit_loss(logits: Tensor, teacher: Tensor, labels: Tensor, hard_weight: float) -> Tensor:
+    """Mean squared error of the logits (B, C), plus `hard_weight` times the cross-entropy to labels (B,).
+
+    G-VBSM's: the teacher's logits are of the mixed images, `labels` of the images before they were mixed.
+    """
+    return F.mse_loss(logits, teacher) + hard_weight * F.cross_entropy(logits, labels)

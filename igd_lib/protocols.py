@@ -1,12 +1,15 @@
 """How networks are trained on a distilled set and tested on real data, as values.
 
-Each follows the code that it names: Minimax's evaluation code, IGD's variant of it, and RDED's validation.
+Each follows the code that it names: Minimax's evaluation code, IGD's variant of it, RDED's validation, and
+G-VBSM's.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Literal
+
+from igd_lib.data.dsa import Strategy, diffaug, dsa
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,12 @@ class Protocol:
     optimizer: Literal["adamw", "sgd"]
     lr: float
     weight_decay: float
-    labels: Literal["hard", "soft"] = "hard"  # soft: a teacher's, made on the mixed batch as it is trained on
+    # soft: a teacher's, made on the mixed batch as it is trained on; own: the set's, learned with its images
+    labels: Literal["hard", "soft", "own"] = "hard"
     # optimiser
     # The first that begins the network's name (its library's left out), else lr.
     lr_by_network: tuple[tuple[str, float], ...] = ()
+    own_lr: bool = False  # the set's learned rate, where it has one, in place of lr
     momentum: float = 0.9  # sgd only
     betas: tuple[float, float] = (0.9, 0.999)  # adamw only
     decay: Literal["all", "matrices"] = "all"  # matrices: only weights of more than one dimension decay
@@ -57,8 +62,8 @@ class Protocol:
         (float("inf"), 300),
     )
     # schedule
-    # half-cosine: 0.5 (1 + cos(pi e / 2E)), from 1 to 0.5
-    schedule: Literal["multistep", "half-cosine"] = "multistep"
+    # cosine: 0.5 (1 + cos(pi e / E)), from 1 to 0; half-cosine: 0.5 (1 + cos(pi e / 2E)), from 1 to 0.5
+    schedule: Literal["multistep", "half-cosine", "cosine"] = "multistep"
     milestones: tuple[float, ...] = (2 / 3, 5 / 6)  # multistep: shares of the epochs after which lr falls
     lr_decay: float = 0.2
     # augmentation, in this order
@@ -71,7 +76,15 @@ class Protocol:
     cutmix: float = 1.0  # Beta(a, a); 0 = off
     cutmix_probability: float = 1.0  # of a batch
     mixup: float = 0.0  # Beta(a, a) every batch, instead of CutMix; 0 = off
-    temperature: float = 20.0  # soft labels: of teacher and student, without a factor T^2
+    # Changes of what the network sees, an image's own, before any CutMix; not for a teacher's labels.
+    dsa: str = ""  # DSA's families, of which a batch gets one; "": none
+    diffaug: str = ""  # IDC's (`data.dsa.diffaug`)
+    # soft labels
+    # kl: of softmaxes at `temperature`. mse+ce: mean squared error of logits, and `hard_weight` times the
+    # cross-entropy to the images' own labels, as if they were not mixed (G-VBSM).
+    soft_loss: Literal["kl", "mse+ce"] = "kl"
+    temperature: float = 20.0  # of teacher and student, without a factor T^2
+    hard_weight: float = 0.1
     # Every batch passes through the network once more before its step, in training mode and without gradient:
     # running statistics move twice.
     double_pass: bool = False
@@ -96,6 +109,20 @@ class Protocol:
         if num_classes != 100:
             return epochs
         return epochs * 2 // 3 // 100 * 100 or epochs * 2 // 3
+
+    @property
+    def changes(self) -> Strategy | None:
+        """What is done to images as the network sees them, each by itself; None: nothing.
+
+        Raises ValueError where a teacher would label what it has not seen.
+        """
+        if not (self.dsa or self.diffaug):
+            return None
+        if self.labels == "soft" or (self.dsa and self.diffaug):
+            raise ValueError(
+                f"protocol {self.name!r}: dsa or diffaug, not both, and neither with a teacher's labels"
+            )
+        return dsa(self.dsa) if self.dsa else diffaug(self.diffaug)
 
     def training(self, network: str, ipc: int, num_classes: int) -> Training:
         """Epochs, batch size, rate and decay of one cell."""
@@ -215,6 +242,43 @@ RDED_SOFT_64 = replace(
 RDED_SOFT_32 = replace(
     RDED_SOFT, name="rded-soft-32", image_size=32, test_resize=32, patch_factor=1, crop_scale=(1.0, 1.0)
 )
+# G-VBSM's own, for the labels of its ensemble: SRe2L's training with another loss. The authors store the
+# labels of 300 or 1,000 epochs of crops; here they are made as they are needed.
+GVBSM_SOFT = Protocol(
+    "gvbsm-soft",
+    224,
+    _IMAGENET_MEAN,
+    _IMAGENET_STD,
+    "adamw",
+    1e-3,
+    0.01,
+    labels="soft",
+    decay="matrices",
+    batch_size=1024,
+    epochs=300,
+    schedule="cosine",
+    crop_scale=(0.08, 1.0),
+    jitter=0.0,
+    lighting=0.0,
+    soft_loss="mse+ce",
+    test_resize=256,
+    test_every=10,
+    reported="last",
+    seeds=(0, 1, 2),
+)
+# Its script for CIFAR-10; that for CIFAR-100 has SGD, 0.1 and 5e-4 on a ConvNet-3, and batches of 64.
+GVBSM_SOFT_32 = replace(
+    GVBSM_SOFT,
+    name="gvbsm-soft-32",
+    image_size=32,
+    mean=(0.5071, 0.4867, 0.4408),
+    std=(0.2675, 0.2565, 0.2761),
+    weight_decay=0.0,
+    batch_size=100,
+    epochs=1000,
+    hard_weight=0.15,
+    test_resize=None,
+)
 # For the stand-ins: IGD_HARD's and RDED_SOFT's training, shorter and without changes of colour, which grey
 # images do not have.
 SMALL_HARD = replace(
@@ -253,6 +317,16 @@ SMALL_SOFT = replace(
     evaluations=1,
     reported="last",
 )
+SMALL_GVBSM = replace(
+    SMALL_SOFT,
+    name="small-gvbsm",
+    soft_loss="mse+ce",
+    hard_weight=0.15,
+    schedule="cosine",
+    patch_factor=1,
+    crop_scale=(0.08, 1.0),
+    double_pass=False,
+)
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
@@ -264,11 +338,77 @@ PROTOCOLS = {
         RDED_SOFT_128,
         RDED_SOFT_64,
         RDED_SOFT_32,
+        GVBSM_SOFT,
+        GVBSM_SOFT_32,
         SMALL_HARD,
         SMALL_HARD_COLOUR,
         SMALL_SOFT,
+        SMALL_GVBSM,
     )
 }
+# How DM and IDC-1 were evaluated by their authors on CIFAR-10: what their published figures are of. (DM's
+# code trains for an epoch more, and remakes its optimiser where the rate falls.)
+DM_OWN = replace(
+    IGD_CIFAR,
+    name="dm-own",
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2023, 0.1994, 0.2010),
+    optimizer="sgd",
+    lr=0.01,
+    weight_decay=5e-4,
+    batch_size=256,
+    epochs=1000,
+    milestones=(0.501,),
+    lr_decay=0.1,
+    cutmix=0.0,
+    dsa="color_crop_cutout_flip_scale_rotate",
+    reported="last",
+)
+IDC_OWN = replace(
+    DM_OWN,
+    name="idc-own",
+    batch_size=64,
+    milestones=(2 / 3, 5 / 6),
+    lr_decay=0.2,
+    cutmix=1.0,
+    cutmix_probability=0.5,
+    dsa="",
+    diffaug="color_crop_flip_scale_rotate",
+)
+# Not for every set, and so not among PROTOCOLS: DATM's own evaluation, by a set's soft labels and rate, with
+# DSA on whitened images. (Of its code the same is true.)
+DATM_OWN = replace(
+    IGD_CIFAR,
+    name="datm-own",
+    optimizer="sgd",
+    lr=0.01,
+    weight_decay=5e-4,
+    labels="own",
+    own_lr=True,
+    batch_size=128,
+    milestones=(0.501,),
+    lr_decay=0.1,
+    cutmix=0.0,
+    dsa="color_crop_cutout_flip_scale_rotate",
+    reported="last",
+)
+SMALL_DATM = replace(DATM_OWN, name="small-datm", epochs=300, mixed_precision=True)
+
+
+def labellings(protocol: Protocol) -> dict[str, Protocol]:
+    """A protocol by how its images are labelled; nothing else differs, so steps and rates are the same.
+
+    One of them is the protocol itself.
+
+    "hard": by class; "fixed": a teacher's label of each image as it is, once for good (`teachers.labelled`,
+    cross-entropy); "every batch": a teacher's of each batch as it is trained on, with RDED's loss.
+    """
+    ways = {
+        "hard": replace(protocol, name=f"{protocol.name}, hard labels", labels="hard"),
+        "fixed": replace(protocol, name=f"{protocol.name}, fixed soft labels", labels="own"),
+        "every batch": replace(protocol, name=f"{protocol.name}, soft labels of every batch", labels="soft"),
+    }
+    return {kind: protocol if way.labels == protocol.labels else way for kind, way in ways.items()}
 
 
 def rded_soft(protocol: Protocol, factor: int) -> Protocol:

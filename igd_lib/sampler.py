@@ -70,11 +70,45 @@ class Denoiser:
         return Prediction(combined, conditional, variances[0], other, variances[-1])
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where sampling begins instead of at noise alone (SDEdit, Meng et al., ICLR 2022).
+
+    Clean latents, noised for the first of the steps that are left. The last int(num_steps x strength) are,
+    as in diffusers' image-to-image pipelines: with 0 the latents stay as they are, with 1 they play no part.
+    """
+
+    clean: Tensor  # (B, C, h, w), scaled as the transformer's
+    strength: float  # share of the steps that are taken, 0 ... 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength <= 1:
+            raise ValueError(
+                f"strength is the share of the steps that are taken, 0 ... 1, got {self.strength}"
+            )
+
+    def skipped(self, num_steps: int) -> int:
+        """How many of the steps, the first ones, are not taken."""
+        return num_steps - steps_taken(num_steps, self.strength)
+
+    def noised(self, scheduler: Any, noise: Tensor, number: int) -> Tensor:
+        """What step `number` is given: sqrt(alpha_bar) clean + sqrt(1 - alpha_bar) noise."""
+        if number == len(scheduler.timesteps):
+            return self.clean.to(noise)
+        return scheduler.add_noise(self.clean.to(noise), noise, scheduler.timesteps[number : number + 1])
+
+
+def steps_taken(num_steps: int, strength: float) -> int:
+    """How many steps a start of that strength leaves, rounded down."""
+    return min(int(num_steps * strength), num_steps)
+
+
 def sample(
     denoiser: Denoiser,
     scheduler: Any,
     latents: Tensor,  # (B, C, h, w) unit Gaussian noise
     *,
+    start: Start | None = None,  # None: the noise
     guides: Sequence[Guide] = (),
     num_steps: int = 50,
     counts_from: int = 0,  # the last step's index for the guides (`Fidelity.range_counts_from`)
@@ -87,15 +121,18 @@ def sample(
     this is its own sampling. `callback`: see `sample_igd`. Raises ValueError on what does not fit,
     FloatingPointError when latents are not finite.
     """
-    _check(denoiser, scheduler, latents)
+    _check(denoiser, scheduler, latents, start)
     timesteps = _timesteps(scheduler, num_steps, latents.device)
+    first = 0 if start is None else start.skipped(num_steps)
     options = step_options(scheduler, generator)
     indices = [num_steps - 1 - number + counts_from for number in range(num_steps)]
     guided = [number for number, index in enumerate(indices) if any(guide.covers(index) for guide in guides)]
     modules = [denoiser.transformer, *(module for guide in guides for module in guide.modules)]
     with _uncorrected(scheduler, guided), _frozen(*modules), torch.no_grad():
         z_t = latents * scheduler.init_noise_sigma
-        for index, timestep in zip(indices, timesteps, strict=True):
+        if start is not None and first > 0:
+            z_t = start.noised(scheduler, latents, first)
+        for index, timestep in zip(indices[first:], timesteps[first:], strict=True):
             asked = [guide for guide in guides if guide.covers(index)]
             through = [guide.through_model for guide in asked]
             step = _predict(denoiser, scheduler, z_t, timestep, index, num_steps, sum(through))
@@ -269,9 +306,12 @@ def _check_batch(name: str, values: Tensor, size: int) -> None:
         raise ValueError(f"{name} are ({size},), one a latent, got {tuple(values.shape)}")
 
 
-def _check(denoiser: Denoiser, scheduler: Any, latents: Tensor) -> None:
-    """Raise ValueError where labels or scheduler do not fit Algorithm 1."""
+def _check(denoiser: Denoiser, scheduler: Any, latents: Tensor, start: Start | None) -> None:
+    """Raise ValueError where labels, start or scheduler do not fit Algorithm 1."""
     _check_batch("labels", denoiser.labels, len(latents))
+    if start is not None and start.clean.shape != latents.shape:
+        shapes = f"{tuple(latents.shape)}, got {tuple(start.clean.shape)}"
+        raise ValueError(f"the latents to start from have the noise's shape, {shapes}")
     name = type(scheduler).__name__
     if not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(f"{name} has no alphas_cumprod; Algorithm 1 needs a discrete noise schedule")

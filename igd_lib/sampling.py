@@ -199,7 +199,7 @@ class Sampling:
         generators: Sequence[torch.Generator],
         **options: Any,
     ) -> Tensor:
-        """Final latents (B, C, h, w) of the diffusion model's classes `ids`; options: `sample`'s callback."""
+        """Final latents (B, C, h, w) of the diffusion model's classes `ids`; options: start, callback."""
         labels = torch.tensor(list(ids), device=noise.device)
         return sample(
             Denoiser(self.pipe.transformer, labels, self.cfg_scale, self.fidelity.cfg_channels),

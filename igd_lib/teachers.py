@@ -8,7 +8,7 @@ RDED's README, which says no more of how. `teacher_from_file` reads such a netwo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.models import ResNet18_Weights
+from torchvision.models import ResNet18_Weights, WeightsEnum, get_model_weights
 
-from igd_lib.data.augment import centre, normalise
+from igd_lib.data.augment import centre, normalise, to_unit
 from igd_lib.data.images import ImageData
 from igd_lib.models.networks import network
 from igd_lib.protocols import RDED_SOFT, Protocol
@@ -31,6 +31,7 @@ RDED_TEACHERS: Mapping[str, float] = {
     "cifar-10": 93.86,
     "cifar-100": 72.27,
 }
+RESNET18 = "torchvision/resnet18"
 SHORT = 10.0  # points that a teacher of the same data may be below RDED's before it is refused
 
 
@@ -60,6 +61,7 @@ def check_teacher(teacher: Teacher, dataset: ImageData, protocol: Protocol, *, i
     """
     check_class_order(teacher.classes, dataset.classes, ("teacher", "data"))
     few = dataset.subset(torch.linspace(0, len(dataset) - 1, min(images, len(dataset))).round().long())
+    few = replace(few, whitening=None)  # a network that is trained on whitened images sees them so, not this
     logits = predict(teacher.model, few, replace(protocol, mean=teacher.mean, std=teacher.std))
     if logits.shape[1] != len(dataset.classes):
         raise ValueError(
@@ -105,13 +107,29 @@ def predict(model: nn.Module, dataset: ImageData, protocol: Protocol, batch_size
 def test_inputs(
     dataset: ImageData, protocol: Protocol, device: torch.device | str, batch_size: int = 250
 ) -> Iterator[Tensor]:
-    """What a network sees of every image in a test: resized, its centre cut out, normalised.
+    """What a network sees of every image in a test: resized, its centre cut out, normalised or whitened.
 
     Images that have the protocol's size already are not resized, so whoever tests often gives those.
     """
+    seen = seen_by(dataset, protocol, device)
     for images, _ in dataset.at(protocol.test_resize or protocol.image_size).batches(batch_size):
-        pixels = images.to(device).float() / 255
-        yield normalise(centre(pixels, protocol.image_size), protocol.mean, protocol.std)
+        yield seen(centre(to_unit(images.to(device)), protocol.image_size))
+
+
+def seen_by(dataset: ImageData, protocol: Protocol, device: torch.device | str) -> Callable[[Tensor], Tensor]:
+    """From [0, 1] pixels to a network's input: whitened as the images ask for, else the protocol's way."""
+    if dataset.whitening is not None:
+        return dataset.whitening.to(device)
+    return lambda pixels: normalise(pixels, protocol.mean, protocol.std)
+
+
+def labelled(dataset: ImageData, teacher: Teacher, protocol: Protocol) -> ImageData:
+    """The images with a teacher's soft labels, one each for good: its probabilities of the image as it is.
+
+    For a protocol whose labels are "own"; the teacher sees the images at the protocol's size.
+    """
+    logits = predict(teacher.model, dataset, replace(protocol, mean=teacher.mean, std=teacher.std))
+    return replace(dataset, targets=logits.softmax(1))
 
 
 def accuracy(model: nn.Module, dataset: ImageData, protocol: Protocol) -> tuple[float, float]:
@@ -130,10 +148,13 @@ def least_for(dataset: str) -> float:
     return RDED_TEACHERS[dataset] - SHORT if dataset in RDED_TEACHERS else Teacher.least
 
 
-def imagenet_teacher(classes: Sequence[str], label_ids: Sequence[int]) -> Teacher:
+def imagenet_teacher(
+    classes: Sequence[str], label_ids: Sequence[int], architecture: str = RESNET18
+) -> Teacher:
     """torchvision's ResNet-18 of ImageNet-1K (RDED's teacher), with `classes`' logits at `label_ids` only.
 
-    Its file is checked against the hash in its name, wherever it comes from, and read as weights only.
+    Or another "torchvision/NAME", of its first published weights. The file is checked against the hash in its
+    name, wherever it comes from, and read as weights only.
     Raises ValueError where the classes have no ids in ImageNet-1K and for a damaged file, FileNotFoundError
     where the file can neither be found nor downloaded.
     """
@@ -143,9 +164,9 @@ def imagenet_teacher(classes: Sequence[str], label_ids: Sequence[int]) -> Teache
             f"with {len(label_ids)}, {list(label_ids)[:3]} ...; name a teacher of these classes "
             "(teacher_from_file), or train one (train_teacher)"
         )
-    weights = ResNet18_Weights.IMAGENET1K_V1
-    place = _imagenet_teacher_place()
-    if lines := imagenet_teacher_file()[1]:
+    weights = _imagenet_weights(architecture)
+    place = _imagenet_teacher_place(architecture)
+    if lines := imagenet_teacher_file(architecture)[1]:
         raise ValueError(lines[0])
     try:
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
@@ -153,26 +174,31 @@ def imagenet_teacher(classes: Sequence[str], label_ids: Sequence[int]) -> Teache
         raise FileNotFoundError(
             f"the teacher's weights could not be had ({error}); download {weights.url} to {place}"
         ) from error
-    model: Any = network("torchvision/resnet18", num_classes=1000, image_size=224)
+    model = network(architecture, num_classes=1000, image_size=224)
     model.load_state_dict(state)
     ids = torch.tensor(list(label_ids))
-    model.fc.weight, model.fc.bias = (
-        torch.nn.Parameter(value.detach()[ids]) for value in (model.fc.weight, model.fc.bias)
-    )
-    return Teacher(model, "torchvision/resnet18", place.name, tuple(classes), RDED_SOFT.mean, RDED_SOFT.std)
+    for parameter in list(model.parameters())[-2:]:  # the classifier's weight and bias
+        parameter.data = parameter.data[ids]
+    return Teacher(model, architecture, place.name, tuple(classes), RDED_SOFT.mean, RDED_SOFT.std)
 
 
-def _imagenet_teacher_place() -> Path:
+def _imagenet_weights(architecture: str) -> WeightsEnum:
+    if architecture == RESNET18:
+        return ResNet18_Weights.IMAGENET1K_V1
+    return get_model_weights(architecture.removeprefix("torchvision/"))["IMAGENET1K_V1"]
+
+
+def _imagenet_teacher_place(architecture: str = RESNET18) -> Path:
     """Where torch.hub puts the weights of ImageNet's teacher."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / ResNet18_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]
+    return Path(torch.hub.get_dir()) / "checkpoints" / _imagenet_weights(architecture).url.rsplit("/", 1)[-1]
 
 
-def imagenet_teacher_file() -> tuple[Path | None, list[str]]:
+def imagenet_teacher_file(architecture: str = RESNET18) -> tuple[Path | None, list[str]]:
     """The file of ImageNet's teacher in torch.hub's cache, None where it is not, and what is wrong with it.
 
     torch.hub checks the hash in a file's name when it downloads, and never again.
     """
-    path = _imagenet_teacher_place()
+    path = _imagenet_teacher_place(architecture)
     if not path.is_file():
         return None, []
     published, found = path.stem.rpartition("-")[2], files.sha256(path)

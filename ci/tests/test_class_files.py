@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from igd_lib.data import images
-from igd_lib.experiment.registry import kept_by_class
-from igd_lib.sets.class_files import ClassFiles
+from igd_lib.sets.class_files import ClassFiles, kept_by_class
 
 CLASSES = ("a", "b", "c", "d")
 

@@ -143,6 +143,7 @@ def test_only_the_stand_ins_protocols_are_in_mixed_precision():
         "small-hard",
         "small-hard-colour",
         "small-soft",
+        "small-gvbsm",
     }
     assert {found.tf32 for found in PROTOCOLS.values()} == {"convolutions"}  # torch's default
 

@@ -44,9 +44,14 @@ class Augmentation(Protocol):
     def lighting(self) -> float: ...
 
 
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 [0, 255] to float32 [0, 1]; float pixels, which are of [0, 1] already, as they are."""
+    return images.float() if images.is_floating_point() else images.float() / 255
+
+
 def resize(images: Tensor, size: int) -> Tensor:
-    """uint8 (B, 3, H, H) to float [0, 1] with sides of `size` px (0: as stored)."""
-    pixels = images.float() / 255
+    """uint8 or float (B, 3, H, H) to float [0, 1] with sides of `size` px (0: as stored)."""
+    pixels = to_unit(images)
     return (
         pixels
         if size in (0, pixels.shape[-1])

@@ -25,6 +25,7 @@ from igd_lib.data import sources
 from igd_lib.data.datasets import DataSpec, Resize, spec_of
 from igd_lib.data.sources.base import Found
 from igd_lib.data.sources.fashion import fashion_mnist_folder as fashion_mnist_folder
+from igd_lib.data.zca import ZCA
 
 MEMORY_LIMIT = 2 << 30  # bytes of decoded images that are kept in memory
 # PIL decodes without the interpreter's lock.
@@ -45,7 +46,11 @@ UNREADABLE = (
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images of one split. `fetch(indices)` returns uint8 (n, 3, H, W); `labels` is int64 (N,)."""
+    """Images of one split. `fetch(indices)` returns uint8 (n, 3, H, W); `labels` is int64 (N,).
+
+    Images that a method has learned may be float pixels instead, 1.0 a channel's full light, neither rounded
+    nor clamped; `targets`, `lr` and `whitening` are what it may have learned with them (`plain` drops them).
+    """
 
     name: str
     split: str
@@ -57,6 +62,9 @@ class ImageData:
     original: Callable[[int], Image.Image] | None = None
     resize: Resize = "bilinear"  # how originals come to `image_size`
     slow: bool = False  # whether `fetch` reads files: batches are fetched while the one before is in use
+    targets: Tensor | None = None  # soft labels of the images, float32 (N, classes): shares of one
+    lr: float | None = None  # what a network is to be trained on them with, by SGD
+    whitening: ZCA | None = None  # how a network sees them, in place of a protocol's normalisation
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -78,31 +86,54 @@ class ImageData:
             labels=self.labels[indices],
             fetch=lambda wanted: self.fetch(indices[wanted]),
             original=original and (lambda index: original(int(indices[index]))),
+            targets=None if self.targets is None else self.targets[indices],
         )
+
+    def plain(self) -> ImageData:
+        """The same as others store images: uint8, clamped and rounded, with hard labels and nothing learned.
+
+        Itself where it is that already.
+        """
+        found = replace(self, targets=None, lr=None, whitening=None)
+        if not self.fetch(torch.tensor([0])).is_floating_point():
+            nothing = self.targets is None and self.lr is None and self.whitening is None
+            return self if nothing else found
+        pixels = in_8_bits(self.fetch(torch.arange(len(self))).cpu())
+        return replace(found, fetch=lambda indices: pixels[indices], slow=False)
 
     def photograph(self, index: int) -> Image.Image:
         """The original of the image at `index`: RGB, of any shape."""
         if self.original is not None:
             return self.original(index)
-        return TF.to_pil_image(self.fetch(torch.tensor([index]))[0].cpu())
+        return TF.to_pil_image(in_8_bits(self.fetch(torch.tensor([index]))[0].cpu()))
 
     def at(self, size: int, resize: Resize | None = None) -> ImageData:
         """The same images with sides of `size` px, made from the originals; itself where it has them already.
 
         `resize` is how, by default as now; `split` names another one. In memory up to MEMORY_LIMIT, else made
-        when asked for. Raises ValueError for a size below 1.
+        when asked for. Raises ValueError for a size below 1, and for another size of whitened images.
         """
         if size < 1:
             raise ValueError(f"an image's side is at least 1 px, got {size}")
         how = resize or self.resize
         if size == self.image_size and (how == self.resize or self.original is None):
             return self
+        if self.whitening is not None:
+            raise ValueError(
+                f"{self.name}, {self.split}: whitened images are of {self.image_size} px alone, not {size}; "
+                "take a protocol of that size, or their plain() images"
+            )
         split = self.split if how == self.resize else f"{self.split}, {how}"
         found = replace(self, split=split, image_size=size, resize=how, original=self.photograph)
         return held(replace(found, fetch=_maker(self.photograph, size, how), slow=True))
 
     def of_labels(self, labels: Sequence[int]) -> ImageData:
-        """The images of some classes alone, which get the labels 0, 1, ... in that order."""
+        """The images of some classes alone, which get the labels 0, 1, ... in that order.
+
+        Raises ValueError where they have soft labels, which are shares of all classes.
+        """
+        if self.targets is not None:
+            raise ValueError(f"{self.name}: soft labels are of all classes; take the plain() images of some")
         chosen = torch.cat([self.class_indices(label) for label in labels])
         found = self.subset(chosen, f"{self.split}, {len(labels)} classes")
         order = torch.zeros(len(self.classes), dtype=torch.long)
@@ -205,12 +236,34 @@ class Pass:
 
 
 def from_tensors(name: str, split: str, classes: Sequence[str], images: Tensor, labels: Tensor) -> ImageData:
-    """In-memory data: images uint8 (N, 3, H, H), labels (N,) in 0..len(classes)-1."""
+    """In-memory data: images uint8 (N, 3, H, H), labels (N,) in 0..len(classes)-1 (`learned`: float)."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images are uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
     return ImageData(
         name, split, tuple(classes), labels.long(), images.shape[-1], lambda indices: images[indices]
     )
+
+
+def learned(plain: ImageData, pixels: Tensor, targets: Tensor | None = None, **also: Any) -> ImageData:
+    """`plain`'s classes and labels with learned images: pixels float32 or uint8 (N, 3, H, H).
+
+    Targets float32 (N, classes); `also`: lr, whitening. Raises ValueError for other shapes, images or
+    targets that are not finite, targets that do not sum to one, and a rate that is not positive.
+    """
+    found = replace(plain, fetch=lambda indices: pixels[indices], targets=targets, **also)
+    shape = (len(plain), 3, plain.image_size, plain.image_size)
+    if tuple(pixels.shape) != shape or not pixels.isfinite().all():
+        raise ValueError(f"images are finite numbers {shape}, got {tuple(pixels.shape)}")
+    if targets is not None and (
+        targets.shape != (len(plain), len(plain.classes))
+        or not torch.allclose(targets.sum(1), torch.ones(len(plain)), atol=1e-4)
+    ):
+        raise ValueError(
+            f"soft labels are shares of one, ({len(plain)}, {len(plain.classes)}), got {tuple(targets.shape)}"
+        )
+    if found.lr is not None and not 0 < found.lr < float("inf"):
+        raise ValueError(f"a learning rate is positive, got {found.lr}")
+    return found
 
 
 def from_files(
@@ -231,8 +284,15 @@ def from_files(
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 [0, 255] to float32 [-1, 1]."""
+    """uint8 [0, 255], or float pixels of [0, 1], to float32 [-1, 1]."""
+    if images.is_floating_point():
+        return images.float().mul(2).sub(1)
     return images.float().div(127.5).sub(1)
+
+
+def in_8_bits(pixels: Tensor) -> Tensor:
+    """float [0, 1] to uint8 [0, 255], clamped and rounded; uint8 as it is."""
+    return pixels if pixels.dtype == torch.uint8 else pixels.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiTTransformer2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DiTTransformer2DModel, UNet2DConditionModel
 
 from igd_lib.models.folder import INDEX
 from igd_lib.tools import tensors
@@ -77,6 +77,24 @@ def problems_of_decoder(folder: str | Path, *, latent_channels: int | None = Non
             "the decoder that was made for this autoencoder",
         ]
     return decoder.lines
+
+
+def problems_of_stable_diffusion(folder: str | Path) -> list[str]:
+    """What keeps a folder from being loaded as Stable Diffusion, from safetensors alone, a line a problem.
+
+    Its network's and autoencoder's tensors are compared with their configurations; of the text encoder and
+    the tokenizer it is only looked whether their files are there.
+    """
+    folder = Path(folder)
+    if not (folder / INDEX).is_file():
+        return [f"{folder} is no finished pipeline, it has no {INDEX}; download or copy the whole folder"]
+    parts = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+    lines = [line for name, kind in parts.items() for line in _Stored(folder / name, kind).lines]
+    needed = ["text_encoder/model.safetensors", "tokenizer/vocab.json", "scheduler/scheduler_config.json"]
+    needed += [f"{name}/{_FILE}.safetensors" for name in parts]
+    lacking = [name for name in needed if not (folder / name).is_file()]
+    lines += [f"{folder} lacks {name}; download it into the folder" for name in lacking]
+    return list(dict.fromkeys(lines))
 
 
 def _autoencoder_in(folder: Path) -> Path:

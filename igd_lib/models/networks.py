@@ -1,7 +1,8 @@
 """Networks that are trained and tested: the protocols' own, and everything torchvision and timm have.
 
 ConvNet-N, ResNetAP-N and ResNet-N follow Minimax's evaluation code: instance normalisation written as affine
-GroupNorm(C, C), so they keep no batch statistics. `convnetN-bn` and the `_modified` ResNets are RDED's.
+GroupNorm(C, C), so they keep no batch statistics. `convnetN-bn` and the `_modified` ResNets are RDED's;
+`resnetN-bn` and `separableN` are small networks with batch statistics, for methods that match those.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from torchvision.models import get_model, list_models
 
 Stem = Literal["small", "middle", "large"]
+Norm = Callable[[int], nn.Module]  # of so many channels
 
 
 def _instance(channels: int) -> nn.GroupNorm:
@@ -46,7 +48,7 @@ class ConvNet(nn.Module):
         image_size: int,
         in_channels: int = 3,
         width: int = 128,
-        norm: Callable[[int], nn.Module] = _instance,
+        norm: Norm = _instance,
     ):
         super().__init__()
         side = image_size // 2**depth
@@ -70,23 +72,23 @@ class ConvNet(nn.Module):
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut; `pool` replaces strides by average pooling (ResNetAP)."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, pool: bool):
+    def __init__(self, inputs: int, outputs: int, stride: int, pool: bool, norm: Norm = _instance):
         super().__init__()
         strided, shrink = (
             (1, nn.AvgPool2d(stride) if stride > 1 else nn.Identity()) if pool else (stride, nn.Identity())
         )
         self.body = nn.Sequential(
             nn.Conv2d(inputs, outputs, 3, strided, 1, bias=False),
-            _instance(outputs),
+            norm(outputs),
             nn.ReLU(),
             shrink,
             nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
-            _instance(outputs),
+            norm(outputs),
         )
         self.shortcut: nn.Module = nn.Identity()
         if stride > 1 or inputs != outputs:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, strided, bias=False), shrink, _instance(outputs)
+                nn.Conv2d(inputs, outputs, 1, strided, bias=False), shrink, norm(outputs)
             )
         self.act = nn.ReLU()
 
@@ -109,12 +111,13 @@ class ResNet(nn.Module):
         in_channels: int = 3,
         stem: Stem = "large",
         width: int = 64,
+        norm: Norm = _instance,
     ):
         super().__init__()
         kernel, stride = (7, 1 if pool else 2) if stem == "large" else (3, 1)
         self.stem = nn.Sequential(
             nn.Conv2d(in_channels, width, kernel, stride, kernel // 2, bias=False),
-            _instance(width),
+            norm(width),
             nn.ReLU(),
         )
         if stem != "small":
@@ -124,7 +127,7 @@ class ResNet(nn.Module):
         for stage, count in enumerate(blocks):
             outputs = width * 2**stage
             for index in range(count):
-                layers.append(BasicBlock(inputs, outputs, 2 if stage > 0 and index == 0 else 1, pool))
+                layers.append(BasicBlock(inputs, outputs, 2 if stage > 0 and index == 0 else 1, pool, norm))
                 inputs = outputs
         self.body = nn.Sequential(*layers)
         self.classifier = nn.Linear(inputs, num_classes)
@@ -136,12 +139,44 @@ class ResNet(nn.Module):
         return self.classifier(self.body(self.stem(images)).mean((-2, -1)))
 
 
+class SeparableNet(nn.Module):
+    """A 3x3 stem and N separable blocks [depthwise 3x3, BN, ReLU, 1x1, BN, ReLU] (MobileNet's), mean, linear.
+
+    Every second block, the first among them, halves the side and doubles the `width` channels.
+    """
+
+    def __init__(self, depth: int, num_classes: int, image_size: int, in_channels: int = 3, width: int = 32):
+        super().__init__()
+        if image_size < 2 ** ((depth + 1) // 2 + 1):
+            raise ValueError(
+                f"separable{depth} halves the image {(depth + 1) // 2} times; {image_size} px are too few"
+            )
+        layers = self._layers(in_channels, width, 3)
+        for index in range(depth):
+            layers += self._layers(width, width, 3, stride=2 - index % 2, groups=width)
+            outputs = width if index % 2 else 2 * width
+            layers += self._layers(width, outputs, 1)
+            width = outputs
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(width, num_classes)
+
+    @staticmethod
+    def _layers(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+        convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+        return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.features(images).mean((-2, -1)))
+
+
 # --- by name
 
 BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2)}  # a stage, by a ResNet's depth
 OWN = re.compile(
     r"(?P<kind>convnet)(?P<depth>\d+)(?P<variant>-bn)?(?:-w(?P<width>[1-9]\d*))?"
-    r"|(?P<resnet>resnet|resnetap)(?P<layers>10|18)(?P<thin>-cifar)?"
+    r"|(?P<resnet>resnet|resnetap)(?P<layers>10|18)"
+    r"(?:(?P<thin>-cifar)|(?P<batch>-bn)?(?:-w(?P<channels>[1-9]\d*))?)"
+    r"|separable(?P<blocks>[1-9]\d*)(?:-w(?P<first>[1-9]\d*))?"
 )
 MODIFIED = ("resnet18_modified", "resnet101_modified")
 # Without those that give more than one output in training.
@@ -155,7 +190,8 @@ def network(name: str, *, num_classes: int, image_size: int, in_channels: int = 
 
     The protocols' own: "convnetN" of 128 channels, "convnetN-wM" of M; "resnet10", "resnet18", "resnetap10",
     "resnetap18" (with a 3x3 stem up to 128 px, unpooled up to 64), and these with "-cifar" for Minimax's
-    CIFAR ResNets of half the width; RDED's "convnetN-bn", "resnet18_modified" and "resnet101_modified".
+    CIFAR ResNets of half the width; RDED's "convnetN-bn", "resnet18_modified" and "resnet101_modified";
+    "resnetN-bn-wM" and "separableN-wM", small ones with batch statistics that are M channels wide at first.
     "torchvision/NAME" and "timm/NAME" are those libraries'; any other bare name is torchvision's, where it
     has none timm's. Input (B, in_channels, image_size, image_size), output logits (B, num_classes). Raises
     ValueError for an unknown name, or an image size that the network cannot take.
@@ -181,6 +217,14 @@ def _own(match: re.Match[str], num_classes: int, image_size: int, in_channels: i
         norm = nn.BatchNorm2d if match["variant"] else _instance
         width = int(match["width"] or 128)
         return ConvNet(int(match["depth"]), num_classes, image_size, in_channels, width, norm)
+    if match["blocks"]:
+        width = int(match["first"] or 32)
+        return SeparableNet(int(match["blocks"]), num_classes, image_size, in_channels, width)
+    return _resnet(match, num_classes, image_size, in_channels)
+
+
+def _resnet(match: re.Match[str], num_classes: int, image_size: int, in_channels: int) -> nn.Module:
+    """A ResNet of this module."""
     pool, thin = match["resnet"] == "resnetap", bool(match["thin"])
     stem: Stem = "small" if thin or image_size <= 64 else "middle" if image_size <= 128 else "large"
     if image_size < (16 if pool else 9):
@@ -188,8 +232,9 @@ def _own(match: re.Match[str], num_classes: int, image_size: int, in_channels: i
             f"{match[0]} halves the image three times, so that its last normalisation sees one pixel; "
             f"{image_size} px are too few"
         )
-    blocks, width = BLOCKS[int(match["layers"])], 32 if thin else 64
-    return ResNet(blocks, pool, num_classes, in_channels, stem, width)
+    blocks, width = BLOCKS[int(match["layers"])], 32 if thin else int(match["channels"] or 64)
+    norm = nn.BatchNorm2d if match["batch"] else _instance
+    return ResNet(blocks, pool, num_classes, in_channels, stem, width, norm)
 
 
 def _torchvision(name: str, num_classes: int, image_size: int, in_channels: int) -> nn.Module:
@@ -211,13 +256,42 @@ def _modified(name: str, num_classes: int, in_channels: int) -> nn.Module:
 def _unknown(name: str) -> str:
     """What to say of a name that nobody knows."""
     resnets = [f"{kind}{depth}" for kind in ("resnet", "resnetap") for depth in BLOCKS]
-    own = ["convnetN", "convnetN-bn", "convnetN-wM", *resnets]
+    own = ["convnetN", "convnetN-bn", "convnetN-wM", *resnets, "resnetN-bn-wM", "separableN-wM"]
     own += [*(f"{known}-cifar" for known in resnets), *MODIFIED]
     near = difflib.get_close_matches(name, [*own, *TORCHVISION, *timm.list_models()], n=3)
     return (
         f"unknown network {name!r}{' (' + ', '.join(near) + '?)' if near else ''}; known are "
         f"{', '.join(own)}; torchvision/NAME of {', '.join(TORCHVISION)}; and timm/NAME of timm.list_models()"
     )
+
+
+def last_linear(model: nn.Module) -> nn.Linear:
+    """A network's last linear layer, its classifier. Raises TypeError for a kind that is not known.
+
+    Known are this module's networks, torchvision's ResNets and timm's.
+    """
+    own: Any = model
+    if isinstance(model, (ConvNet, ResNet)):
+        return own.classifier
+    if isinstance(model, torchvision.models.ResNet):
+        return own.fc
+    if hasattr(model, "get_classifier") and hasattr(model, "forward_head"):
+        return own.get_classifier()
+    raise TypeError(
+        "penultimate features are known for ConvNet, ResNet, torchvision's ResNets and timm networks, not "
+        f"for {type(model).__name__}"
+    )
+
+
+def outputs(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """What the last linear layer sees of inputs, the features (B, D), and the logits (B, C)."""
+    seen: list[Tensor] = []
+    watch = last_linear(model).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    try:
+        logits = model(inputs)
+    finally:
+        watch.remove()
+    return seen[0], logits
 
 
 def keep_outputs(model: nn.Module, outputs: int, count: int) -> None:

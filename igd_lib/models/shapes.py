@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffusers import AutoencoderKL, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel
 
 
 def dit_xl_2(layers: int = 28) -> DiTTransformer2DModel:
@@ -30,4 +30,15 @@ def sd_vae() -> AutoencoderKL:
         norm_num_groups=32,
         sample_size=256,
         scaling_factor=0.18215,
+    ).eval()
+
+
+def sd_15_unet() -> UNet2DConditionModel:
+    """The configuration of Stable Diffusion 1.5's network."""
+    return UNet2DConditionModel(
+        sample_size=64,
+        block_out_channels=(320, 640, 1280, 1280),
+        layers_per_block=2,
+        cross_attention_dim=768,
+        attention_head_dim=8,
     ).eval()

@@ -6,18 +6,20 @@ class is in memory while it is made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from igd_lib.data.images import ImageData, held
-from igd_lib.tools import files
-from igd_lib.tools.progress import progress
+from igd_lib.tools import cluster, files, keys
+from igd_lib.tools.machine import ray_cluster
+from igd_lib.tools.progress import progress, resumable
 from igd_lib.tools.version import git_revision
 
 MakeClass = Callable[[int], Tensor]  # uint8 (ipc, 3, H, H) of a label
@@ -89,3 +91,57 @@ class ClassFiles:
 
     def _path(self, label: int) -> Path:
         return self.folder / f"{label:05d}.safetensors"
+
+
+class ClassMaker(Protocol):
+    """Makes the images of a label, uint8 (ipc, 3, H, H), on its device; its results depend on no other."""
+
+    def __call__(self, label: int) -> Tensor: ...
+
+    def to(self, device: str) -> ClassMaker: ...
+
+
+def kept_by_class(
+    kind: str,
+    settings: Mapping[str, Any],
+    kept: ClassFiles,
+    prepare: Callable[[], ClassMaker],  # asked where a class lacks
+    what: str,  # in lines of progress
+) -> ImageData:
+    """A set that is made class by class, as Ray tasks where `IGD_RAY` names a cluster; made once, then read.
+
+    An interrupted run goes on with the classes that lack; of two processes each makes what the other does
+    not.
+    """
+    keys.claim(kept.folder / "manifest.json", kind, settings, "a set")
+    if lacking := kept.lacking():
+        count = len(kept.classes)
+        with resumable(lambda: f"{count - len(kept.lacking())} of {count} classes are in {kept.folder}"):
+            fill(kept, prepare(), lacking, what)
+    return kept.data()
+
+
+def fill(kept: ClassFiles, maker: ClassMaker, lacking: Sequence[int], what: str) -> None:
+    """Make the classes that lack, as Ray tasks where `IGD_RAY` names a cluster."""
+    where = ray_cluster()
+    if not where:
+        kept.keep(maker, lacking, what)
+        return
+    with cluster.cluster(where) as ray:
+        work = _ClassWork(kept, maker.to("cpu"), what)
+        cluster.run_all(ray, _ClassWork.run, work, lacking, label=f"{what}, class")
+
+
+@dataclass(frozen=True)
+class _ClassWork:
+    """What a task needs to make a class."""
+
+    kept: ClassFiles
+    maker: ClassMaker
+    what: str
+
+    def to(self, device: str) -> _ClassWork:
+        return replace(self, maker=self.maker.to(device))
+
+    def run(self, label: int) -> None:
+        self.kept.keep(self.maker, [label], self.what)
