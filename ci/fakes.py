@@ -19,10 +19,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiTTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DiTTransformer2DModel,
+    PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from igd_lib.baselines.img2img import SD_15
 from igd_lib.baselines.minimax import Minimax, Shards
 from igd_lib.baselines.tuning import TRANSFORMER
 from igd_lib.data.datasets import (
@@ -47,9 +55,10 @@ DONE = "fakes.json"  # written last
 def make(root: str | Path, *, extras: bool = False, cifar_px: int = 32) -> dict[str, str]:
     """Make the fakes in the new folder `root`; returns the environment in which they are found.
 
-    extras: also what a rehearsal can do without: fastai's subsets, Minimax models (one of them in shards) and
-    TAESD. cifar_px: the size of CIFAR's DiTs' images, 32, or 256 as `igd finetune` makes them of DiT-XL/2.
-    A folder that `make` finished with the same options is left as it is. Raises FileExistsError for another.
+    extras: also what a rehearsal can do without: fastai's subsets, Minimax models (one of them in shards),
+    TAESD and Stable Diffusion. cifar_px: the size of CIFAR's DiTs' images, 32, or 256 as `igd finetune` makes
+    them of DiT-XL/2. A folder that `make` finished with the same options is left as it is. Raises
+    FileExistsError for another.
     """
     root = Path(root).resolve()
     options = {"extras": extras, "cifar_px": cifar_px}
@@ -179,6 +188,8 @@ def _models(models: Path, extras: bool, cifar_px: int) -> None:
             fine_tuned(models / f"DiT-{name}", transformer(len(classes), side), vae, "finetune", classes)
         if extras:
             tiny_decoder().save_pretrained(models / "taesd")
+            folder = models / SD_15[0].split("/")[-1]
+            stable_diffusion(vae, latent_px=64, words=folder / "tokenizer").save_pretrained(folder)
             for name in ("imagenette", "imagewoof"):
                 own = DATASETS[name].classes
                 fine_tuned(models / f"Minimax-{name}", transformer(1000, 256), vae, "minimax", own)
@@ -224,6 +235,71 @@ def tiny_decoder() -> AutoencoderTiny:
         num_encoder_blocks=(1,) * 4,
         num_decoder_blocks=(1,) * 4,
     )
+
+
+def stable_diffusion(vae: AutoencoderKL, latent_px: int, words: Path) -> Any:
+    """A random img2img pipeline of a few channels, with SD-1.5's scheduler; it reads letter by letter.
+
+    Its tokenizer's files are written into the folder `words`. Raises ImportError without transformers.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=latent_px,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=8,
+            attention_head_dim=4,
+            norm_num_groups=4,
+        )
+        tokenizer = letters(words)
+        ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        text = CLIPTextConfig(
+            vocab_size=60,
+            hidden_size=8,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+            pad_token_id=tokenizer.eos_token_id,
+            **ends,
+        )
+        encoder = CLIPTextModel(text)
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        steps_offset=1,
+    )
+    pipe = StableDiffusionImg2ImgPipeline(
+        vae=vae,
+        text_encoder=encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def letters(folder: Path) -> Any:
+    """A CLIP tokenizer that knows single letters, 30 of them at most."""
+    from transformers import CLIPTokenizer
+
+    known = "abcdefghijklmnopqrstuvwxyz,"
+    vocabulary = [*known, *(f"{letter}</w>" for letter in known), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=30)
 
 
 def published(folder: Path) -> None:

@@ -37,6 +37,7 @@ SAVE_SECONDS = 60.0  # at most one training state is written in so much time, ..
 SAVE_TIMES = 20.0  # ... and in so many times the seconds that the last one took
 TRANSFORMER = "transformer"  # the finished weights' digest, in the file that has the settings
 Parameters = Literal["all", "difffit"]
+Posterior = Literal["sample", "mean"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class Tuning:
     label_dropout: float
     flip: bool
     # what stands for an image's latents; the mean for a DiT that was trained on means
-    posterior: Literal["sample", "mean"]
+    posterior: Posterior
     resize: Resize  # for image files, and where the data's images have another size than the DiT's
     images: int | None  # a class, the first in file order; None: all
     seed: int
@@ -64,10 +65,15 @@ class Tuning:
 
     def latents(self, vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> Tensor:
         """Scaled latents, float32 (B, C, h, w), of uint8 images (B, 3, H, W)."""
-        found = vae.encode(to_float(images).to(vae.device, vae.dtype)).latent_dist
-        return (
-            found.sample(generator) if self.posterior == "sample" else found.mean
-        ).float() * vae.config.scaling_factor
+        return encoded(vae, images, self.posterior, generator)
+
+
+@torch.no_grad()
+def encoded(vae: AutoencoderKL, images: Tensor, posterior: Posterior, generator: torch.Generator) -> Tensor:
+    """Scaled latents, float32 (B, C, h, w), of uint8 images (B, 3, H, W)."""
+    found = vae.encode(to_float(images).to(vae.device, vae.dtype)).latent_dist
+    latents = found.sample(generator) if posterior == "sample" else found.mean
+    return latents.float() * vae.config.scaling_factor
 
 
 class MoreLosses(Protocol):
@@ -221,7 +227,7 @@ def tune(
     keys.claim(unfinished / work.note, work.kind, work.settings, "a fine-tuned model")
     training, state = Training(pipe, transformer, work, accelerator), unfinished / "training.safetensors"
     batches.done = training.load(state)
-    said = _train(training, batches, state)
+    said = train(training, batches, state)
     if accelerator.is_main_process:
         if said:
             means = torch.stack(list(said)).mean(0).tolist()
@@ -237,14 +243,28 @@ def tune(
     return out
 
 
-def _train(training: Training, batches: Batches, state: Path) -> deque[Tensor]:
+class Trainer(Protocol):
+    """What `train` trains: one part of a batch at a time."""
+
+    kind: str  # in what is said
+    accelerator: Accelerator
+
+    def step(self, number: int, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """The losses of a part."""
+        ...
+
+    def save(self, path: Path, step: int) -> None: ...
+
+
+def train(training: Trainer, batches: Batches, state: Path | None) -> deque[Tensor]:
     """Train on all batches that are left, saving in the file `state`; the last steps' losses."""
     accelerator, pace, kept = training.accelerator, Pace(SAVE_SECONDS, SAVE_TIMES), batches.done
-    said, label = deque[Tensor](maxlen=500), f"{training.work.kind}, step"
-    with resumable(lambda: f"{kept // batches.parts} of {batches.steps} steps are in {state.parent}"):
+    said, label = deque[Tensor](maxlen=500), f"{training.kind}, step"
+    where = state.parent if state else "no file"
+    with resumable(lambda: f"{kept // batches.parts} of {batches.steps} steps are in {where}"):
         for number, images, labels, generator in progress(batches, label, done=batches.done):
             said.append(training.step(number, images, labels, generator))
-            if accelerator.sync_gradients and accelerator.is_main_process and pace.due:
+            if state and accelerator.sync_gradients and accelerator.is_main_process and pace.due:
                 with pace.saving():
                     training.save(state, number + 1)
                 kept = number + 1
@@ -262,7 +282,7 @@ class Training:
     def __init__(
         self, pipe: IGDPipeline, transformer: DiTTransformer2DModel, work: Work, accelerator: Accelerator
     ):
-        self.work, self.recipe, self.accelerator = work, work.recipe, accelerator
+        self.work, self.recipe, self.accelerator, self.kind = work, work.recipe, accelerator, work.kind
         self.ids = torch.tensor(list(work.ids))
         device = accelerator.device
         self.vae = pipe.vae.to(device)
