@@ -20,9 +20,18 @@ from papermill import inspect_notebook
 ROOT = Path(__file__).parents[1]
 # What differs from the notebooks' own defaults, and runs beside those.
 OWN = {"14_shortcuts": {"seeds": "10"}}
+# At IPC 50 the rows that are sampled, Random, and of the methods that take long DM and SRe2L alone.
+SAMPLED = "DiT,DiT + G_D,DiT-IGD,Minimax,Minimax-IGD"
 FURTHER = {
-    "01_nette_woof_ipc50": ("01_nette_woof", {"ipc": "50", "networks": "convnet3"}),
+    "01_nette_woof_ipc50": (
+        "01_nette_woof",
+        {"ipc": "50", "networks": "convnet3", "methods": f"Random,DM,{SAMPLED}"},
+    ),
     "06_checkpoint_selection_minimax": ("06_checkpoint_selection", {"backbone": "minimax"}),
+    "08_cifar_ipc50": (
+        "08_cifar",
+        {"ipc": "50", "methods": f"Random,DM,SRe2L,{SAMPLED}"},
+    ),
     "14_shortcuts_fashion-mnist": ("14_shortcuts", {"stand_in": "fashion-mnist"}),
     "26_sensitivity_minimax": ("26_sensitivity", {"backbone": "minimax"}),
     "27_gallery_minimax": ("27_gallery", {"backbone": "minimax"}),
@@ -36,6 +45,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="default: out/SCALE")
     parser.add_argument("--scale", default="small", choices=("smoke", "small"))
+    parser.add_argument(
+        "-p",
+        dest="parameters",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="of every run; repeatable",
+    )
     given = parser.parse_args(argv)
     names = [path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")]
     runs = {name: (name, OWN.get(name, {})) for name in names} | FURTHER
@@ -46,9 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         folder, log = base / name, base / f"{name}.log"
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
         folder.mkdir(parents=True)
-        values = {"scale": given.scale, "save_to": str(folder), **further}
+        values = {"scale": given.scale, "save_to": str(folder), **further, **dict(given.parameters)}
         if "methods" in inspect_notebook(ROOT / "notebooks" / f"{notebook}.ipynb"):
-            values["methods"] = "all"
+            values.setdefault("methods", "all")
         parameters = [part for key, value in values.items() for part in ("-p", key, value)]
         files = [str(ROOT / "notebooks" / f"{notebook}.ipynb"), str(base / f"{name}.ipynb")]
         command = [

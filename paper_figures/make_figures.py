@@ -77,6 +77,7 @@ class Artefact:
     figure: Callable[[pd.DataFrame, str], Figure] = scores
     all_networks: bool = False  # whether the figure shows them all
     correlations: bool = False  # of every metric with accuracy
+    labellings: bool = False  # whether networks are trained with labels of several kinds
     note: str = ""  # on rows from before version 0.3
 
 
@@ -117,6 +118,7 @@ ARTEFACTS = (
     ),
     Artefact("07_food101", "Table 7{where}", "table07", table=7, note=RDED_HARD),
     Artefact("08_cifar", "Table 8{where}", "table08", note=RDED_HARD),
+    Artefact("08_cifar_ipc50", "Table 8{where}, IPC 50", "table08_ipc50"),
     Artefact("09_diffusion_baselines", "Table 9{where}, soft labels", "table09"),
     Artefact("10_dpm_solver", "Table 10{where}", "table10", statistics.solver_claims, table=10),
     Artefact(
@@ -145,6 +147,7 @@ ARTEFACTS = (
         "shortcuts_fashion-mnist",
         against(GUIDED),
     ),
+    Artefact("16_coresets", "Distilling against choosing real images{where}", "coresets", labellings=True),
     Artefact("21_influence", "Figure 1{where}", "fig01", figure=influence, all_networks=True, note=RDED_HARD),
     Artefact(
         "22_early_stage",
@@ -210,7 +213,11 @@ def take_over(folders: Sequence[Path], base: Path) -> None:
         for run in ([folder] if re.match(r"\d\d_", folder.name) else sorted(folder.glob("[0-9][0-9]_*")))
         if run.is_dir()
     ]
-    saved = [file for run in runs for file in sorted([*run.glob("*.csv"), *run.glob("images.png")])]
+    saved = [
+        file
+        for run in runs
+        for file in sorted([*run.glob("*.csv"), *run.glob("images.png"), *run.glob("notes.md")])
+    ]
     for file in saved:
         scales = set(pd.read_csv(file).scale) if file.suffix == ".csv" else set()
         if base == HERE and scales - {"small"}:
@@ -272,7 +279,7 @@ def draw(artefact: Artefact, data: Path, out: Path) -> None:
         whole.append(tables.rank_correlations(first, others))
     if artefact.all_networks:
         whole.append(tables.correlations_by(rows, others))
-    pairs = artefact.pairs(first)
+    pairs = artefact.pairs(tables.top1(first))
     figure = artefact.figure(rows, whole_title) if artefact.all_networks else artefact.figure(first, title)
     plotting.keep(figure, str(out), artefact.name)
     small = one.scale == "small"
@@ -283,6 +290,9 @@ def draw(artefact: Artefact, data: Path, out: Path) -> None:
         *(results.markdown(table, 3) for table in whole),
     ]
     parts += [artefact.note] if is_before_0_3(rows) else []
+    if (notes := data / f"{artefact.source}.notes.md").is_file():
+        heading = "What the compared methods' images are, and which settings are not their authors':"
+        parts += [f"{heading}\n\n{notes.read_text()}"]
     if pairs:
         parts.append(
             "Paired differences in top-1 (same noise):\n\n- "
@@ -303,6 +313,35 @@ def draw(artefact: Artefact, data: Path, out: Path) -> None:
             )
         ]
     files.write(out / f"{artefact.name}.md", "\n\n".join(part.strip() for part in parts if part) + "\n")
+
+
+def draw_labellings(artefact: Artefact, data: Path, out: Path) -> None:
+    """One figure and one page of sets with labels of several kinds, against the best choice of real images.
+
+    That was chosen on validation images, whose rows are of an artefact of their own.
+    """
+    rows = in_order(results.load(data / f"{artefact.source}.csv"))
+    rows = rows[rows.network == tables.top1(rows).network.iloc[0]]
+    held = rows.artefact.str.endswith("_validation")
+    validation, accuracy = tables.top1(rows[held]), tables.top1(rows[~held])
+    best, one = statistics.best_coresets(validation), accuracy.iloc[0]
+    title = f"{one.dataset}, IPC {one.ipc}, {one.network}, scale {one.scale}"
+    plotting.keep(plotting.scores_by(accuracy, "protocol", title=title), str(out), artefact.name)
+    tested = tables.corrected(statistics.against_coresets(accuracy, best))
+    trained = " and ".join(dict.fromkeys(accuracy.device))
+    parts = [
+        f"# {artefact.heading.format(where=' on the stand-in' if one.scale == 'small' else '')}",
+        f"{title}. Means ± sd over n generation seeds; trained on {trained}. All columns are at equal "
+        f"optimiser steps. A coreset is one set for all seeds: its sd is of training alone. {_origin(rows)}",
+        results.markdown(tables.cross_table(accuracy, "protocol"), 1),
+        "The choices of real images on validation images, by which the best is named:",
+        results.markdown(tables.cross_table(validation, "protocol"), 1),
+        "\n".join(f"- {protocol}: {method}" for protocol, method in best.items()),
+        "Paired differences to the best choice in top-1 on test images, by a paired t-test with Holm's "
+        "correction over all lines:",
+        results.markdown(tested, {"mean": 1, "sd": 1, "p": 4, "p (Holm)": 4}),
+    ]
+    files.write(out / f"{artefact.name}.md", "\n\n".join(part.strip() for part in parts) + "\n")
 
 
 def is_before_0_3(rows: pd.DataFrame) -> bool:
@@ -330,10 +369,11 @@ def draw_all(base: Path, out: Path) -> dict[str, dict[str, str]]:
         HERE / "igd.mplstyle",
         HERE / "data" / "paper_reported.csv",
         *(data / f"{artefact.source}.csv" for artefact in there),
+        *(path for artefact in there if (path := data / f"{artefact.source}.notes.md").is_file()),
     }
     names = [f"{artefact.name}.{kind}" for artefact in there for kind in ("md", "svg")]
     for artefact in there:
-        draw(artefact, data, out)
+        (draw_labellings if artefact.labellings else draw)(artefact, data, out)
     for source, name, figure in PICTURES:
         own = sorted(data.glob(f"{source}.*.*"))
         if own:

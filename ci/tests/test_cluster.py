@@ -170,7 +170,9 @@ def test_notebooks_sample_on_a_cluster_where_one_is_named(
 def test_what_comes_before_and_after_sampling_are_tasks_too(
     two_processors, only_fashion, tmp_path, one_thread, monkeypatch
 ):
-    """Surrogate, class gradients, Algorithm 2, RDED and all evaluation cells at once: the same results."""
+    """Surrogate, class gradients, Algorithm 2, methods by class or expert, all evaluation cells at once: the
+    same results.
+    """
     tasks, found, run_all = {}, {}, cluster.run_all
 
     def counted(*given, label, **options):
@@ -183,7 +185,8 @@ def test_what_comes_before_and_after_sampling_are_tasks_too(
         monkeypatch.setenv("IGD_CACHE", str(tmp_path / where))
         made = prepare("01_nette_woof", "fashion-mnist", "smoke")
         checkpoints, gradients = made.retained
-        sets = made.sets([Method("random"), Method("rded")], 1, 1)
+        families = ("random", "rded", "dm", "d4m", "datm-plain")
+        sets = made.sets([Method(family) for family in families], 1, 1)
         rows = measures.accuracy_rows(made, sets, ["convnet1", "convnet2"])
         again = measures.accuracy_rows(made, sets, ["convnet1", "convnet2"])  # read by the driver
         assert rows.equals(again)
@@ -202,7 +205,10 @@ def test_what_comes_before_and_after_sampling_are_tasks_too(
         "Algorithm 2, class, chunk": 1,
         "class gradients, class, chunk": 2,
         "RDED, class": 10,
-        "evaluate, cell": 4,
+        "DM, class": 10,
+        "D4M, class": 10,
+        "DATM, expert": 2,
+        "evaluate, cell": 10,
     }
 
 

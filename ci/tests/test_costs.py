@@ -6,16 +6,20 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from igd_lib.baselines.dm import DM, dm
+from igd_lib.baselines.idc import IDC, idc
 from igd_lib.config import STANDARD, Guidance
 from igd_lib.data.images import from_tensors
 from igd_lib.evaluation import Cell, train_network
 from igd_lib.experiment import costs
+from igd_lib.experiment.counting import SECOND_ORDER, TO_PIXELS, TRAINING
+from igd_lib.experiment.method_costs import METHODS, Asked, sd_operations
 from igd_lib.experiment.methods import Method
 from igd_lib.experiment.scales import paper_scale, short
 from igd_lib.guidance import influence_loss
 from igd_lib.guides import Shortcuts
 from igd_lib.models.networks import network
-from igd_lib.protocols import SMALL_HARD
+from igd_lib.protocols import SMALL_HARD, labellings
 from igd_lib.surrogate import Checkpoints, SurrogateTraining, run_training
 
 
@@ -111,3 +115,85 @@ def test_stages_grow_with_rows_seeds_and_networks(scale):
     assert twice[names[0]].operations == found[names[0]].operations  # trained once
     assert [stage.samples for stage in found.values()] == [False, False, True, True, False, False, False]
     assert costs.stages(replace(one, has_teacher=False))[4].name == "teacher"
+
+
+def test_coresets_take_one_look_at_every_image(scale):
+    """By the teacher, and for EL2N by the surrogates of the first tenth; whatever the rules and seeds."""
+
+    def looked(*families, **given):
+        found = costs.stages(work(scale, rows=[Method(family) for family in families], **given))
+        return next((stage.operations for stage in found if stage.name == "coresets"), 0.0)
+
+    teacher = 100 * costs.operations_of("torchvision/resnet18", 224, 10)
+    early = 100 * scale.training.epochs / 10 * costs.operations_of("convnet6", 256, 10)
+    assert looked("random") == 0 and looked("herding", seeds=3) == looked("herding", "medoid") == teacher
+    assert looked("el2n") == pytest.approx(early) and looked("el2n", "k-centre") == pytest.approx(
+        early + teacher
+    )
+
+
+def test_evaluations_with_labels_of_every_kind_and_on_validation_images(scale):
+    rows, ways = [Method("random"), Method()], tuple(labellings(scale.protocol).values())
+    one = work(scale, rows=rows, networks=["resnet18"])
+
+    def evaluated(**given):
+        return costs.stages(replace(one, **given))[-1]
+
+    hard, fixed, every = (evaluated(protocols=(protocol,)).operations for protocol in ways)
+    assert hard == fixed == evaluated().operations < every
+    whole = evaluated(protocols=ways)
+    assert whole.operations == pytest.approx(hard + fixed + every) and whole.what.startswith("6 sets")
+    assert evaluated(validated=rows[:1]).operations == pytest.approx(1.5 * hard)
+
+
+# --- the compared methods: operations counted on real runs, scaled to theirs
+
+
+def counted_run(call):
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def per_pass(name, side=16, classes=4):
+    return costs.operations_of(name, side, classes)
+
+
+def test_dm_s_iteration():
+    """Real images once, synthetic ones there and back to the pixels."""
+    own = DM("convnet2-w8", iterations=2, batch_real=6, augmentation="")
+    found = counted_run(lambda: dm(images(40), 3, own))
+    assert found == pytest.approx(2 * 4 * (6 + TO_PIXELS * 3) * per_pass("convnet2-w8"), rel=0.15)
+
+
+def test_idc_s_step():
+    own = IDC(
+        network="convnet2-w8", outer=1, inner=2, batch_real=8, net_images=8, augmentation="color", mix=0
+    )
+    found = counted_run(lambda: idc(images(40), 3, own))
+    steps = 4 * (TRAINING * 8 + SECOND_ORDER * 3) + TRAINING * 8
+    assert found == pytest.approx(2 * steps * per_pass("convnet2-w8"), rel=0.3)
+
+
+def test_experts_are_counted_once_and_sets_by_seed():
+    def of(family, seeds):
+        return METHODS[family](Asked("cifar-10", 10, seeds, 50_000))[1]
+
+    forward, experts = costs.operations_of("convnet3", 32, 10), 2 * TRAINING * 100 * 100 * 50_000
+    assert of("datm", 0) == pytest.approx(experts * forward)
+    assert of("datm", 3) - of("datm", 0) == pytest.approx(3 * (of("datm", 1) - of("datm", 0)))
+    assert of("tdsdm", 2) - of("tdsdm", 1) == pytest.approx(of("tdsdm", 1) - of("tdsdm", 0))
+    for family in ("dm", "idc", "sre2l", "d4m"):
+        assert of(family, 0) == 0 and of(family, 4) == pytest.approx(2 * of(family, 2))
+
+
+def test_stable_diffusion_at_its_shapes():
+    """Published: about 0.68 TFLOP, 340 GMAC, for a pass of SD-1.5's network at 512 px (often rounded up)."""
+    unet, encode, decode = sd_operations()
+    assert 0.6e12 < unet < 0.9e12 and encode < decode < 3e12
+
+
+def test_a_plan_has_a_stage_for_each_method(scale):
+    found = costs.stages(work(scale, rows=[Method("dm"), Method("d4m"), Method("random")]))
+    assert [(stage.name, stage.samples) for stage in found] == [("DM", False), ("D4M", True)]
+    assert found[0].what == "1 seeds x 5,000 iterations x 10 classes"

@@ -12,7 +12,7 @@ from igd_lib import distillation, teachers
 from igd_lib.analysis import plotting, results, statistics, tables
 from igd_lib.config import AUGMENTATION, PAPER, STANDARD, Guidance, surrogate_training
 from igd_lib.experiment import experiment as module
-from igd_lib.experiment import measures, models, pictures, registry
+from igd_lib.experiment import makers, measures, models, pictures, registry
 from igd_lib.experiment.comparisons import (
     ablation,
     baselines,
@@ -58,9 +58,9 @@ def labels(methods):
     return [method.label for method in methods]
 
 
-def columns(methods):
-    """What statistics know of methods: their fields, a line each."""
-    return pd.DataFrame([method.columns(num_steps=50) for method in methods])
+def columns(methods, protocol="a protocol"):
+    """What statistics know of methods: their fields, a line each, and how networks are trained."""
+    return pd.DataFrame([method.columns(num_steps=50) for method in methods]).assign(protocol=protocol)
 
 
 # --- made at a scale
@@ -529,7 +529,7 @@ def test_the_minimax_backbone_is_fine_tuned_once(smoke, monkeypatch):
 def test_rded_s_images_are_kept(smoke, monkeypatch):
     first = smoke.set(RDED, 0, 1)
     assert first.labels.tolist() == list(range(10)) and "RDED, ipc 1, factor 1, seed 0" in first.split
-    monkeypatch.setattr(registry.rded, "selection", None)
+    monkeypatch.setattr(makers.rded, "selection", None)
     again = smoke.set(RDED, 0, 1)
     assert torch.equal(again.fetch(torch.arange(10)), first.fetch(torch.arange(10)))
 
@@ -562,10 +562,19 @@ def test_claims_name_only_rows_that_are_there(small):
         ("Minimax", "DiT"),
         ("Minimax-IGD", "Minimax"),
         ("Minimax-IGD", "DiT-IGD"),
+        *((method, "Random") for method in ("RDED", "DiT", "DiT-IGD")),
     ]
     rows = columns([tuned, replace(tuned, guidance=alone), replace(tuned, guidance=igd)])
     assert statistics.ablation_claims(rows) == [
         ("Minimax + G_D", "Minimax"), ("Minimax-IGD", "Minimax"), ("Minimax-IGD", "Minimax + G_D"),
+    ]  # fmt: skip
+
+
+def test_methods_are_compared_where_networks_are_trained_alike():
+    table = columns([Method("random"), Method("dm"), Method("datm"), DIT, Method(guidance=Guidance())])
+    table.loc[table.family == "datm", "protocol"] = "its own"
+    assert statistics.table_claims(table) == [
+        ("DiT-IGD", "DiT"), ("DiT-IGD", "DM"), ("DM", "Random"), ("DiT", "Random"), ("DiT-IGD", "Random"),
     ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from igd_lib.analysis import plotting, results, tables
 from igd_lib.tools import files
-from paper_figures import make_figures
+from paper_figures import check_published, make_figures
 
 
 @pytest.mark.slow
@@ -168,3 +168,10 @@ def test_a_gallery_whose_words_an_office_program_saved_is_read(tmp_path, encodin
     found = plotting.read_gallery(tmp_path / "images")
     assert found["titles"] == ["tench", "cat"] and found["title"] == "Bébés"
     assert found["columns"]["DiT"].shape == (2, 3, 4, 4)
+
+
+def test_the_page_of_published_figures_is_of_its_rows():
+    rows = make_figures.HERE / "data" / "published.csv"
+    if not rows.is_file():
+        pytest.skip("no rows yet")
+    assert (make_figures.HERE / "published.md").read_text() == check_published.page(results.load(rows))

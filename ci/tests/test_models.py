@@ -318,3 +318,35 @@ def test_a_convnets_width_is_in_its_name(name, width):
     model = network(name, num_classes=10, image_size=32)
     wanted = 9 * 3 * width + 2 * 9 * width * width + 3 * 3 * width + 10 * (16 * width + 1)
     assert sum(p.numel() for p in model.parameters()) == wanted
+
+
+@pytest.mark.parametrize(("name", "width"), [("resnet10-bn-w16", 16), ("resnet10-bn", 64)])
+def test_small_resnets_with_batch_statistics_have_the_size_worked_out_by_hand(name, width):
+    """As the others with a 3x3 stem, but for the width and the normalisation."""
+    total, inputs = 3 * width * 9 + 2 * width, width
+    for outputs in (width, 2 * width, 4 * width, 8 * width):
+        total += 9 * inputs * outputs + 9 * outputs * outputs + 4 * outputs
+        total += inputs * outputs + 2 * outputs if inputs != outputs else 0
+        inputs = outputs
+    model = network(name, num_classes=10, image_size=32)
+    assert sum(p.numel() for p in model.parameters()) == total + 8 * width * 10 + 10
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert len(norms) == 1 + 4 * 2 + 3
+    assert not any(isinstance(module, torch.nn.GroupNorm) for module in model.modules())
+
+
+def test_separable_networks_by_hand():
+    """A stem, four blocks of a depthwise and a 1x1 convolution, all normalised; 32 px end at 8 px."""
+    model = network("separable4-w32", num_classes=10, image_size=32)
+    total, width = 3 * 32 * 9 + 64, 32
+    for outputs in (64, 64, 128, 128):
+        total += 9 * width + 2 * width + width * outputs + 2 * outputs
+        width = outputs
+    assert sum(p.numel() for p in model.parameters()) == total + 128 * 10 + 10
+    kinds = [module for module in model.features if not isinstance(module, torch.nn.ReLU)]
+    assert [type(module) for module in kinds] == [torch.nn.Conv2d, torch.nn.BatchNorm2d] * 9
+    assert [module.groups for module in kinds[::2]] == [1, 32, 1, 64, 1, 64, 1, 128, 1]
+    maps = model.features(torch.rand(2, 3, 32, 32))
+    assert maps.shape == (2, 128, 8, 8)
+    with pytest.raises(ValueError, match="separable4 halves the image 2 times; 7 px are too few"):
+        network("separable4", num_classes=10, image_size=7)

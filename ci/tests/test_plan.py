@@ -87,7 +87,7 @@ def test_options_decide_the_rows(only_fashion):
 def test_the_command(only_fashion):
     told = CliRunner().invoke(igd, ["plan", "03_imagenet1k", "-p", "ipc", "50", "--memory", "24"])
     assert told.exit_code == 1, told.output  # nothing of it is here
-    assert "at IPC 50, scale paper: 6 rows" in told.output and "a card with 24 GiB" in told.output
+    assert "at IPC 50, scale paper: 8 rows" in told.output and "a card with 24 GiB" in told.output
     assert "hf download facebook/DiT-XL-2-256" in told.output
     for given, line in (
         (["plan", "3"], "no notebook '3'; there are 00_quickstart"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from igd_lib import distillation
 from igd_lib.analysis import tables
 from igd_lib.data.images import from_tensors
-from igd_lib.experiment import measures, registry
+from igd_lib.experiment import makers, measures, registry
 from igd_lib.experiment.experiment import prepare
 from igd_lib.experiment.methods import Method
 from igd_lib.experiment.registry import Baseline, OtherGuide
@@ -53,7 +53,7 @@ def toy_guide(strength: float = 0.1, remembers: bool = False, towards=target) ->
     return OtherGuide("toy", lambda experiment: GuideFactory(guide, settings, remembers))
 
 
-def mean_images(place: registry.Workplace, ipc: int, seed: int):
+def mean_images(place: makers.Workplace, ipc: int, seed: int):
     """A baseline: each class's mean image with noise on it."""
     generator, train = torch.Generator().manual_seed(seed), place.train
     labels = torch.arange(len(train.classes)).repeat_interleave(ipc)
@@ -159,7 +159,7 @@ def test_a_baseline_that_takes_long_is_left_out_until_it_is_there_or_asked_for(
     made = {0}
 
     def toy(minutes=None):
-        return Baseline("Toy", mean_images, minutes, lambda place, ipc, seed: seed in made)
+        return Baseline("Toy", mean_images, minutes, 4.0, lambda place, ipc, seed: seed in made)
 
     def rows(scale="small", methods="auto", seeds="0,1"):
         found = prepare("01", "fashion-mnist", scale, run=Run(ipc=1, methods=methods, seeds=seeds))
@@ -167,7 +167,7 @@ def test_a_baseline_that_takes_long_is_left_out_until_it_is_there_or_asked_for(
 
     monkeypatch.setitem(registry.BASELINES, "toy", toy(lambda place, ipc: 3.0 * ipc))
     assert rows() == ["Random"]
-    assert "left out: Toy (about 3 minutes); `-p methods all` makes them" in capsys.readouterr().out
+    assert "left out: Toy (about 7 minutes); `-p methods all` makes them" in capsys.readouterr().out
     assert rows(methods="all") == rows(methods="Random,Toy") == rows(seeds="1") == ["Random", "Toy"]
     assert rows(scale="smoke") == ["Random", "Toy"] and not capsys.readouterr().out
     monkeypatch.setitem(registry.BASELINES, "toy", toy())

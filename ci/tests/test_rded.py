@@ -231,7 +231,7 @@ import torch
 torch.set_num_threads(1)
 from igd_lib.baselines.rded import Grids, selection, split_of
 from igd_lib.data.images import from_tensors
-from igd_lib.experiment.registry import kept_by_class
+from igd_lib.sets.class_files import kept_by_class
 from igd_lib.sets.class_files import ClassFiles
 from igd_lib.teachers import Teacher
 

@@ -8,6 +8,7 @@ from functools import cache, partial
 import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
+from scipy import stats
 
 from igd_lib.analysis import results, statistics, tables
 from igd_lib.config import Fidelity, Guidance
@@ -27,7 +28,6 @@ CLAIMS: dict[str, Claims] = {
     "selection": statistics.selection_claims,
     "solver": statistics.solver_claims,
     "influence": statistics.influence_claims,
-    "random": statistics.against_random,
     "against": partial(statistics.against, reference=PLAIN),
     "against, some": partial(statistics.against, reference=PLAIN, guides="deviation"),
     "varied": partial(statistics.varied, guides=""),
@@ -166,11 +166,12 @@ CASES: list[tuple[str, dict[str, Method], Pairs]] = [
         [
             ("a ID", "a"), ("best", "a"), ("a ID", "a D"), ("a ID", "best"), ("a ID", "patches"),
             ("b", "a"), ("b ID", "b"), ("b ID", "a ID"),
+            ("patches", "real"), ("a", "real"), ("a ID", "real"),
         ],
     ),
     ("table", some(TABLE, "b ID", "b", "b D"), [("b ID", "b")]),
     ("table", some(TABLE, "a ID", "a D", "a I", "b"), [("a ID", "a D")]),
-    ("table", some(TABLE, "real", "patches", "a I", "a"), []),
+    ("table", some(TABLE, "real", "patches", "a I", "a"), [("patches", "real"), ("a", "real")]),
     ("table", SOLVED | EARLY | SURROGATES, []),  # what varies is no plain method of a table
     (
         "ablation",
@@ -225,8 +226,6 @@ CASES: list[tuple[str, dict[str, Method], Pairs]] = [
     ("solver", TABLE, []),
     ("influence", TABLE, [("a ID", "a"), ("a ID", "a D")]),
     ("influence", some(TABLE, "b", "b ID", "a", "a ID"), [("a ID", "a")]),
-    ("random", TABLE, [("a ID", "real")]),
-    ("random", some(TABLE, "real", "b ID"), []),
     ("against", some(TABLE, "real", "b", "a", "a ID"), [("real", "a"), ("b", "a"), ("a ID", "a")]),
     ("against", some(TABLE, "real", "b", "best", "a ID"), []),
     ("against, some", TABLE, [("a D", "a"), ("b D", "a")]),
@@ -241,7 +240,8 @@ CASES: list[tuple[str, dict[str, Method], Pairs]] = [
 @pytest.mark.parametrize(("what", "methods", "pairs"), CASES)
 def test_pairs_by_hand(what, methods, pairs):
     """Those of which both methods are there, in whichever order the rows are."""
-    rows = pd.DataFrame([method.columns() | {"method": name} for name, method in methods.items()])
+    columns = [method.columns() | {"method": name, "protocol": "one"} for name, method in methods.items()]
+    rows = pd.DataFrame(columns)
     assert CLAIMS[what](rows) == pairs
     assert sorted(CLAIMS[what](rows[::-1])) == sorted(pairs)
 
@@ -255,3 +255,88 @@ def test_the_first_method_with_the_fields_wanted():
     assert statistics.find(rows, guides="deviation") == "b D"
     assert statistics.find(rows, guides="deviation", backbone="dit") == "a D"
     assert statistics.find(rows, family="random") is None
+
+
+# --- a family of tests against the best choice of real images
+
+
+def test_holm_by_hand():
+    """Sorted 0.005, 0.01, 0.03, 0.04: times 4, 3, 2, 1; the last is raised to the one before."""
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([0.9, 0.8, 0.02]) == pytest.approx([1.0, 1.0, 0.06])
+    assert statistics.holm([0.03]) == [0.03] and statistics.holm([]) == []
+
+
+def test_holm_rejects_step_by_step():
+    """From its definition: in order of p, as long as p is at most 5 % over the number of tests left."""
+    p = [0.001, 0.02, 0.011, 0.2, 0.013, 0.04]
+    rejected = set()
+    for count, index in enumerate(sorted(range(6), key=lambda one: p[one])):
+        if p[index] > 0.05 / (6 - count):
+            break
+        rejected.add(index)
+    assert 0 < len(rejected) < 6
+    assert {index for index, value in enumerate(statistics.holm(p)) if value <= 0.05} == rejected
+
+
+def scored(values: dict[tuple[str, str], list[float]]) -> pd.DataFrame:
+    """Rows of methods, called by other names than theirs, under protocols."""
+    methods = TABLE | {"near": Method("herding"), "easy": Method("el2n-easiest")}
+    return pd.DataFrame(
+        [
+            methods[name].columns() | dict(method=name, protocol=way, metric="top1", seed=seed, value=one)
+            for (name, way), own in values.items()
+            for seed, one in enumerate(own)
+        ]
+    )
+
+
+def test_the_best_choice_of_real_images_is_named_by_protocol():
+    """Random is one, RDED's patches and samples are none; the mean decides."""
+    rows = scored(
+        {
+            ("real", "hard"): [30.0, 31.0], ("near", "hard"): [29.0, 33.0], ("a", "hard"): [50.0, 50.0],
+            ("patches", "hard"): [60.0, 60.0], ("easy", "hard"): [30.0, 31.9],
+            ("real", "soft"): [40.0, 41.0], ("near", "soft"): [39.0, 40.0], ("easy", "soft"): [40.0, 40.9],
+        }
+    )  # fmt: skip
+    assert statistics.best_coresets(rows) == {"hard": "near", "soft": "real"}
+    with pytest.raises(ValueError, match="no row chooses real images; let Random or a coreset be among"):
+        statistics.best_coresets(rows[rows.family.isin(["sampled", "rded"])])
+
+
+def test_methods_against_the_best_choice_are_one_family():
+    """Four differences of two protocols: p of a paired t-test, times four, three, two, one."""
+    hard = {"real": [30.0, 31.0, 30.0, 31.0], "near": [33.0, 33.0, 34.0, 34.0]}
+    hard |= {"a": [38.0, 38.1, 39.0, 39.2], "a ID": [33.0, 35.0, 33.5, 35.5]}
+    soft = {"real": [40.0, 41.0, 40.5, 41.0], "near": [37.0, 38.0, 39.0, 38.0]}
+    soft |= {"a": [36.0, 36.4, 36.5, 36.2], "a ID": [41.0, 40.0, 41.5, 42.0]}
+    ways = {"hard": hard, "soft": soft}
+    rows = scored({(name, way): own for way, part in ways.items() for name, own in part.items()})
+    found = statistics.against_coresets(rows, {"hard": "near", "soft": "real"})
+    found = found.set_index(["protocol", "difference"])
+    assert [name for _, name in found.index] == ["a - near", "a ID - near", "a - real", "a ID - real"]
+    for (protocol, name), line in found.iterrows():
+        one, other = name.split(" - ")
+        own = ways[protocol]
+        test = stats.ttest_rel(own[one], own[other])
+        assert line.p == pytest.approx(test.pvalue) and line["n"] == 4
+        assert line["mean"] == pytest.approx(sum(own[one]) / 4 - sum(own[other]) / 4)
+    first, second, third, last = found.p
+    assert first < third < second < last < 2 * second
+    assert found["p (Holm)"].tolist() == pytest.approx([4 * first, 2 * second, 3 * third, 2 * second])
+    shown = tables.corrected(found.reset_index())
+    assert shown.verdict.tolist() == ["gain", "no clear difference", "loss", "no clear difference"]
+
+
+def test_without_a_second_seed_there_is_no_verdict():
+    rows = scored({("near", "hard"): [30.0], ("a", "hard"): [40.0]})
+    shown = tables.corrected(statistics.against_coresets(rows, {"hard": "near"}))
+    assert shown.to_dict("records") == [
+        {
+            "protocol": "hard", "difference": "a - near", "mean": 10.0, "sd": "", "n": 1, "p": "",
+            "p (Holm)": "", "verdict": "no clear difference",
+        }
+    ]  # fmt: skip
+    alike = scored({("near", "hard"): [30.0, 31.0], ("a", "hard"): [30.0, 31.0]})
+    assert statistics.against_coresets(alike, {"hard": "near"})["p (Holm)"].tolist() == [1.0]

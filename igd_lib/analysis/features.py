@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from igd_lib.data.augment import centre, normalise, resize
 from igd_lib.data.images import ImageData
-from igd_lib.models.networks import ConvNet, ResNet
+from igd_lib.models.networks import last_linear
 from igd_lib.sets.store import DistilledSet, in_memory
 from igd_lib.tools import files
 from igd_lib.tools.machine import cache_dir
@@ -75,33 +74,19 @@ def network_extractor(
 ) -> Extractor:
     """The penultimate features of `model`, as it is now: what its last linear layer sees.
 
-    model: this project's ConvNet or ResNet, or a timm network. mean, std: of [0, 1] images, as in the
-    protocol it was trained under; image_size: px that images are resized to, then crop: px of the centre cut
-    out (0: as they are). The model is copied, so it may be trained on. Raises TypeError for another kind of
-    network.
+    model: one that `networks.last_linear` knows. mean, std: of [0, 1] images, as in the protocol it was
+    trained under; image_size: px that images are resized to, then crop: px of the centre cut out (0: as they
+    are). The model is copied, so it may be trained on. Raises TypeError for another kind of network.
     """
-    own: Any = copy.deepcopy(model).eval().requires_grad_(False)
-    device = next(own.parameters()).device
-    if isinstance(own, (ConvNet, ResNet)):
-        dimension = own.classifier.in_features
-        own.classifier = nn.Identity()  # type: ignore[assignment]
-        penultimate: Callable[[Tensor], Tensor] = own
-    elif hasattr(own, "forward_head") and hasattr(own, "forward_features"):
-        dimension = getattr(own, "head_hidden_size", own.num_features)
-
-        def penultimate(inputs: Tensor) -> Tensor:
-            return own.forward_head(own.forward_features(inputs), pre_logits=True)
-    else:
-        raise TypeError(
-            "penultimate features are known for ConvNet, ResNet and timm networks, not for "
-            f"{type(own).__name__}"
-        )
+    own = copy.deepcopy(model).eval().requires_grad_(False)
+    device, last = next(own.parameters()).device, last_linear(own)
+    last.forward = nn.Identity().forward  # type: ignore[method-assign]
 
     def compute(images: Tensor) -> Tensor:
         pixels = resize(images.to(device), image_size)
-        return penultimate(normalise(centre(pixels, crop) if crop else pixels, tuple(mean), tuple(std)))
+        return own(normalise(centre(pixels, crop) if crop else pixels, tuple(mean), tuple(std)))
 
-    return Extractor(name, dimension, compute)
+    return Extractor(name, last.in_features, compute)
 
 
 def inception(

@@ -26,6 +26,20 @@ STYLE = PROJECT / "paper_figures" / "igd.mplstyle"
 # Okabe and Ito's colour-blind-safe palette.
 COLOURS = {
     "Random": "#000000",
+    "Herding": "#44AA99",
+    "K-centre": "#999933",
+    "Medoid": "#CC6677",
+    "Confidence": "#661100",
+    "EL2N": "#DDCC77",
+    "EL2N (easiest)": "#88CCEE",
+    "DM": "#8C6D31",
+    "IDC-1": "#C49A00",
+    "DATM": "#637939",
+    "DATM (hard labels, 8 bits)": "#A5B96E",
+    "SRe2L": "#AD494A",
+    "G-VBSM": "#E7969C",
+    "TDSDM": "#6B6ECF",
+    "D4M": "#17A2B8",
     "RDED": "#777777",
     "DiT": "#0072B2",
     "DiT, best cfg": "#56B4E9",
@@ -40,6 +54,20 @@ COLOURS = {
 }
 MARKERS = {
     "Random": "s",
+    "Herding": "H",
+    "K-centre": "p",
+    "Medoid": "d",
+    "Confidence": ">",
+    "EL2N": "<",
+    "EL2N (easiest)": "8",
+    "DM": "s",
+    "IDC-1": "D",
+    "DATM": "h",
+    "DATM (hard labels, 8 bits)": "H",
+    "SRe2L": "<",
+    "G-VBSM": ">",
+    "TDSDM": "d",
+    "D4M": "p",
     "DiT": "o",
     "DiT, best cfg": "D",
     "DiT + G_I": "v",
@@ -101,6 +129,30 @@ def scores(rows: pd.DataFrame, *, title: str, label: str = "top-1 accuracy (%)")
     """A column a method: seeds as dots, mean and sd beside; those far below as words at the lower edge."""
     methods = list(dict.fromkeys(rows.method))
     figure, axes = plt.subplots(figsize=(1.1 * len(methods) + 1.2, 3.2), layout="constrained")
+    _columns(axes, rows, methods, label)
+    axes.set_title(f"{title}\n({_over(_counts(rows))})")
+    return figure
+
+
+def scores_by(rows: pd.DataFrame, by: str, *, title: str, label: str = "top-1 accuracy (%)") -> Figure:
+    """`scores` in a panel a value of a column, one above the other, each with an axis of its own."""
+    methods, values = list(dict.fromkeys(rows.method)), list(dict.fromkeys(rows[by]))
+    size = (0.95 * len(methods) + 1.2, 2.3 * len(values) + 0.8)
+    figure, panels = plt.subplots(len(values), figsize=size, sharex=True, layout="constrained", squeeze=False)
+    for axes, value in zip(panels[:, 0], values, strict=True):
+        _columns(axes, rows[rows[by] == value], methods, label)
+        axes.set_title(value)
+    figure.suptitle(f"{title}\n({_over(_counts(rows.drop_duplicates(['method', 'seed'])))})")
+    return figure
+
+
+def _counts(rows: pd.DataFrame) -> list[int]:
+    """How many seeds methods have."""
+    return sorted(set(rows.groupby("method").size()))
+
+
+def _columns(axes: Axes, rows: pd.DataFrame, methods: Sequence[str], label: str) -> None:
+    """A column a method."""
     below, looks = far_below(rows), results.looks(rows)
     for position, method in enumerate(methods):
         values = rows[rows.method == method].value
@@ -139,9 +191,6 @@ def scores(rows: pd.DataFrame, *, title: str, label: str = "top-1 accuracy (%)")
     )
     axes.set_xlim(-0.5, len(methods) - 0.5)
     axes.set_ylabel(label)
-    counts = sorted({int((rows.method == method).sum()) for method in methods})
-    axes.set_title(f"{title}\n({_over(counts)})")
-    return figure
 
 
 def _over(counts: Sequence[int]) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
+from scipy import stats
 
 from igd_lib.analysis import results
 from igd_lib.analysis.results import check_alike, check_finite
+from igd_lib.baselines import coresets
 
 Pairs = list[tuple[str, str]]  # of methods' labels: the first minus the second
 
@@ -50,6 +53,57 @@ def comparison(rows: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataF
     )
 
 
+# --- a family of tests: every method against the best choice of real images
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's (1979) adjusted p-values of a family of tests, in their order.
+
+    The smallest of m is multiplied by m, the next by m - 1 and so on, none below the one before, at most 1.
+    """
+    values = np.asarray(p, dtype=float)
+    order = values.argsort(kind="stable")
+    raised = np.maximum.accumulate((len(values) - np.arange(len(values))) * values[order]).clip(max=1.0)
+    return raised[order.argsort()].tolist()
+
+
+def best_coresets(rows: pd.DataFrame) -> dict[str, str]:
+    """By protocol, the label of the choice of real images with the highest mean.
+
+    Raises ValueError where there is none.
+    """
+    real = rows[rows.family.isin(coresets.NAMES)]
+    if real.empty:
+        raise ValueError("no row chooses real images; let Random or a coreset be among the methods")
+    table = results.summary(real, ("protocol", "method"))
+    best = table.loc[table.groupby("protocol", sort=False)["mean"].idxmax()]
+    return dict(zip(best.protocol, best.method, strict=True))
+
+
+def against_coresets(rows: pd.DataFrame, best: Mapping[str, str]) -> pd.DataFrame:
+    """Every method that does not choose real images against the best that does, with labels of each kind.
+
+    A line a difference: protocol, means, n as in `comparison`, p of a paired t-test, and p after Holm's
+    correction over all lines, which are one family; p is missing where a method has one seed alone.
+    """
+    parts = []
+    for protocol, real in best.items():
+        own = rows[rows.protocol == protocol]
+        others = own[~own.family.isin(coresets.NAMES)].method.drop_duplicates()
+        pairs = [(method, real) for method in others]
+        tested = [_paired_p(paired(own, *pair)) for pair in pairs]
+        parts.append(comparison(own, pairs).assign(p=tested, protocol=protocol))
+    found = pd.concat(parts, ignore_index=True)
+    return found.assign(**{"p (Holm)": holm(found.p) if found.p.notna().all() else np.nan})
+
+
+def _paired_p(differences: pd.Series) -> float:
+    """Two-sided p of a paired t-test; 1 where nothing differs at all."""
+    if len(differences) > 1 and (differences == 0).all():
+        return 1.0
+    return float(stats.ttest_1samp(differences, 0.0).pvalue) if len(differences) > 1 else float("nan")
+
+
 # --- which differences a table's claims are about, as far as its rows have the methods: decided on fields
 
 
@@ -77,24 +131,37 @@ PLAIN_DIT: dict[str, object] = {"family": "sampled", "backbone": "dit", "guides"
 
 
 def table_claims(rows: pd.DataFrame) -> Pairs:
-    """Of a table of methods: the paper's claims, the controls, and what influence guidance adds."""
+    """Of a table of methods: the paper's claims, the controls, what influence guidance adds, and whether each
+    method is worth more than real images drawn at random.
+
+    Other methods are compared where their networks are trained as Random's are.
+    """
     dit, tuned = (
         {guides: _plain(rows, backbone, guides) for guides in ("", "deviation", BOTH)}
         for backbone in ("dit", "minimax")
     )
-    best, rded = _plain(rows, "dit", "", "best"), find(rows, family="rded")
+    best, random = _plain(rows, "dit", "", "best"), find(rows, family="random")
+    others = _optimised_or_chosen(rows)
     return _known(
         [
             (dit[BOTH], dit[""]),
             (best, dit[""]),
             (dit[BOTH], dit["deviation"]),
             (dit[BOTH], best),
-            (dit[BOTH], rded),
+            *((dit[BOTH], other) for other in others),
             (tuned[""], dit[""]),
             (tuned[BOTH], tuned[""]),
             (tuned[BOTH], dit[BOTH]),
+            *((method, random) for method in (*others, dit[""], dit[BOTH])),
         ]
     )
+
+
+def _optimised_or_chosen(rows: pd.DataFrame) -> list[str]:
+    """Labels of the methods that are no guided sampling, but Random, under the protocol of most rows."""
+    usual = rows.protocol[rows.protocol != ""].mode()
+    own = rows[~rows.family.isin(["sampled", "random"]) & rows.protocol.isin(usual)]
+    return list(dict.fromkeys(own.method))
 
 
 def ablation_claims(rows: pd.DataFrame) -> Pairs:
@@ -165,8 +232,3 @@ def influence_claims(rows: pd.DataFrame) -> Pairs:
     """Influence loss: both guidances against neither, and what influence guidance adds to the other."""
     both = _plain(rows, "dit", BOTH)
     return _known([(both, _plain(rows, "dit", "")), (both, _plain(rows, "dit", "deviation"))])
-
-
-def against_random(rows: pd.DataFrame) -> Pairs:
-    """Both guidances against as many real images drawn at random."""
-    return _known([(_plain(rows, "dit", BOTH), find(rows, family="random"))])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Need = Literal["teacher", "minimax", "taesd", "inception"]
+Need = Literal["teacher", "minimax", "taesd", "inception", "stable-diffusion"]
 THREE = "convnet6,resnetap10,resnet18"  # the paper's networks
 TWO = "convnet3,convnet4"
 
@@ -36,13 +36,17 @@ ARTEFACTS: Mapping[str, Artefact] = {
     "07_food101": Artefact("food-101", "resnetap10", needs=("teacher", "minimax")),
     "08_cifar": Artefact("cifar-10", "convnet3", needs=("teacher", "minimax")),
     "09_diffusion_baselines": Artefact(
-        "imagenet", "torchvision/resnet18", labels="soft", needs=("teacher", "minimax")
+        "imagenet",
+        "torchvision/resnet18",
+        labels="soft",
+        needs=("teacher", "minimax", "stable-diffusion"),
     ),
     "10_dpm_solver": Artefact("imagenette", needs=("minimax",)),
     "11_fid_coverage": Artefact("imagewoof", needs=("teacher", "minimax", "inception")),
     "12_hyperparameters": Artefact("imagewoof"),
     "13_paper_vs_code": Artefact("imagewoof", needs=("minimax",)),
     "14_shortcuts": Artefact("imagewoof", needs=("taesd",)),
+    "16_coresets": Artefact("imagewoof", needs=("teacher", "minimax")),
     "17_your_data": Artefact("", "resnetap10", paper=False),  # one's own folder: no plan
     "21_influence": Artefact("imagenette", THREE, TWO, needs=("teacher", "minimax")),
     "22_early_stage": Artefact("imagewoof"),

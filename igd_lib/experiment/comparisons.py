@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from igd_lib.config import Fidelity, Guidance, flips
+from igd_lib.experiment.makers import BY_EARLY, BY_TEACHER
 from igd_lib.experiment.methods import SAMPLED, Method, Selection
 from igd_lib.experiment.outline import Outline
+from igd_lib.experiment.registry import BASELINES
 from igd_lib.guides import Shortcuts
 from igd_lib.sampling import FAST
 
@@ -32,11 +34,44 @@ def guided_rows(experiment: Outline) -> tuple[Method, Method]:
     return Method(guidance=replace(own, k=0.0)), Method(guidance=own)
 
 
-def baselines(experiment: Outline) -> list[Method]:
-    """`comparison` with RDED, and with Minimax and Minimax-IGD where there is a Minimax model."""
-    random, *others = comparison(experiment)
+def baselines(experiment: Outline, others: Sequence[str] = ()) -> list[Method]:
+    """`comparison` with RDED, and with Minimax and Minimax-IGD where there is a Minimax model.
+
+    others: methods that optimise or choose images, by family, before RDED.
+    """
+    random, *compared = comparison(experiment)
     tuned = [Method(), Method(guidance=experiment.scale.on_minimax())]
-    return [random, Method("rded"), *others, *_tuned(experiment, tuned)]
+    own = [Method(name) for name in others if name not in RENDERED or not experiment.renderer_missing]
+    return [random, *own, Method("rded"), *compared, *_tuned(experiment, tuned)]
+
+
+RENDERED = ("tdsdm", "d4m")  # new images of given ones, by another diffusion model at the paper's scale
+OTHERS: Mapping[int, tuple[str, ...]] = {  # by table of the paper, in its order
+    1: ("dm", "idc"),
+    2: ("sre2l", "gvbsm"),
+    7: ("dm",),
+    8: ("dm", "datm", "datm-plain", "sre2l"),
+    9: ("tdsdm", "d4m"),
+}
+
+
+def table(experiment: Outline, number: int) -> list[Method]:
+    """The rows of one of the paper's tables that compare methods: 1, 2, 7, 8 or 9."""
+    return baselines(experiment, OTHERS[number])
+
+
+def coresets(experiment: Outline) -> list[Method]:
+    """Random, the coresets, and the methods of all tables.
+
+    Without those whose labels are their own, and without DATM where images are photographs, for which its
+    authors have no settings.
+    """
+    every = dict.fromkeys(family for table in OTHERS.values() for family in table)
+    others = [family for family in every if BASELINES[family].protocol is None]
+    if experiment.scale.papers:
+        others.remove("datm-plain")
+    random, *compared = baselines(experiment, others)
+    return [random, *(Method(rule) for rule in (*BY_TEACHER, *BY_EARLY)), *compared]
 
 
 def sampled(experiment: Outline) -> list[Method]:

@@ -9,21 +9,20 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from igd_lib.baselines.rded import grids_of
+from igd_lib.experiment.counting import SECOND_ORDER, TRAINING, counted, operations_of
+from igd_lib.experiment.makers import BY_EARLY, BY_TEACHER
+from igd_lib.experiment.method_costs import METHODS, RENDERED, Asked
 from igd_lib.experiment.methods import SAMPLED, Method
 from igd_lib.experiment.scales import Scale
+from igd_lib.experiment.surrogates import EARLY
 from igd_lib.models.networks import network
 from igd_lib.models.shapes import dit_xl_2, sd_vae
 from igd_lib.protocols import Protocol
 from igd_lib.teacher_training import teacher_recipe
 from igd_lib.tools.machine import tf32
 
-TRAINING = 3  # forward passes that a pass forward and back costs
-# The gradient, by an image, of a cosine with a gradient by the weights: counted for ConvNet-3 and ConvNet-6
-# at one image (torch's counter counts the groups of several images' convolutions too often).
-SECOND_ORDER = 7.8
 CHECKPOINTS = 4  # that guide, where Algorithm 2 has not chosen yet
 PNG, LATENT = 0.62, 16_500  # bytes: of a PNG by byte of its pixels; of a latent's file
 
@@ -51,6 +50,8 @@ class Work:
     images: tuple[int, int]  # for training and testing
     image_size: int
     has_teacher: bool = True  # or it is trained first
+    protocols: Sequence[Protocol] = ()  # that networks are trained under; empty: the scale's
+    validated: Sequence[Method] = ()  # rows that are evaluated on validation images too
 
     @property
     def sampled(self) -> list[Method]:
@@ -70,7 +71,15 @@ class Work:
 
 def stages(work: Work) -> list[Stage]:
     """Every stage of the work that has operations worth counting, in order."""
-    parts = (_surrogate_stages, _sampling_stages, _rded_stages, _influence_stages, _evaluation_stages)
+    parts = (
+        _surrogate_stages,
+        _sampling_stages,
+        _rded_stages,
+        _method_stages,
+        _coreset_stages,
+        _influence_stages,
+        _evaluation_stages,
+    )
     return [stage for part in parts for stage in part(work) if stage.operations]
 
 
@@ -139,6 +148,30 @@ def _rded_stages(work: Work) -> list[Stage]:
     return [*found, Stage("RDED", f"{patches:,} patches scored", forward * patches)]
 
 
+def _method_stages(work: Work) -> list[Stage]:
+    """A stage each of the compared methods that optimise or render images, by their authors' settings."""
+    asked = Asked(work.scale.dataset, work.ipc, work.seeds, work.images[0])
+    found = []
+    for row in work.rows:
+        if (cost := METHODS.get(row.family)) is not None:
+            what, operations = cost(asked)
+            found.append(Stage(row.label, what, operations, samples=row.family in RENDERED))
+    return found
+
+
+def _coreset_stages(work: Work) -> list[Stage]:
+    """Every image is seen once by the teacher, and by EL2N's early surrogates."""
+    families = {row.family for row in work.rows}
+    architecture, recipe = teacher_recipe(work.image_size)
+    each = 0.0
+    if families & set(BY_TEACHER):
+        each += operations_of(architecture, recipe.image_size, work.classes)
+    if families & set(BY_EARLY):
+        early = max(1, round(EARLY * work.scale.training.epochs))
+        each += early * operations_of(work.scale.surrogate, work.image_size, work.classes)
+    return [Stage("coresets", f"{work.images[0]:,} images looked at", each * work.images[0])]
+
+
 def _influence_stages(work: Work) -> list[Stage]:
     """The influence loss of the finished sets."""
     if not work.surrogates:
@@ -149,12 +182,12 @@ def _influence_stages(work: Work) -> list[Stage]:
 
 
 def _evaluation_stages(work: Work) -> list[Stage]:
-    protocol, found = work.scale.protocol, []
+    protocols, found = work.protocols or [work.scale.protocol], []
     for name in work.networks:
-        cells = len(work.rows) * work.seeds
-        plan = protocol.training(name, work.ipc, work.classes)
-        total = cells * cell_operations(protocol, name, work)
-        what = f"{cells} sets, {plan.epochs} epochs of {work.set_images:,} images"
+        cells = (len(work.rows) + len(work.validated)) * work.seeds
+        plan = protocols[0].training(name, work.ipc, work.classes)
+        total = cells * sum(cell_operations(protocol, name, work) for protocol in protocols)
+        what = f"{cells * len(protocols)} sets, {plan.epochs} epochs of {work.set_images:,} images"
         found.append(Stage(f"evaluation, {name}", what, total))
     return found
 
@@ -171,15 +204,7 @@ def cell_operations(protocol: Protocol, name: str, work: Work) -> float:
     return passes * work.set_images * plan.epochs + forward * tests
 
 
-# --- counting and timing
-
-
-@cache
-def operations_of(name: str, image_size: int, classes: int) -> float:
-    """Of a network's pass forward over one image; counted on shapes alone."""
-    with torch.device("meta"):
-        model = network(name, num_classes=classes, image_size=image_size).eval()
-        return counted(lambda: model(torch.empty(1, 3, image_size, image_size)))
+# --- the paper's models, and timing
 
 
 @cache
@@ -200,13 +225,6 @@ def paper_operations() -> tuple[float, float]:
             counted(lambda: transformer(latent, timestep=label, class_labels=label)),
             counted(lambda: vae.decode(latent)),
         )
-
-
-def counted(call: Callable[[], Any]) -> float:
-    """Floating-point operations of a call."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        call()
-    return float(counter.get_total_flops())
 
 
 def sampling_speed(device: str, precision: str = "float32", batch: int = 8) -> float:

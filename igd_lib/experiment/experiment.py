@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor
 
+from igd_lib.baselines.img2img import Backbone
 from igd_lib.baselines.minimax import ShardedSampling, fill_by_shard
 from igd_lib.config import STANDARD, TABLE_12_IPCS, Fidelity, nearest_ipc
 from igd_lib.data.datasets import DATASETS, DataSpec
@@ -23,7 +24,7 @@ from igd_lib.experiment import plan
 from igd_lib.experiment.artefacts import Artefact
 from igd_lib.experiment.artefacts import artefact as known
 from igd_lib.experiment.methods import SAMPLED, Method, chosen
-from igd_lib.experiment.models import Models, PaperModels, RehearsalModels, StandInModels
+from igd_lib.experiment.models import Data, Models, PaperModels, RehearsalModels, StandInModels
 from igd_lib.experiment.parameters import SCALES
 from igd_lib.experiment.pieces import (
     STAND_INS_ALONE,
@@ -89,6 +90,11 @@ class Sets:
         """The sampled sets; raises TypeError at the first that is not."""
         return ((method, seed, self.distilled(method, seed)) for method, seed in self.cells)
 
+    def of_families(self, families: Collection[str]) -> Sets:
+        """The sets of some families of methods alone."""
+        found = {cell: images for cell, images in self.cells.items() if cell[0].family in families}
+        return Sets(self.ipc, found)
+
     @property
     def methods(self) -> list[Method]:
         """Each method once, in order."""
@@ -124,10 +130,6 @@ class Experiment:
     @property
     def device(self) -> str:
         return str(self.models.pipe._execution_device)
-
-    @property
-    def candidates(self) -> int:
-        return self.scale.candidates
 
     @property
     def latent_values(self) -> int:
@@ -182,6 +184,10 @@ class Experiment:
         return self.models.minimax_missing
 
     @property
+    def renderer_missing(self) -> str:
+        return self.models.renderer_missing
+
+    @property
     def has_fixed_checkpoints(self) -> bool:
         return self.surrogates.fixed is not None
 
@@ -209,8 +215,25 @@ class Experiment:
         return self.models.teacher(self.train.classes, self.label_ids)
 
     def teacher(self) -> Teacher | None:
-        """What gives soft labels, None where the protocol's labels are hard."""
-        return None if self.scale.protocol.labels == "hard" else self.any_teacher()
+        """What gives a protocol's soft labels, None where it asks for no teacher."""
+        return self.any_teacher() if self.scale.protocol.labels == "soft" else None
+
+    @cached_property
+    def early_networks(self) -> list[Teacher]:
+        """The surrogate early in its training, as classifiers."""
+        return self.surrogates.early()
+
+    def recovery_networks(self, count: int) -> list[Teacher]:
+        """Up to `count` networks whose batch statistics images are recovered from, the first one SRe2L's."""
+        return self.models.recovery_networks(self._data, count)
+
+    def renderer(self) -> Backbone:
+        """What makes new images of given ones. Raises FileNotFoundError without one."""
+        return self.models.renderer(self._data)
+
+    @property
+    def _data(self) -> Data:
+        return Data(self.train, self.test, self.label_ids, self.spec.names, self.scale)
 
     # --- sets
 
@@ -253,7 +276,7 @@ class Experiment:
         for row in rows:
             own = BASELINES.get(row.family)
             if own and own.minutes and (lacking := [s for s in seeds if not own.is_made(self, ipc, s)]):
-                left_out[row] = len(lacking) * own.minutes(self, ipc)
+                left_out[row] = own.shared_minutes + len(lacking) * own.minutes(self, ipc)
         if left_out:
             named = ", ".join(f"{row.label} (about {time:.0f} minutes)" for row, time in left_out.items())
             print(f"left out: {named}; `-p methods all` makes them", flush=True)

@@ -13,11 +13,14 @@ from torch import Tensor
 
 from igd_lib.analysis import features, metrics, results
 from igd_lib.data.images import ImageData
-from igd_lib.evaluation import evaluate_sets
+from igd_lib.evaluation import Score, evaluate_sets
 from igd_lib.experiment.experiment import Experiment, Images, Sets
+from igd_lib.experiment.makers import ORIGINS
 from igd_lib.experiment.methods import Method
-from igd_lib.protocols import IGD_HARD, MINIMAX_HARD
+from igd_lib.experiment.registry import BASELINES
+from igd_lib.protocols import IGD_HARD, MINIMAX_HARD, Protocol, labellings
 from igd_lib.sets.store import DistilledSet, in_memory
+from igd_lib.teachers import Teacher, check_teacher, labelled
 from igd_lib.tools import cluster, files, keys
 from igd_lib.tools.machine import ray_cluster, work_dir
 from igd_lib.tools.progress import progress
@@ -93,36 +96,109 @@ def accuracy_rows(
     """Accuracies of networks, by default the experiment's, trained on every set (training seed = generation
     seed), five rows a set and network: `top1` as the protocol reports it, `top1_last`, `top1_best`,
     `top5_last`, `top5_best`. Finished cells are read from disk.
+
+    The protocol is the experiment's but for a method that has its own (`Baseline.protocol`).
     """
     names = [networks] if isinstance(networks, str) else list(networks or experiment.networks)
-    where, rows = ray_cluster(), []
-    own = [About(experiment, method, seed, images, sets.ipc) for method, seed, images in sets]
-    cells = [(number, name, about.seed) for number, about in enumerate(own) for name in names]
+    own = [
+        About(_evaluated(experiment, method), method, seed, images, sets.ipc) for method, seed, images in sets
+    ]
+    scores: dict[tuple[int, str], Score] = {}
+    for protocol in dict.fromkeys(about.experiment.scale.protocol for about in own):
+        alike = [number for number, about in enumerate(own) if about.experiment.scale.protocol == protocol]
+        found = _scores([own[number] for number in alike], names)
+        cells = [(number, name) for number in alike for name in names]
+        scores |= dict(zip(cells, found, strict=True))
+    where = ray_cluster()
     device = cluster.device(where, experiment.device) if where else experiment.device
-    scores = evaluate_sets(
-        [about.images for about in own],
+    rows = []
+    for number, about in enumerate(own):
+        for name in names:
+            rows += _rows_of(about, name, scores[number, name], device)
+    return results.frame(rows)
+
+
+def _evaluated(experiment: Experiment, method: Method) -> Experiment:
+    """The experiment as the method's sets are evaluated in it."""
+    own = BASELINES.get(method.family)
+    if own is None or own.protocol is None:
+        return experiment
+    return experiment.with_protocol(own.protocol(experiment.scale))
+
+
+def _scores(own: Sequence[About], networks: Sequence[str]) -> list[Score]:
+    """Of sets that are evaluated alike, every network's, set after set."""
+    experiment, where = own[0].experiment, ray_cluster()
+    images: Sequence[Images] = [about.images for about in own]
+    if experiment.scale.protocol.labels == "own":
+        images = _with_labels(experiment, images)
+    return evaluate_sets(
+        images,
         experiment.test,
-        cells,
+        [(number, name, about.seed) for number, about in enumerate(own) for name in networks],
         protocol=experiment.scale.protocol,
         teacher=experiment.teacher(),
-        device=device,
+        device=cluster.device(where, experiment.device) if where else experiment.device,
         folder=work_dir() / "evaluation",
         ray=where,
     )
-    for (number, name, _), score in zip(cells, scores, strict=True):
-        values = {
-            "top1": score.reported,
-            "top1_last": score.last,
-            "top1_best": score.best,
-            "top5_last": score.last_top5,
-            "top5_best": score.best_top5,
-        }
-        said = f"{device}, {score.precision}"  # precision depends on the processor
-        rows += [
-            own[number].row(metric, value, seconds=score.seconds, network=name, device=said)
-            for metric, value in values.items()
-        ]
-    return results.frame(rows)
+
+
+def _rows_of(about: About, network: str, score: Score, device: str) -> list[results.Row]:
+    """A score as rows."""
+    values = {
+        "top1": score.reported,
+        "top1_last": score.last,
+        "top1_best": score.best,
+        "top5_last": score.last_top5,
+        "top5_best": score.best_top5,
+    }
+    said = f"{device}, {score.precision}"  # precision depends on the processor
+    return [
+        about.row(metric, value, seconds=score.seconds, network=network, device=said)
+        for metric, value in values.items()
+    ]
+
+
+def _with_labels(experiment: Experiment, sets: Sequence[Images]) -> Sequence[Images]:
+    """Sets with soft labels of their own; those without any have the teacher's, which is checked first."""
+    if all(isinstance(images, ImageData) and images.targets is not None for images in sets):
+        return sets
+    teacher, protocol = experiment.any_teacher(), experiment.scale.protocol
+    check_teacher(teacher, experiment.test, protocol)
+    return _Labelled(sets, teacher, protocol)
+
+
+@dataclass(frozen=True)
+class _Labelled(Sequence[Images]):
+    """Sets and who labels them, which is done where a set is asked for."""
+
+    sets: Sequence[Images]
+    teacher: Teacher
+    protocol: Protocol
+
+    def __len__(self) -> int:
+        return len(self.sets)
+
+    def __getitem__(self, number: Any) -> Any:
+        found = in_memory(self.sets[number])
+        return found if found.targets is not None else labelled(found, self.teacher, self.protocol)
+
+
+def labelled_rows(
+    experiment: Experiment, sets: Sets, networks: str | Sequence[str] | None = None
+) -> pd.DataFrame:
+    """`accuracy_rows` of the same sets with labels of every kind (`protocols.labellings`), in equal steps."""
+    networks = networks or experiment.networks
+    ways = labellings(experiment.scale.protocol).values()
+    rows = [accuracy_rows(experiment.with_protocol(protocol), sets, networks) for protocol in ways]
+    return pd.concat(rows, ignore_index=True)
+
+
+def validation_rows(experiment: Experiment, sets: Sets, networks: str | Sequence[str]) -> pd.DataFrame:
+    """`labelled_rows` on validation images, as rows of an artefact of their own: to choose by."""
+    held = replace(experiment.on_validation(), artefact=f"{experiment.artefact}_validation")
+    return labelled_rows(held, sets, networks)
 
 
 def readings(experiment: Experiment, networks: Sequence[str]) -> list[tuple[Experiment, list[str]]]:
@@ -264,6 +340,26 @@ def map_of_sets(
     named = {"real": real} | {method.label: found for method, found in own.items()}
     places = metrics.joint_tsne(named, perplexity=min(30.0, count // 3))
     return places.assign(**{"class": experiment.train.classes[label]}), results.frame(rows)
+
+
+def notes(experiment: Experiment, sets: Sets, folder: str = "") -> str:
+    """Of rows that are no guided sampling: what their images are, whether networks are trained on them in a
+    way of their own, and which settings are not the authors'. Kept as `folder/notes.md` if one is given.
+    """
+    lines = []
+    for method in sets.methods:
+        if (own := BASELINES.get(method.family)) is None:
+            continue
+        line = f"- {method.label}: {ORIGINS[own.origin]}"
+        if own.protocol is not None:
+            line += f"; networks are trained by its own protocol, {own.protocol(experiment.scale).name}"
+        if changed := own.shortened(experiment, sets.ipc):
+            line += f"; settings (the authors'): {', '.join(changed)}"
+        lines.append(line)
+    text = "\n".join(lines) + "\n"
+    if folder:
+        files.write(Path(folder) / "notes.md", text)
+    return text
 
 
 def save(*frames: pd.DataFrame, folder: str = "") -> None:

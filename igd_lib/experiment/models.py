@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from typing import Protocol
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from igd_lib.analysis import features
-from igd_lib.baselines import minimax
+from igd_lib.baselines import img2img, minimax
+from igd_lib.baselines.gvbsm import IMAGENET_NETWORKS, imagenet_networks
 from igd_lib.baselines.minimax import Shards
+from igd_lib.baselines.recovery import SMALL_IMAGES, SMALL_NETWORKS, SMALL_TRAINING
 from igd_lib.config import Fidelity
 from igd_lib.data.datasets import DATASETS, IMAGENET_CLASSES
 from igd_lib.data.images import ImageData, load
@@ -24,8 +26,11 @@ from igd_lib.experiment.pieces import (
     minimax_problems,
     model_folder,
     own_teacher_file,
+    stable_diffusion,
+    stable_diffusion_folder,
     vae_of,
 )
+from igd_lib.experiment.scales import Scale
 from igd_lib.experiment.surrogates import Surrogates
 from igd_lib.models import standin
 from igd_lib.models.dit import match_original
@@ -75,9 +80,33 @@ class Models(Protocol):
         """What gives soft labels."""
         ...
 
+    def recovery_networks(self, data: Data, count: int) -> list[Teacher]:
+        """Up to `count` networks whose batch statistics images are recovered from, the first one SRe2L's."""
+        ...
+
+    @property
+    def renderer_missing(self) -> str:
+        """Why nothing here makes new images of given ones, and how to get it; empty where something does."""
+        ...
+
+    def renderer(self, data: Data) -> img2img.Backbone:
+        """What makes new images of given ones. Raises FileNotFoundError without one."""
+        ...
+
     def extractor(self) -> features.Extractor:
         """The features that distances are measured in."""
         ...
+
+
+@dataclass(frozen=True)
+class Data:
+    """An experiment's images, and how the diffusion model and people call their classes."""
+
+    train: ImageData
+    test: ImageData
+    label_ids: tuple[int, ...]
+    names: tuple[str, ...]
+    scale: Scale
 
 
 class PaperModels:
@@ -141,6 +170,29 @@ class PaperModels:
         size = recipe.image_size
         return teacher_from_file(path, train.classes, architecture=architecture, image_size=size, least=least)
 
+    def recovery_networks(self, data: Data, count: int) -> list[Teacher]:
+        """Of ImageNet-1K torchvision's, as the authors have them; of other data the teacher alone."""
+        if DATASETS[self.dataset].classes == IMAGENET_CLASSES and count > 1:
+            return imagenet_networks(data.train.classes, data.label_ids)[:count]
+        return [self.teacher(data.train.classes, data.label_ids)]
+
+    @property
+    def renderer_missing(self) -> str:
+        return "; ".join(stable_diffusion().problems)
+
+    def renderer(self, data: Data) -> img2img.Backbone:
+        """Stable Diffusion 1.5, told classes by their names; in half precision on a GPU as there."""
+        if self.renderer_missing:
+            raise FileNotFoundError(self.renderer_missing)
+        return self._stable_diffusion(data.names)
+
+    @lru_cache(maxsize=1)  # noqa: B019  # an experiment has one
+    def _stable_diffusion(self, names: tuple[str, ...]) -> img2img.Backbone:
+        on_gpu = torch.device(self.device).type == "cuda"
+        dtype = torch.float16 if on_gpu else torch.float32
+        pipe = img2img.stable_diffusion(stable_diffusion_folder(), dtype=dtype)
+        return img2img.StableDiffusion(pipe, names).to(self.device)
+
     def extractor(self) -> features.Extractor:
         """Inception-V3's features."""
         return features.inception(device=self.device)
@@ -180,9 +232,28 @@ class RehearsalModels(PaperModels):
             return _of_first(
                 teacher_from_file(own, spec.classes, architecture=architecture, image_size=size), len(classes)
             )
+        return self._random(architecture, classes)
+
+    def recovery_networks(self, data: Data, count: int) -> list[Teacher]:
+        """Random networks, where a file is not here."""
+        if DATASETS[self.dataset].classes != IMAGENET_CLASSES or count == 1:
+            return [self.teacher(data.train.classes, data.label_ids)]
+        return [self._random(f"torchvision/{name}", data.train.classes) for name in IMAGENET_NETWORKS[:count]]
+
+    def _random(self, architecture: str, classes: Sequence[str]) -> Teacher:
+        """A random network that need not be right."""
+        recipe = teacher_recipe(DATASETS[self.dataset].image_size)[1]
         with _seeded():
-            model = network(architecture, num_classes=len(classes), image_size=size).eval()
+            model = network(architecture, num_classes=len(classes), image_size=recipe.image_size).eval()
         return Teacher(model, architecture, "random", tuple(classes), recipe.mean, recipe.std, 0.0)
+
+    renderer_missing = ""
+
+    def renderer(self, data: Data) -> img2img.Backbone:
+        """Stable Diffusion where it is here, else the DiT itself."""
+        if stable_diffusion().is_usable:
+            return self._stable_diffusion(data.names)
+        return img2img.DiT.of(self.pipe, data.train, data.label_ids)
 
     def extractor(self) -> features.Extractor:
         """Inception-V3's features, or those of a random network."""
@@ -219,6 +290,7 @@ class StandInModels:
     device: str
     minimax_missing: str = ""  # it is quickly made
     minimax_shards: Shards | None = None
+    _recovery: dict[str, Teacher] = field(default_factory=dict)
 
     @cached_property
     def pipe(self) -> IGDPipeline:
@@ -254,6 +326,30 @@ class StandInModels:
         model, epoch = self.surrogates.last_checkpoint()
         origin = f"the surrogate's trajectory, epoch {epoch:g}"
         return Teacher(model, own, origin, tuple(classes), (0.5,) * 3, (0.5,) * 3, least)
+
+    def recovery_networks(self, data: Data, count: int) -> list[Teacher]:
+        """Small ones with batch statistics, trained on the stand-in's images once, then read."""
+        return [self._recovery_network(name, data) for name in SMALL_NETWORKS[:count]]
+
+    def _recovery_network(self, name: str, data: Data) -> Teacher:
+        if name not in self._recovery:
+            scale = data.scale
+            count = SMALL_IMAGES if scale.figures_mean_something else scale.train_images or 1
+            self._recovery[name] = train_teacher(
+                data.train.per_class(count, seed=0),
+                data.test,
+                network=name,
+                recipe=scale.cut(SMALL_TRAINING),
+                least=scale.teacher_least,
+                device=self.device,
+            )
+        return self._recovery[name]
+
+    renderer_missing = ""
+
+    def renderer(self, data: Data) -> img2img.Backbone:
+        """The stand-in's own DiT."""
+        return img2img.DiT.of(self.pipe, data.train, data.label_ids)
 
     def extractor(self) -> features.Extractor:
         """The features of its teacher, else of the surrogate's last checkpoint."""

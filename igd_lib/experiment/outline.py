@@ -20,6 +20,11 @@ class Outline(Protocol):
         ...
 
     @property
+    def renderer_missing(self) -> str:
+        """Why nothing makes new images of given ones here; empty where something does."""
+        ...
+
+    @property
     def has_fixed_checkpoints(self) -> bool:
         """Whether the released code has a list of checkpoints for the data and the surrogate."""
         ...

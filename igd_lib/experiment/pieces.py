@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from igd_lib.analysis import features
-from igd_lib.baselines import minimax
+from igd_lib.baselines import img2img, minimax
 from igd_lib.config import STANDARD, Fidelity
 from igd_lib.data.datasets import DATASETS, IMAGENET_CLASSES
 from igd_lib.data.images import count_problems, missing
@@ -70,6 +70,7 @@ def pieces(dataset: str, artefact: Artefact, fidelity: Fidelity = STANDARD) -> l
         *([guidance_decoder()] if "taesd" in needs else []),
         *([inception()] if "inception" in needs else []),
         *([minimax_model(dataset)] if "minimax" in needs else []),
+        *([stable_diffusion()] if "stable-diffusion" in needs else []),
         gpu(),
     ]
 
@@ -210,6 +211,24 @@ def minimax_problems(dataset: str) -> list[str]:
             "or convert its checkpoint (igd convert)"
         ]
     return minimax.problems(place, DATASETS[dataset])
+
+
+def stable_diffusion() -> Piece:
+    """Stable Diffusion 1.5 (CreativeML OpenRAIL-M), which D4M and TDSDM render with."""
+    found, (repository, revision) = stable_diffusion_folder(), img2img.SD_15
+    lines: tuple[str, ...]
+    if found is None:
+        place = cache_dir() / "models" / repository.split("/")[-1]
+        lines = (
+            f"no Stable Diffusion 1.5: hf download {repository} --revision {revision}, or copy it to {place}",
+        )
+    else:
+        lines = tuple(loadable.problems_of_stable_diffusion(found))
+    return Piece("Stable Diffusion 1.5", "" if lines else str(found), lines, "row")
+
+
+def stable_diffusion_folder() -> Path | None:
+    return model_folder(*img2img.SD_15)
 
 
 def gpu() -> Piece:

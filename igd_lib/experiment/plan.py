@@ -11,17 +11,24 @@ import pandas as pd
 import torch
 
 from igd_lib import memory
+from igd_lib.baselines.coresets import NAMES
 from igd_lib.config import STANDARD, fixed_checkpoints
 from igd_lib.data.datasets import DATASETS, IMAGENET_CLASSES
 from igd_lib.experiment import comparisons, costs
 from igd_lib.experiment.artefacts import ARTEFACTS, Artefact, artefact
 from igd_lib.experiment.methods import Method, chosen
 from igd_lib.experiment.outline import Outline
-from igd_lib.experiment.pieces import Piece, minimax_problems, own_teacher_file, pieces
+from igd_lib.experiment.pieces import (
+    Piece,
+    minimax_problems,
+    own_teacher_file,
+    pieces,
+    stable_diffusion,
+)
 from igd_lib.experiment.run import AUTO, OPTIONS, SHARED, Options, Run, split_names
 from igd_lib.experiment.scales import Scale, paper_scale
 from igd_lib.models.shapes import dit_xl_2, sd_vae
-from igd_lib.protocols import PROTOCOLS
+from igd_lib.protocols import PROTOCOLS, labellings
 from igd_lib.sampling import Precision
 from igd_lib.tools import files
 from igd_lib.tools.keys import settings_hash
@@ -51,6 +58,7 @@ class _Planned:
 
     scale: Scale
     minimax_missing: str
+    renderer_missing: str
     has_fixed_checkpoints: bool
     number_of_classes: int
 
@@ -99,20 +107,27 @@ def _baselines(outline: Outline, _: Options) -> list[Method]:
 
 
 ROWS: Mapping[str, Callable[[Outline, Options], list[Method]]] = {
+    "01": lambda outline, options: comparisons.table(outline, 1),
     "02": lambda outline, options: [],
+    "03": lambda outline, options: comparisons.table(outline, 2),
     "04": _architectures,
     "05": lambda outline, options: comparisons.ablation(outline),
     "06": lambda outline, options: comparisons.selections(outline, comparisons.THRESHOLDS, options.backbone),
+    "07": lambda outline, options: comparisons.table(outline, 7),
+    "08": lambda outline, options: comparisons.table(outline, 8),
+    "09": lambda outline, options: comparisons.table(outline, 9),
     "10": lambda outline, options: comparisons.solvers(outline),
     "12": _grid,
     "13": _paper_vs_code,
     "14": lambda outline, options: comparisons.shortcuts(outline),
+    "16": lambda outline, options: comparisons.coresets(outline),
     "22": _early_stage,
     "24": lambda outline, options: comparisons.sampled(outline),
     "25": lambda outline, options: list(comparisons.plain_and_guided(outline, "dit")),
     "26": _sensitivity,
     "27": lambda outline, options: list(comparisons.plain_and_guided(outline, options.backbone)),
 }  # others: `comparisons.baselines`
+WITH_LABELLINGS = ("16_coresets",)  # whose sets train networks with labels of every kind
 
 
 @dataclass(frozen=True)
@@ -301,9 +316,11 @@ def _work(name: str, about: Artefact, scale: Scale, run: Run) -> costs.Work:
     spec = DATASETS[scale.dataset]
     fixed = fixed_checkpoints(scale.dataset, scale.surrogate) is not None
     missing = "; ".join(minimax_problems(scale.dataset))
-    outline = _Planned(scale, missing, fixed, len(spec.classes))
+    outline = _Planned(scale, missing, "; ".join(stable_diffusion().problems), fixed, len(spec.classes))
     rows = chosen(ROWS.get(name[:2], _baselines)(outline, run.options), run.methods)
     networks = split_names(about.networks if run.networks == AUTO else run.networks)
+    protocols = tuple(labellings(scale.protocol).values()) if name in WITH_LABELLINGS else ()
+    validated = [row for row in rows if row.family in NAMES] if protocols else []
     images = tuple(size or 1000 * len(spec.classes) for size in spec.sizes)
     return costs.Work(
         scale,
@@ -315,6 +332,8 @@ def _work(name: str, about: Artefact, scale: Scale, run: Run) -> costs.Work:
         (images[0], images[1]),
         spec.image_size,
         spec.classes == IMAGENET_CLASSES or own_teacher_file(scale.dataset) is not None,
+        protocols,
+        validated,
     )
 
 

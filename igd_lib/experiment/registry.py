@@ -6,35 +6,15 @@ BASELINES: other methods, each a file in `igd_lib.baselines`. GUIDES: other guid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
-from torch import Tensor
-
-from igd_lib.baselines import rded
 from igd_lib.data.images import ImageData
+from igd_lib.experiment import makers
+from igd_lib.experiment.scales import Scale
 from igd_lib.guides import GuideFactory
-from igd_lib.sets.class_files import ClassFiles
-from igd_lib.teachers import Teacher
-from igd_lib.tools import cluster, keys
-from igd_lib.tools.machine import ray_cluster
-from igd_lib.tools.progress import resumable
-
-
-class Workplace(Protocol):
-    """What a baseline may use of an experiment."""
-
-    @property
-    def train(self) -> ImageData: ...
-
-    @property
-    def device(self) -> str: ...
-
-    @property
-    def candidates(self) -> int: ...
-
-    def any_teacher(self) -> Teacher: ...
+from igd_lib.protocols import DATM_OWN, SMALL_DATM, Protocol
 
 
 @dataclass(frozen=True)
@@ -43,10 +23,16 @@ class Baseline:
 
     name: str  # the paper's
     make: Callable[[Any, int, int], ImageData]  # of a Workplace, IPC and generation seed
-    # Of a method that takes long: minutes of two cores for a set on a stand-in, by Workplace and IPC, and
-    # whether it is in the cache already.
+    # Of a method that takes long: minutes of one core for a set on a stand-in, by Workplace and IPC, for what
+    # all its sets share (networks, experts, an adapter), and whether a set is in the cache already.
     minutes: Callable[[Any, int], float] | None = None
+    shared_minutes: float = 0.0
     is_made: Callable[[Any, int, int], bool] = lambda place, ipc, seed: False
+    origin: makers.Origin = "derived"  # what its images are
+    # Which of its settings are not its authors', by Workplace and IPC.
+    shortened: Callable[[Any, int], list[str]] = lambda place, ipc: []
+    # Under which its sets are evaluated where they are not as others' are; None: the table's.
+    protocol: Callable[[Scale], Protocol] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,88 +43,46 @@ class OtherGuide:
     make: Callable[[Any], GuideFactory]  # of an Experiment
 
 
-def random_images(place: Workplace, ipc: int, seed: int) -> ImageData:
-    """Real images drawn at random."""
-    return place.train.per_class(ipc, seed)
+def _takes_minutes(
+    sets: makers.Whole | makers.ByClass, minutes: Callable[[int], float], shared: float = 0.0
+) -> Baseline:
+    """A method whose set of an IPC takes so many minutes of one core on CIFAR-10's stand-in, as measured."""
+    return Baseline(
+        sets.name,
+        sets,
+        lambda place, ipc: minutes(ipc),
+        shared,
+        is_made=sets.is_made,
+        origin=sets.origin,
+        shortened=sets.shortened,
+    )
 
 
-def rded_images(place: Workplace, ipc: int, seed: int) -> ImageData:
-    """RDED's images by the teacher of the soft-label protocol; selected once, then read from the cache."""
-    train, teacher = place.train, place.any_teacher()
-    grids = rded.grids_of(train.image_size, place.candidates)
-    settings = {
-        "data": train.name,
-        "split": train.split,
-        "images": len(train),
-        "teacher": [teacher.architecture, teacher.weights],
-        "ipc": ipc,
-        "seed": seed,
-    }
-    settings |= asdict(grids)
-    split = rded.split_of(ipc, grids.factor, seed)
-    kept = ClassFiles(keys.folder("rded", settings), train.name, split, train.classes, ipc, grids.size)
-
-    def prepare() -> rded.Selection:
-        return rded.selection(train, teacher, ipc, grids, seed=seed, device=place.device)
-
-    return kept_by_class("rded", settings, kept, prepare, "RDED")
-
-
-class ClassMaker(Protocol):
-    """Makes the images of a label, uint8 (ipc, 3, H, H), on its device; its results depend on no other."""
-
-    def __call__(self, label: int) -> Tensor: ...
-
-    def to(self, device: str) -> ClassMaker: ...
-
-
-def kept_by_class(
-    kind: str,
-    settings: Mapping[str, Any],
-    kept: ClassFiles,
-    prepare: Callable[[], ClassMaker],  # asked where a class lacks
-    what: str,  # in lines of progress
-) -> ImageData:
-    """A set that is made class by class, as Ray tasks where `IGD_RAY` names a cluster; made once, then read.
-
-    An interrupted run goes on with the classes that lack; of two processes each makes what the other does
-    not.
-    """
-    keys.claim(kept.folder / "manifest.json", kind, settings, "a set")
-    if lacking := kept.lacking():
-        count = len(kept.classes)
-        with resumable(lambda: f"{count - len(kept.lacking())} of {count} classes are in {kept.folder}"):
-            _make(kept, prepare(), lacking, what)
-    return kept.data()
-
-
-def _make(kept: ClassFiles, maker: ClassMaker, lacking: Sequence[int], what: str) -> None:
-    where = ray_cluster()
-    if not where:
-        kept.keep(maker, lacking, what)
-        return
-    with cluster.cluster(where) as ray:
-        work = _ClassWork(kept, maker.to("cpu"), what)
-        cluster.run_all(ray, _ClassWork.run, work, lacking, label=f"{what}, class")
-
-
-@dataclass(frozen=True)
-class _ClassWork:
-    """What a task needs to make a class."""
-
-    kept: ClassFiles
-    maker: ClassMaker
-    what: str
-
-    def to(self, device: str) -> _ClassWork:
-        return replace(self, maker=self.maker.to(device))
-
-    def run(self, label: int) -> None:
-        self.kept.keep(self.maker, [label], self.what)
+def _datm_own(scale: Scale) -> Protocol:
+    """By the labels and the rate that were learned with the images."""
+    return scale.cut(DATM_OWN if scale.papers else SMALL_DATM)
 
 
 BASELINES: dict[str, Baseline] = {
-    "random": Baseline("Random", random_images),
-    "rded": Baseline("RDED", rded_images),
+    "random": Baseline("Random", makers.random_images, origin="real"),
+    "dm": _takes_minutes(makers.DM_SETS, lambda ipc: 2.2 + 0.08 * ipc),
+    "idc": _takes_minutes(makers.IDC_SETS, lambda ipc: 4.5 + 0.13 * ipc),
+    "datm": replace(_takes_minutes(makers.DATM_SETS, lambda ipc: 2.2, 12), protocol=_datm_own),
+    "datm-plain": _takes_minutes(makers.PLAIN_DATM_SETS, lambda ipc: 2.2, 12),
+    "sre2l": _takes_minutes(makers.SRE2L_SETS, lambda ipc: 0.14 * ipc, 1.3),
+    "gvbsm": _takes_minutes(makers.GVBSM_SETS, lambda ipc: 0.2 * ipc, 4),
+    "rded": Baseline("RDED", makers.rded_images, origin="real"),
+    "tdsdm": _takes_minutes(makers.TDSDM_SETS, lambda ipc: 0.01 * ipc, 1.2),
+    "d4m": _takes_minutes(makers.D4M_SETS, lambda ipc: 0.4),
+} | {
+    rule: Baseline(name, makers.coreset_images(rule), origin="real")
+    for rule, name in {
+        "herding": "Herding",
+        "k-centre": "K-centre",
+        "medoid": "Medoid",
+        "el2n": "EL2N",
+        "el2n-easiest": "EL2N (easiest)",
+        "confidence": "Confidence",
+    }.items()
 }
 GUIDES: dict[str, OtherGuide] = {}

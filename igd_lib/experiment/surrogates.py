@@ -34,11 +34,14 @@ from igd_lib.surrogate import (
     similarities_along,
     trained_epochs,
 )
+from igd_lib.teachers import Teacher
 from igd_lib.tools import cluster, files, keys
 from igd_lib.tools.machine import ray_cluster
 from igd_lib.tools.progress import Pace, progress, resumable
 
 ALGORITHM_2 = "Algorithm 2, class"  # in lines of progress
+EARLY = 0.1  # of a training: EL2N's networks are of epoch 20 of 200
+HALVES = ((0.5,) * 3, (0.5,) * 3)  # a surrogate's mean and standard deviation of [0, 1] images
 CHUNK = 5  # classes whose gradients are one task
 READINGS = {
     "mean of per-class cosines (released)": "per_class",
@@ -103,6 +106,22 @@ class Surrogates:
         model = copy.deepcopy(trajectory.model)
         model.load_state_dict(trajectory.states[-1])
         return model, trajectory.epochs[-1]
+
+    def early(self) -> list[Teacher]:
+        """The scale's own surrogate early in its training, as classifiers, for EL2N's mean over networks.
+
+        Its checkpoints of the first tenth of the training, or of the first epoch where that is longer.
+        """
+        trajectory, classes = self.trajectory(), self.train.classes
+        last = max(1.0, EARLY * trajectory.epochs[-1])
+        found = []
+        for epoch, state in zip(trajectory.epochs, trajectory.states, strict=True):
+            if 0 < epoch <= last:
+                model = copy.deepcopy(trajectory.model)
+                model.load_state_dict(state)
+                origin = f"the surrogate's trajectory, epoch {epoch:g}; {files.digest(state)}"
+                found.append(Teacher(model, self.scale.surrogate, origin, classes, *HALVES, least=0.0))
+        return found
 
     def class_gradients(self, checkpoints: Checkpoints, name: str | None = None) -> ClassGradients:
         """The gradients (E, P) by label that guide, over each class's first images."""

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torchvision.transforms.v2 import functional as TF
 
 from igd_lib.analysis import features
+from igd_lib.baselines import img2img
 from igd_lib.config import STANDARD, Fidelity, preset
 from igd_lib.data.datasets import DATASETS, DataSpec
 from igd_lib.data.images import ImageData, load
@@ -22,7 +23,7 @@ from igd_lib.data.your_folder import IDS, your_folder
 from igd_lib.experiment import comparisons
 from igd_lib.experiment.experiment import Experiment, Sets, few_classes, get_ready, images_of
 from igd_lib.experiment.methods import Method
-from igd_lib.experiment.models import StandInModels
+from igd_lib.experiment.models import Data, StandInModels
 from igd_lib.experiment.pictures import Gallery
 from igd_lib.experiment.pieces import DIT, autoencoder, dit_xl, gpu, model_folder, vae_of
 from igd_lib.experiment.run import AUTO, Run
@@ -205,6 +206,14 @@ class FolderModels:
     @cached_property
     def _teacher(self) -> Teacher:
         return train_teacher(self.train, self.test, device=self.device)
+
+    renderer_missing = ""
+
+    def renderer(self, data: Data) -> img2img.Backbone:
+        return img2img.DiT.of(self.pipe, data.train, data.label_ids)
+
+    def recovery_networks(self, *_: object) -> list[Teacher]:
+        return [self._teacher]
 
     def extractor(self) -> features.Extractor:
         return features.inception(device=self.device)
