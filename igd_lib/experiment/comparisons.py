@@ -64,12 +64,15 @@ def coresets(experiment: Outline) -> list[Method]:
     """Random, the coresets, and the methods of all tables.
 
     Without those whose labels are their own, and without DATM where images are photographs, for which its
-    authors have no settings.
+    authors have no settings. Where figures mean nothing two of the methods stand for all: other tables try
+    each.
     """
     every = dict.fromkeys(family for table in OTHERS.values() for family in table)
     others = [family for family in every if BASELINES[family].protocol is None]
     if experiment.scale.papers:
         others.remove("datm-plain")
+    if not experiment.scale.figures_mean_something:
+        others = others[:2]
     random, *compared = baselines(experiment, others)
     return [random, *(Method(rule) for rule in (*BY_TEACHER, *BY_EARLY)), *compared]
 
