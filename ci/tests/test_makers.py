@@ -36,6 +36,7 @@ def pixels(images):
 def test_a_set_is_made_once_and_then_read(smoke, name, monkeypatch):
     own = registry.BASELINES[name]
     assert not own.is_made(smoke, 1, 0)
+    assert not (work_dir() / "teacher").exists()  # nothing is trained to be asked
     first = smoke.set(Method(name), 0, 1)
     assert own.is_made(smoke, 1, 0) and not own.is_made(smoke, 1, 1) and not own.is_made(smoke, 2, 0)
     assert first.labels.tolist() == list(range(10)) and first.classes == smoke.train.classes

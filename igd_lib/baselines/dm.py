@@ -45,7 +45,7 @@ from igd_lib.baselines.pixels import (
     selected,
     stored,
 )
-from igd_lib.data.augment import normalise
+from igd_lib.data.augment import normalise, to_unit
 from igd_lib.data.datasets import DataSpec, Triple, spec_of
 from igd_lib.data.dsa import Params, Strategy, apply, draw, dsa
 from igd_lib.data.images import ImageData
@@ -192,7 +192,7 @@ class _Run:
         """Random real images of a class, normalised, each once."""
         indices = self.real.class_indices(label)
         chosen = indices[torch.randperm(len(indices), generator=generator)[:count]]
-        pixels = self.real.fetch(chosen).to(self.device).float() / 255
+        pixels = to_unit(self.real.fetch(chosen).to(self.device))
         return normalise(pixels, self.settings.mean, self.settings.std)
 
     def _batch(self, iteration: int, label: int) -> tuple[Tensor, Params]:

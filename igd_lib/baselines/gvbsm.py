@@ -48,7 +48,7 @@ from igd_lib.baselines.recovery import (
     seed_of,
     view,
 )
-from igd_lib.data.augment import normalise
+from igd_lib.data.augment import normalise, to_unit
 from igd_lib.data.images import ImageData
 from igd_lib.teachers import Teacher, check_class_order, imagenet_teacher
 from igd_lib.tools import files
@@ -378,7 +378,7 @@ def _real_batches(real: ImageData, settings: GVBSM, device: str, done: int) -> I
     for number in progress(parts, "G-VBSM, real images, batch", done=done, delay=20):
         images, _ = next(batches)
         draws = torch.Generator().manual_seed(number)
-        yield view(images.to(device).float() / 255, views, draws, each=True)
+        yield view(to_unit(images.to(device)), views, draws, each=True)
 
 
 class _Sums:

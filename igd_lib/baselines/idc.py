@@ -54,7 +54,7 @@ from igd_lib.baselines.pixels import (
     selected,
     stored,
 )
-from igd_lib.data.augment import cutmix, normalise
+from igd_lib.data.augment import cutmix, normalise, to_unit
 from igd_lib.data.datasets import DataSpec, Triple, spec_of
 from igd_lib.data.dsa import Strategy, apply, diffaug, draw
 from igd_lib.data.images import ImageData
@@ -272,7 +272,7 @@ class _Run:
 
     def _pixels(self, indices: Tensor) -> Tensor:
         """Real images as [0, 1] floats."""
-        return self.real.fetch(indices).to(self.device).float() / 255
+        return to_unit(self.real.fetch(indices).to(self.device))
 
     @property
     def steps(self) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from igd_lib.data.images import ImageData, from_tensors, held
+from igd_lib.data.images import ImageData, from_tensors, held, in_8_bits
 from igd_lib.evaluation import resident
 from igd_lib.models.networks import ConvNet, ResNet
 from igd_lib.models.networks import network as make_network
@@ -105,9 +105,8 @@ def stored(
     pixels = torch.cat([image.detach().cpu() for image in images])
     if not torch.isfinite(pixels).all():
         raise FloatingPointError(f"{method}: pixels are not finite; lower its lr")
-    whole = pixels.clamp(0, 1).mul(255).round().to(torch.uint8)
     owners = torch.tensor(list(labels)).repeat_interleave(len(images[0]))
-    return from_tensors(data.name, split, data.classes, whole, owners)
+    return from_tensors(data.name, split, data.classes, in_8_bits(pixels), owners)
 
 
 def check_finite(loss: Tensor, method: str, where: str, remedy: str) -> Tensor:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from igd_lib.data.augment import to_unit
+
 PART = 1000  # images at a time
 
 
@@ -66,4 +68,4 @@ def fit(images: Tensor, eps: float = 0.1) -> ZCA:
 
 def _pixels(images: Tensor) -> Tensor:
     """float32 (B, D) in [0, 1]."""
-    return (images.float() / 255 if images.dtype == torch.uint8 else images.float()).flatten(1)
+    return to_unit(images).flatten(1)

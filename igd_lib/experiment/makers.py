@@ -110,13 +110,26 @@ def keep_card(folder: Path, name: str, origin: Origin, place: Workplace, ipc: in
     )
 
 
+class _OfAuthors:
+    """A method with its authors' settings, and those that it has in an experiment."""
+
+    method: Any  # its settings' class, with `paper` and `small`
+
+    def settings(self, place: Workplace, ipc: int) -> Any:
+        raise NotImplementedError
+
+    def shortened(self, place: Workplace, ipc: int) -> list[str]:
+        """Which settings are not the authors' for the experiment's images."""
+        return shortened(self.settings(place, ipc), self.method.paper(place.train.name, ipc))
+
+
 # --- sets that are made in one piece
 
 SET, STATE = "set.safetensors", "state"
 
 
 @dataclass(frozen=True)
-class Whole:
+class Whole(_OfAuthors):
     """A method that makes a set in one piece, in minutes to days: made once, resumably, then read."""
 
     kind: str  # in keys
@@ -151,20 +164,21 @@ class Whole:
     def settings(self, place: Workplace, ipc: int) -> Any:
         return replace(settings_of(place, self.method, ipc, self.cut), **self.vary)
 
-    def shortened(self, place: Workplace, ipc: int) -> list[str]:
-        """Which settings are not the authors' for the experiment's images."""
-        return shortened(self.settings(place, ipc), self.method.paper(place.train.name, ipc))
-
     def is_made(self, place: Workplace, ipc: int, seed: int) -> bool:
-        """Whether it is in the cache already."""
-        return (keys.folder(self.kind, self.about(place, ipc, seed)) / SET).is_file()
+        """Whether it is in the cache already. Networks that name it are not trained to be asked."""
+        own = self._settled(place, ipc, seed)
+        return any((folder / SET).is_file() for folder in keys.kept(self.kind, own))
 
     def about(self, place: Workplace, ipc: int, seed: int) -> dict[str, Any]:
         """What names the set."""
-        own: dict[str, Any] = {"settings": asdict(self.settings(place, ipc))}
+        own = self._settled(place, ipc, seed)
         if networks := self.networks(place):
             own["networks"] = [[one.architecture, one.weights] for one in networks]
-        return about_set(place, ipc, seed) | own
+        return own
+
+    def _settled(self, place: Workplace, ipc: int, seed: int) -> dict[str, Any]:
+        """What names it before anything is trained."""
+        return about_set(place, ipc, seed) | {"settings": asdict(self.settings(place, ipc))}
 
 
 def of_pixels(
@@ -277,7 +291,7 @@ PLAIN_DATM_SETS = Whole("datm", "DATM (hard labels, 8 bits)", DATM, DATM_CUT, _m
 
 
 @dataclass(frozen=True)
-class ByClass:
+class ByClass(_OfAuthors):
     """A method that makes its set class by class, as Ray tasks where `IGD_RAY` names a cluster."""
 
     kind: str  # in keys
@@ -309,10 +323,6 @@ class ByClass:
             return settings_of(place, self.method, ipc, self.cut)
         own = self.method.dit(scale.dataset, ipc)
         return own if scale.figures_mean_something else replace(own, **self.cut)
-
-    def shortened(self, place: Workplace, ipc: int) -> list[str]:
-        """Which settings are not the authors' for the experiment's images."""
-        return shortened(self.settings(place, ipc), self.method.paper(place.train.name, ipc))
 
     def is_made(self, place: Workplace, ipc: int, seed: int) -> bool:
         """Whether it is in the cache already."""

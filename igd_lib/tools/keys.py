@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -348,6 +348,18 @@ def key(kind: str, settings: Mapping[str, Any]) -> str:
 def folder(kind: str, settings: Mapping[str, Any]) -> Path:
     """Where such a piece of work lies: `work_dir()/KIND/KEY`."""
     return work_dir() / kind / key(kind, settings)
+
+
+def kept(kind: str, settings: Mapping[str, Any]) -> Iterator[Path]:
+    """Folders of work of a kind with these settings, whatever else they may name. Damaged ones are passed."""
+    for path in sorted((work_dir() / kind).glob("*/manifest.json")):
+        try:
+            found = json.loads(path.read_text())
+            own = {name: value for name, value in found["settings"].items() if name in settings}
+            if found["schema"] == SCHEMA[kind] and key(kind, own) == key(kind, settings):
+                yield path.parent
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
 
 
 def manifest(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
