@@ -11,7 +11,7 @@ from igd_lib.analysis import tables
 from igd_lib.baselines.d4m import D4M
 from igd_lib.baselines.dm import DM
 from igd_lib.baselines.idc import IDC
-from igd_lib.experiment import comparisons, makers, measures, registry
+from igd_lib.experiment import comparisons, makers, measures, pictures, registry
 from igd_lib.experiment.experiment import prepare
 from igd_lib.experiment.methods import Method
 from igd_lib.experiment.run import Run
@@ -145,6 +145,8 @@ def test_datm_is_evaluated_by_what_it_learned(smoke):
         "datm-plain": [own],
     }
     assert list(rows.family) == [method.family for method, _, _ in sets]
+    for shown in (pictures.across_classes(sets), pictures.one_class(sets, 0, title="")):
+        assert {image.dtype for row in shown.rows.values() for image in row} == {torch.uint8}
 
 
 def test_notes_name_origin_protocol_and_what_is_shortened(smoke, tmp_path):

@@ -53,7 +53,7 @@ def looks(sets: Sets) -> dict[str, str]:
 def _first_images(sets: Sets, label: int, count: int) -> dict[str, Tensor]:
     """By method's label, uint8 (n, 3, H, W): one class's first images of one seed."""
     return {
-        method.label: in_memory(images).of_class(label, count)
+        method.label: in_memory(images).plain().of_class(label, count)
         for method, images in sets.of_seed(sets.shown_seed).items()
     }
 
@@ -75,7 +75,9 @@ def across_classes(sets: Sets, *, title: str = "", count: int = 10) -> Gallery:
     title = title or (
         f"Image {shown} of the first classes, seed {seed}: each column's sampled rows share their noise"
     )
-    once = Sets(sets.ipc, {(method, seed): in_memory(own) for method, own in sets.of_seed(seed).items()})
+    once = Sets(
+        sets.ipc, {(method, seed): in_memory(own).plain() for method, own in sets.of_seed(seed).items()}
+    )
     classes = next(iter(once.cells.values())).classes[:count]
     parts = [_first_images(once, label, shown) for label in range(len(classes))]
     rows = {method: torch.stack([part[method][-1] for part in parts]) for method in parts[0]}
