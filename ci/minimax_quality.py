@@ -84,21 +84,21 @@ def main() -> int:
     files.write(OUT, whole.sort_values(["metric", "method", "seed"]).to_csv(index=False, lineterminator="\n"))
     print(results.summary(whole, ("metric", "method")).round(4).to_string(index=False))
     found = {
-        metric: statistics.comparison(whole[whole.metric == metric], [(tuned.label, plain.label)]).iloc[0]
+        metric: statistics.paired(whole[whole.metric == metric], tuned.label, plain.label)
         for metric in sorted(set(whole.metric))
     }
     for metric, difference in found.items():
         print(
-            f"{metric}, Minimax - DiT: {difference['mean']:+.4f}, sd {difference.sd:.4f} over n = "
-            f"{difference.n} pairs"
+            f"{metric}, Minimax - DiT: {difference.mean():+.4f}, sd {difference.std():.4f} over n = "
+            f"{len(difference)} pairs"
         )
     before = whole[whole.backbone == "dit"].groupby("metric")["value"].mean()
     worse = [
         metric
         for metric in found
-        if metric.startswith("diffusion") and found[metric]["mean"] > WORSE * before[metric]
+        if metric.startswith("diffusion") and found[metric].mean() > WORSE * before[metric]
     ]
-    return int(bool(worse) or found["nearest"]["mean"] >= 0)
+    return int(bool(worse) or found["nearest"].mean() >= 0)
 
 
 if __name__ == "__main__":

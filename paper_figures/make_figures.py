@@ -29,21 +29,6 @@ from igd_lib.tools import files
 
 HERE = Path(__file__).parent
 MANIFEST = "MANIFEST.json"
-Pairs = Sequence[tuple[str, str]]
-
-
-def against(reference: dict[str, object], **only: object) -> Callable[[pd.DataFrame], Pairs]:
-    """Every other method, or those whose fields are as in `only`, against the one with the fields
-    `reference`.
-    """
-    return lambda rows: statistics.against(rows, reference, **only)
-
-
-def varied(**reference: object) -> Callable[[pd.DataFrame], Pairs]:
-    """Every method that varies something against the other one with the fields `reference`."""
-    return lambda rows: statistics.varied(rows, **reference)
-
-
 GUIDED: dict[str, object] = {"guides": statistics.BOTH, "varies": ""}
 
 
@@ -70,9 +55,7 @@ class Artefact:
     source: str  # data/SOURCE.csv
     heading: str  # "{where}" becomes " on the stand-in" for its rows
     name: str  # NAME.md, .png, .svg, .pdf
-    pairs: Callable[[pd.DataFrame], Pairs] = (
-        statistics.table_claims
-    )  # of the rows' methods: whose differences are shown
+    claims: statistics.Claims = statistics.table_claims  # whose differences are shown
     table: int | None = None  # of the paper, to be shown beside
     figure: Callable[[pd.DataFrame, str], Figure] = scores
     all_networks: bool = False  # whether the figure shows them all
@@ -107,7 +90,7 @@ ARTEFACTS = (
     Artefact("01_nette_woof", "Table 1{where}", "table01", table=1, note=RDED_HARD),
     Artefact("01_nette_woof_ipc50", "Table 1{where}, IPC 50", "table01_ipc50", table=1, note=RDED_HARD),
     Artefact("03_imagenet1k", "Table 2{where}, soft labels", "table02", table=2),
-    Artefact("04_surrogate_architecture", "Table 4{where}", "table04", varied(guides="deviation")),
+    Artefact("04_surrogate_architecture", "Table 4{where}", "table04", statistics.varied(guides="deviation")),
     Artefact("05_guidance_ablation", "Table 5{where}", "table05", statistics.ablation_claims, table=5),
     Artefact("06_checkpoint_selection", "Table 6{where}", "table06", statistics.selection_claims),
     Artefact(
@@ -125,27 +108,29 @@ ARTEFACTS = (
         "11_fid_coverage",
         "Table 11{where}",
         "table11",
-        against(statistics.PLAIN_DIT),
+        statistics.against(statistics.PLAIN_DIT),
         figure=against_accuracy,
         correlations=True,
         note=RDED_HARD,
     ),
-    Artefact("12_hyperparameters", "k and gamma{where}, validation data", "table12", varied(guides="")),
+    Artefact(
+        "12_hyperparameters", "k and gamma{where}, validation data", "table12", statistics.varied(guides="")
+    ),
     Artefact(
         "13_paper_vs_code",
         "Paper against released code{where}",
         "paper_vs_code",
-        against(GUIDED, varies="fidelity"),
+        statistics.against(GUIDED, varies="fidelity"),
         figure=curves(("cfg", "top1")),
         note="The row both_halves=True is not the released code's direction: version 0.2 decoded the other "
         "half of classifier-free guidance from the sample's own latent, the released code from a second one.",
     ),
-    Artefact("14_shortcuts", "Faster guidance{where}", "shortcuts", against(GUIDED)),
+    Artefact("14_shortcuts", "Faster guidance{where}", "shortcuts", statistics.against(GUIDED)),
     Artefact(
         "14_shortcuts_fashion-mnist",
         "Faster guidance{where}, grey images",
         "shortcuts_fashion-mnist",
-        against(GUIDED),
+        statistics.against(GUIDED),
     ),
     Artefact("16_coresets", "Distilling against choosing real images{where}", "coresets", labellings=True),
     Artefact("21_influence", "Figure 1{where}", "fig01", figure=influence, all_networks=True, note=RDED_HARD),
@@ -156,12 +141,12 @@ ARTEFACTS = (
         statistics.early_stage_claims,
         figure=curves(("k", "influence_loss"), ("k", "top1")),
     ),
-    Artefact("26_sensitivity", "Figure 6{where}", "fig06", varied(guides=""), figure=SENSITIVITY),
+    Artefact("26_sensitivity", "Figure 6{where}", "fig06", statistics.varied(guides=""), figure=SENSITIVITY),
     Artefact(
         "26_sensitivity_minimax",
         "Figure 6{where}, Minimax backbone",
         "fig06_minimax",
-        varied(guides=""),
+        statistics.varied(guides=""),
         figure=SENSITIVITY,
     ),
 )
@@ -279,7 +264,6 @@ def draw(artefact: Artefact, data: Path, out: Path) -> None:
         whole.append(tables.rank_correlations(first, others))
     if artefact.all_networks:
         whole.append(tables.correlations_by(rows, others))
-    pairs = artefact.pairs(tables.top1(first))
     figure = artefact.figure(rows, whole_title) if artefact.all_networks else artefact.figure(first, title)
     plotting.keep(figure, str(out), artefact.name)
     small = one.scale == "small"
@@ -293,11 +277,7 @@ def draw(artefact: Artefact, data: Path, out: Path) -> None:
     if (notes := data / f"{artefact.source}.notes.md").is_file():
         heading = "What the compared methods' images are, and which settings are not their authors':"
         parts += [f"{heading}\n\n{notes.read_text()}"]
-    if pairs:
-        parts.append(
-            "Paired differences in top-1 (same noise):\n\n- "
-            + tables.verdict(tables.differences(tables.top1(first), pairs)).replace("\n", "\n- ")
-        )
+    parts += claims_tested(tables.top1(first), artefact.claims)
     if artefact.table is not None:
         paper = tables.reported(artefact.table)
         paper = paper[paper.ipc == str(one.ipc)] if str(one.ipc) in set(paper.ipc) else paper
@@ -315,6 +295,19 @@ def draw(artefact: Artefact, data: Path, out: Path) -> None:
     files.write(out / f"{artefact.name}.md", "\n\n".join(part.strip() for part in parts if part) + "\n")
 
 
+def claims_tested(accuracy: pd.DataFrame, claims: statistics.Claims, by: Sequence[str] = ()) -> list[str]:
+    """Of a page: the differences that its claims are about and how they are tested; nothing without any."""
+    shown = tables.differences(accuracy, claims, by)
+    if shown.empty:
+        return []
+    tested = (
+        f"Paired differences in top-1 (points, same noise) with 95 % intervals. The {len(shown)} lines are "
+        "one family: p by a two-sided paired t-test over generation seeds, then after Holm's correction; "
+        "gain and loss are said where that is below 0.05. The intervals are not widened for the family."
+    )
+    return [tested, results.markdown(shown, 1)]
+
+
 def draw_labellings(artefact: Artefact, data: Path, out: Path) -> None:
     """One figure and one page of sets with labels of several kinds, against the best choice of real images.
 
@@ -327,7 +320,6 @@ def draw_labellings(artefact: Artefact, data: Path, out: Path) -> None:
     best, one = statistics.best_coresets(validation), accuracy.iloc[0]
     title = f"{one.dataset}, IPC {one.ipc}, {one.network}, scale {one.scale}"
     plotting.keep(plotting.scores_by(accuracy, "protocol", title=title), str(out), artefact.name)
-    tested = tables.corrected(statistics.against_coresets(accuracy, best))
     trained = " and ".join(dict.fromkeys(accuracy.device))
     parts = [
         f"# {artefact.heading.format(where=' on the stand-in' if one.scale == 'small' else '')}",
@@ -337,9 +329,7 @@ def draw_labellings(artefact: Artefact, data: Path, out: Path) -> None:
         "The choices of real images on validation images, by which the best is named:",
         results.markdown(tables.cross_table(validation, "protocol"), 1),
         "\n".join(f"- {protocol}: {method}" for protocol, method in best.items()),
-        "Paired differences to the best choice in top-1 on test images, by a paired t-test with Holm's "
-        "correction over all lines:",
-        results.markdown(tested, {"mean": 1, "sd": 1, "p": 4, "p (Holm)": 4}),
+        *claims_tested(accuracy, statistics.against_coresets(best), by=("protocol",)),
     ]
     files.write(out / f"{artefact.name}.md", "\n\n".join(part.strip() for part in parts) + "\n")
 

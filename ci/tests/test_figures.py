@@ -111,7 +111,7 @@ def test_the_readme_shows_the_quickstart_s_page():
     page = (make_figures.HERE / "quickstart.md").read_text()
     parts = page.split("\n\n")
     assert parts[2].startswith("| method") and parts[2] in readme
-    assert parts[4].startswith("- DiT-IGD") and parts[4].strip() in readme
+    assert parts[4].startswith("| difference") and parts[4].strip() in readme
 
 
 @pytest.mark.parametrize(

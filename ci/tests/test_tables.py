@@ -28,27 +28,32 @@ def rows(small_loads):
     )
 
 
-def test_verdict_is_a_paired_t_test(rows):
-    """Differences 10, 9, 10, 11: mean 10, sd 0.82, t = 24.5 with 3 degrees of freedom, above 3.18."""
-    found = tables.differences(rows, [("DiT-IGD", "DiT"), ("DiT", "DiT-IGD")])
-    first, second = tables.verdict(found).splitlines()
-    assert first == "DiT-IGD - DiT: +10.0 points, sd 0.8 over n = 4 pairs: gain" and second.endswith("loss")
+def guided(rows):
+    """The claim that guidance gains."""
+    return [("DiT-IGD", "DiT")]
+
+
+def test_a_difference_is_shown_with_its_interval_and_p(rows):
+    """Differences 10, 9, 10, 11: mean 10, sd 0.816, t = 24.5 with 3 degrees of freedom; half-width 1.299."""
+    (shown,) = tables.differences(rows, guided).to_dict("records")
+    assert shown == {
+        "difference": "DiT-IGD - DiT", "mean [95 %]": "+10.0 [+8.7, +11.3]", "n": 4,
+        "p (paired t)": "0.0001", "p (Holm)": "0.0001", "verdict": "gain",
+    }  # fmt: skip
+    (shown,) = tables.differences(rows, lambda _: [("DiT", "DiT-IGD")], digits=2).to_dict("records")
+    assert shown["mean [95 %]"] == "-10.00 [-11.30, -8.70]" and shown["verdict"] == "loss"
     # Two pairs need t > 12.7: differences 10 and 9 have t = 19, differences 10 and 6 have t = 4.
-    two = tables.differences(rows[rows.seed < 2], [("DiT-IGD", "DiT")])
-    assert tables.verdict(two).endswith("gain")
+    assert tables.differences(rows[rows.seed < 2], guided).verdict.tolist() == ["gain"]
     wider = rows.assign(value=rows.value.where((rows.seed != 1) | (rows.method != "DiT"), 55.0))
-    two = tables.differences(wider[wider.seed < 2], [("DiT-IGD", "DiT")])
-    assert tables.verdict(two).endswith("no clear difference")
-    one = tables.differences(rows[rows.seed == 0], [("DiT-IGD", "DiT")])
-    assert tables.verdict(one).endswith("no clear difference")
+    assert tables.differences(wider[wider.seed < 2], guided).verdict.tolist() == ["no clear difference"]
+    assert tables.differences(rows[rows.seed == 0], guided).verdict.tolist() == ["no clear difference"]
 
 
-def test_verdicts_one_network_after_the_other(rows):
-    other = rows.assign(network="resnet18", value=rows.value.where(rows.method != "DiT-IGD", 40.0))
-    found = tables.verdicts(pd.concat([rows.assign(network="convnet3"), other]), [("DiT-IGD", "DiT")])
-    first, second = found.split("\n\n")
-    assert first.startswith("network convnet3\n") and first.endswith("gain")
-    assert second.startswith("network resnet18\n") and second.endswith("loss")
+def test_a_very_small_p_is_not_shown_as_nought(rows):
+    close = rows.assign(value=rows.value.where(rows.method != "DiT-IGD", 60.0)).assign(
+        value=lambda own: own.value.where(own.method != "DiT", 50.0 + 0.001 * own.seed)
+    )
+    assert tables.differences(close, guided)["p (paired t)"].tolist() == ["< 0.0001"]
 
 
 def test_crossing_methods_with_networks(rows):
@@ -124,7 +129,7 @@ def test_one_seed_has_no_sd(rows):
         tables.wide_table(pd.concat([one, distance])),
         tables.cross_table(one),
         tables.metric_table(one, distance),
-        tables.differences(one, [("DiT-IGD", "DiT")]),
+        tables.differences(one, guided),
         tables.rank_correlations(one, distance),
         tables.beside_paper(one, tables.reported(2, ipc=10)),
     ]
@@ -135,8 +140,7 @@ def test_one_seed_has_no_sd(rows):
         1,
     ]
     assert tables.metric_table(one, distance)["FD over x"].tolist() == ["1.000", "1.000"]
-    found = tables.verdict(tables.differences(one, [("DiT-IGD", "DiT")]))
-    assert found == "DiT-IGD - DiT: +10.0 points, n = 1: no sd, no clear difference"
+    assert tables.differences(one, guided)["mean [95 %]"].tolist() == ["+10.0"]
 
 
 def test_figures_of_one_seed_say_so(rows):

@@ -1,8 +1,13 @@
-"""Statistics of result rows: paired differences between methods, and which of them a table claims."""
+"""Statistics of result rows: paired differences between methods, and which of them a table claims.
+
+Every page shows `differences`: effect, 95 % interval and n of each, and "gain" or "loss" only after a paired
+t-test with Holm's correction over the table's claims, which are one family. A claim is a pair of methods,
+decided on their fields.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -13,6 +18,9 @@ from igd_lib.analysis.results import check_alike, check_finite
 from igd_lib.baselines import coresets
 
 Pairs = list[tuple[str, str]]  # of methods' labels: the first minus the second
+Claims = Callable[[pd.DataFrame], Pairs]  # a table's, of the rows that it has
+LEVEL = 0.05  # of tests, after the correction
+UNCLEAR = "no clear difference"
 
 
 def paired(rows: pd.DataFrame, method: str, reference: str) -> pd.Series:
@@ -36,35 +44,52 @@ def paired(rows: pd.DataFrame, method: str, reference: str) -> pd.Series:
     return (ours - theirs.reindex(ours.index)).rename(name)
 
 
-def comparison(rows: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
-    """A row a pair: mean and sd of the paired difference, n, and its standard error."""
-    found = {f"{a} - {b}": paired(rows, a, b) for a, b in pairs}
-    return pd.DataFrame(
-        [
-            {
-                "difference": name,
-                "mean": d.mean(),
-                "sd": d.std(),
-                "n": len(d),
-                "standard error": d.std() / len(d) ** 0.5,
-            }
-            for name, d in found.items()
-        ]
-    )
+def differences(rows: pd.DataFrame, claims: Claims, by: Sequence[str] = ()) -> pd.DataFrame:
+    """The paired differences that a table makes claims about, which are one family of tests.
+
+    rows: of one metric. by: columns, such as "network", for whose values the claims are made in turn.
+    A line a claim: `by`, difference, mean, its two-sided 95 % interval `low` ... `high` and p by a paired
+    t-test over generation seeds, sd of the differences, n, p after Holm's correction over all lines, and a
+    verdict: a gain or a loss (of another metric than accuracy: higher or lower) where that p is below 5 %.
+    With one pair alone there is neither interval nor p; it counts in the family all the same.
+
+    Raises ValueError where pairs do not fit (`paired`).
+    """
+    groups = rows.groupby(list(by), sort=False) if by else [((), rows)]
+    lines = [
+        {**dict(zip(by, key, strict=True)), **_tested(paired(own, *pair))}
+        for key, own in groups
+        for pair in claims(own)
+    ]
+    found = pd.DataFrame(lines, columns=[*by, "difference", "mean", "low", "high", "sd", "n", "p"])
+    found["p (Holm)"] = holm(found.p)
+    words = ("gain", "loss") if rows.metric.str.startswith("top").all() else ("higher", "lower")
+    clear = np.where(found["mean"] > 0, *words)
+    return found.assign(verdict=np.where(found["p (Holm)"] < LEVEL, clear, UNCLEAR))
 
 
-# --- a family of tests: every method against the best choice of real images
+def _tested(found: pd.Series) -> dict[str, object]:
+    """Of paired differences: mean, 95 % interval, sd, n and p of the two-sided t-test; 1 if all are 0."""
+    n, mean, sd = len(found), found.mean(), found.std()
+    half = stats.t.ppf(1 - LEVEL / 2, n - 1) * sd / n**0.5 if n > 1 else np.nan
+    p = np.nan if n == 1 else 1.0 if (found == 0).all() else stats.ttest_1samp(found, 0.0).pvalue
+    interval = {"low": mean - half, "high": mean + half}
+    return {"difference": found.name, "mean": mean, **interval, "sd": sd, "n": n, "p": float(p)}
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's (1979) adjusted p-values of a family of tests, in their order.
+    """Holm's (1979) adjusted p-values of a family of tests, in their order; one that is missing stays so.
 
     The smallest of m is multiplied by m, the next by m - 1 and so on, none below the one before, at most 1.
+    m counts the missing ones too.
     """
     values = np.asarray(p, dtype=float)
-    order = values.argsort(kind="stable")
+    order = values.argsort(kind="stable")  # missing ones last
     raised = np.maximum.accumulate((len(values) - np.arange(len(values))) * values[order]).clip(max=1.0)
     return raised[order.argsort()].tolist()
+
+
+# --- which differences a table's claims are about, as far as its rows have the methods: decided on fields
 
 
 def best_coresets(rows: pd.DataFrame) -> dict[str, str]:
@@ -80,31 +105,19 @@ def best_coresets(rows: pd.DataFrame) -> dict[str, str]:
     return dict(zip(best.protocol, best.method, strict=True))
 
 
-def against_coresets(rows: pd.DataFrame, best: Mapping[str, str]) -> pd.DataFrame:
-    """Every method that does not choose real images against the best that does, with labels of each kind.
+def against_coresets(best: Mapping[str, str]) -> Claims:
+    """Every method that does not choose real images against the protocol's best that does."""
 
-    A line a difference: protocol, means, n as in `comparison`, p of a paired t-test, and p after Holm's
-    correction over all lines, which are one family; p is missing where a method has one seed alone.
-    """
-    parts = []
-    for protocol, real in best.items():
-        own = rows[rows.protocol == protocol]
-        others = own[~own.family.isin(coresets.NAMES)].method.drop_duplicates()
-        pairs = [(method, real) for method in others]
-        tested = [_paired_p(paired(own, *pair)) for pair in pairs]
-        parts.append(comparison(own, pairs).assign(p=tested, protocol=protocol))
-    found = pd.concat(parts, ignore_index=True)
-    return found.assign(**{"p (Holm)": holm(found.p) if found.p.notna().all() else np.nan})
+    def claims(rows: pd.DataFrame) -> Pairs:
+        others = rows[~rows.family.isin(coresets.NAMES)]
+        return [(method, best[protocol]) for protocol, method in _each(others, "protocol", "method")]
+
+    return claims
 
 
-def _paired_p(differences: pd.Series) -> float:
-    """Two-sided p of a paired t-test; 1 where nothing differs at all."""
-    if len(differences) > 1 and (differences == 0).all():
-        return 1.0
-    return float(stats.ttest_1samp(differences, 0.0).pvalue) if len(differences) > 1 else float("nan")
-
-
-# --- which differences a table's claims are about, as far as its rows have the methods: decided on fields
+def _each(rows: pd.DataFrame, *columns: str) -> list[tuple[str, ...]]:
+    """The different values of some columns, in order of appearance."""
+    return list(rows[list(columns)].drop_duplicates().itertuples(index=False, name=None))
 
 
 def find(rows: pd.DataFrame, **wanted: object) -> str | None:
@@ -212,20 +225,27 @@ def solver_claims(rows: pd.DataFrame) -> Pairs:
     return _known(pairs)
 
 
-def against(rows: pd.DataFrame, reference: dict[str, object], **only: object) -> Pairs:
+def against(reference: dict[str, object], **only: object) -> Claims:
     """Every other method, or those with `only`'s fields, against the one with `reference`'s fields."""
-    first = find(rows, **reference)
-    table = results.methods(rows)
-    for field, value in only.items():
-        table = table[table[field] == value]
-    return _known([(label, first) for label in table.index if label != first])
+
+    def claims(rows: pd.DataFrame) -> Pairs:
+        first, table = find(rows, **reference), results.methods(rows)
+        for field, value in only.items():
+            table = table[table[field] == value]
+        return _known([(label, first) for label in table.index if label != first])
+
+    return claims
 
 
-def varied(rows: pd.DataFrame, **reference: object) -> Pairs:
+def varied(**reference: object) -> Claims:
     """Every method that varies something against the first other one whose fields are as in `reference`."""
-    table = results.methods(rows)
-    first = find(rows, family="sampled", varies="", **reference)
-    return _known([(label, first) for label in table[table.varies != ""].index])
+
+    def claims(rows: pd.DataFrame) -> Pairs:
+        table = results.methods(rows)
+        first = find(rows, family="sampled", varies="", **reference)
+        return _known([(label, first) for label in table[table.varies != ""].index])
+
+    return claims
 
 
 def influence_claims(rows: pd.DataFrame) -> Pairs:

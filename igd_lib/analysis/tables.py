@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 from scipy import stats
 
@@ -141,46 +140,22 @@ def correlations_by(rows: pd.DataFrame, distances: pd.DataFrame, by: str = "netw
     return pd.concat(parts, ignore_index=True)
 
 
-def differences(rows: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
-    """Paired differences between methods, rounded for showing; one pair has no sd and no standard error."""
-    return _without_nan(statistics.comparison(rows, pairs).round(4), "sd", "standard error")
-
-
-def verdict(table: pd.DataFrame) -> str:
-    """Each difference in words: a gain or loss by a paired t-test at 5 %, else no clear difference."""
-    lines = []
-    for entry in table.itertuples():
-        if entry.n == 1:
-            lines.append(f"{entry.difference}: {entry.mean:+.1f} points, n = 1: no sd, no clear difference")
-            continue
-        error = entry.sd / entry.n**0.5
-        clear = abs(entry.mean) > stats.t.ppf(0.975, entry.n - 1) * error
-        word = ("gain" if entry.mean > 0 else "loss") if clear else "no clear difference"
-        lines.append(
-            f"{entry.difference}: {entry.mean:+.1f} points, sd {entry.sd:.1f} over n = {entry.n} pairs: "
-            f"{word}"
-        )
-    return "\n".join(lines)
-
-
-def corrected(table: pd.DataFrame, digits: int = 1) -> pd.DataFrame:
-    """`statistics.against_coresets`, rounded for showing, each line with its verdict after Holm at 5 %."""
-    clear = table["p (Holm)"] < 0.05
-    words = np.where(table["mean"] > 0, "gain", "loss")
-    shown = table[["protocol", "difference", "mean", "sd", "n"]].round({"mean": digits, "sd": digits})
-    shown["p"], shown["p (Holm)"] = table.p.round(4), table["p (Holm)"].round(4)
-    shown["verdict"] = np.where(clear, words, "no clear difference")
-    return _without_nan(shown, "sd", "p", "p (Holm)")
-
-
-def verdicts(rows: pd.DataFrame, pairs: Sequence[tuple[str, str]], by: str = "network") -> str:
-    """`verdict` on top-1 for every value of a column in turn."""
-    found = top1(rows)
-    parts = [
-        f"{by} {value}\n" + verdict(differences(found[found[by] == value], pairs))
-        for value in dict.fromkeys(found[by])
+def differences(
+    rows: pd.DataFrame, claims: statistics.Claims, by: Sequence[str] = (), digits: int = 1
+) -> pd.DataFrame:
+    """`statistics.differences` for showing: effect with its 95 % interval, n, p by paired t, p after Holm."""
+    found = statistics.differences(rows, claims, by)
+    shown = found[[*by, "difference"]].copy()
+    shown["mean [95 %]"] = [
+        f"{mean:+.{digits}f}"
+        if pd.isna(low)
+        else f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+        for mean, low, high in zip(found["mean"], found.low, found.high, strict=True)
     ]
-    return "\n\n".join(parts)
+    shown["n"] = found.n
+    for column, name in (("p", "p (paired t)"), ("p (Holm)", "p (Holm)")):
+        shown[name] = ["" if pd.isna(p) else "< 0.0001" if p < 1e-4 else f"{p:.4f}" for p in found[column]]
+    return shown.assign(verdict=found.verdict)
 
 
 def reported(table: int, **cells: object) -> pd.DataFrame:
