@@ -39,8 +39,8 @@ lab: setup  ## the notebooks in JupyterLab
 figures: setup  ## figures and tables from the saved results in paper_figures/data
 	@$(PYTHON) paper_figures/make_figures.py
 
-reproduce-small: setup  ## every notebook at scale "small", then figures and tables (hours; goes on where it was stopped)
-	@$(PYTHON) ci/reproduce_small.py
+reproduce-small: setup  ## every notebook at scale "small", then figures, tables and pages (hours; goes on where it was stopped)
+	@$(PYTHON) -m ci.reproduce_small
 
 soak: setup  ## a 200-image run killed at ten random moments, and what is left of it
 	@OMP_NUM_THREADS=1 IGD_SOAK=1 $(PYTHON) -m pytest -q ci/tests/test_distill.py -k killed_at_random

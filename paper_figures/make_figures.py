@@ -58,6 +58,7 @@ class Artefact:
     claims: statistics.Claims = statistics.table_claims  # whose differences are shown
     table: int | None = None  # of the paper, to be shown beside
     figure: Callable[[pd.DataFrame, str], Figure] = scores
+    kept: str = "accuracy"  # what the notebook calls that figure
     all_networks: bool = False  # whether the figure shows them all
     correlations: bool = False  # of every metric with accuracy
     labellings: bool = False  # whether networks are trained with labels of several kinds
@@ -110,6 +111,7 @@ ARTEFACTS = (
         "table11",
         statistics.against(statistics.PLAIN_DIT),
         figure=against_accuracy,
+        kept="distances",
         correlations=True,
         note=RDED_HARD,
     ),
@@ -122,6 +124,7 @@ ARTEFACTS = (
         "paper_vs_code",
         statistics.against(GUIDED, varies="fidelity"),
         figure=curves(("cfg", "top1")),
+        kept="by_cfg",
         note="The row both_halves=True is not the released code's direction: version 0.2 decoded the other "
         "half of classifier-free guidance from the sample's own latent, the released code from a second one.",
     ),
@@ -133,21 +136,38 @@ ARTEFACTS = (
         statistics.against(GUIDED),
     ),
     Artefact("16_coresets", "Distilling against choosing real images{where}", "coresets", labellings=True),
-    Artefact("21_influence", "Figure 1{where}", "fig01", figure=influence, all_networks=True, note=RDED_HARD),
+    Artefact(
+        "21_influence",
+        "Figure 1{where}",
+        "fig01",
+        figure=influence,
+        kept="influence",
+        all_networks=True,
+        note=RDED_HARD,
+    ),
     Artefact(
         "22_early_stage",
         "Figure 2{where}",
         "fig02",
         statistics.early_stage_claims,
         figure=curves(("k", "influence_loss"), ("k", "top1")),
+        kept="early_stage",
     ),
-    Artefact("26_sensitivity", "Figure 6{where}", "fig06", statistics.varied(guides=""), figure=SENSITIVITY),
+    Artefact(
+        "26_sensitivity",
+        "Figure 6{where}",
+        "fig06",
+        statistics.varied(guides=""),
+        figure=SENSITIVITY,
+        kept="sensitivity",
+    ),
     Artefact(
         "26_sensitivity_minimax",
         "Figure 6{where}, Minimax backbone",
         "fig06_minimax",
         statistics.varied(guides=""),
         figure=SENSITIVITY,
+        kept="sensitivity",
     ),
 )
 
@@ -177,15 +197,40 @@ def overview(source: Path) -> Figure:
     )
 
 
-PICTURES: tuple[tuple[str, str, Callable[[Path], Figure]], ...] = (  # of data/SOURCE.*, as NAME, drawn by
-    ("00_quickstart", "quickstart_gallery", pictures),
-    ("22_early_stage", "fig02_examples", pictures),
-    ("23_tsne", "fig03", places),
-    ("24_same_noise", "fig04", pictures),
-    ("25_overview", "fig05", overview),
-    ("27_gallery", "fig07", pictures),
-    ("27_gallery_minimax", "fig08", pictures),
+def similarity(source: Path) -> Figure:
+    table = pd.read_csv(source.with_suffix(".similarity.csv"))
+    curves = {
+        name: own.similarity.fillna(-np.inf).tolist() for name, own in table.groupby("rule", sort=False)
+    }
+    epochs = table.epoch[table.rule == table.rule.iloc[0]].tolist()
+    return plotting.similarities(epochs, curves, threshold=float(table.threshold.iloc[0]))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a notebook drew of something else than rows, drawn again from the tables and images it saved."""
+
+    source: str  # data/SOURCE.*
+    kept: str  # what the notebook calls it
+    name: str  # NAME.png, .svg, .pdf
+    figure: Callable[[Path], Figure] = pictures
+
+
+PICTURES = (
+    Picture("00_quickstart", "gallery_classes", "quickstart_gallery"),
+    Picture("02_checkpoints", "similarity", "similarity", similarity),
+    Picture("22_early_stage", "examples", "fig02_examples"),
+    Picture("23_tsne", "tsne", "fig03", places),
+    Picture("24_same_noise", "same_noise", "fig04"),
+    Picture("25_overview", "overview", "fig05", overview),
+    Picture("27_gallery", "gallery_{config.backbone}", "fig07"),
+    Picture("27_gallery_minimax", "gallery_{config.backbone}", "fig08"),
 )
+
+
+def drawn(source: str) -> dict[str, str]:
+    """The names of what is drawn here of a run, by the names that its notebook keeps its figures under."""
+    return {one.kept: one.name for one in (*ARTEFACTS, *PICTURES) if one.source == source}
 
 
 def take_over(folders: Sequence[Path], base: Path) -> None:
@@ -364,12 +409,12 @@ def draw_all(base: Path, out: Path) -> dict[str, dict[str, str]]:
     names = [f"{artefact.name}.{kind}" for artefact in there for kind in ("md", "svg")]
     for artefact in there:
         (draw_labellings if artefact.labellings else draw)(artefact, data, out)
-    for source, name, figure in PICTURES:
-        own = sorted(data.glob(f"{source}.*.*"))
+    for picture in PICTURES:
+        own = sorted(data.glob(f"{picture.source}.*.*"))
         if own:
-            own += [path for path in [data / f"{source}.csv"] if path.is_file()]
-            plotting.keep(figure(data / source), str(out), name)
-            inputs, names = inputs | set(own), [*names, f"{name}.svg"]
+            own += [path for path in [data / f"{picture.source}.csv"] if path.is_file()]
+            plotting.keep(picture.figure(data / picture.source), str(out), picture.name)
+            inputs, names = inputs | set(own), [*names, f"{picture.name}.svg"]
     bench = data / "bench.json"
     if bench.is_file():
         plotting.keep(speed.figure(json.loads(bench.read_text())), str(out), "bench")

@@ -47,6 +47,15 @@ COLOURS = {
     "DiT + G_I throughout": "#E69F00",
     "DiT + G_D": "#009E73",
     "DiT-IGD": "#D55E00",
+    "DiT + classifier loss": "#B2182B",
+    "DiT + MGD3": "#1B9E77",
+    "DiT + MGD3 (nearest)": "#66C2A5",
+    "DiT + MGD3 (random)": "#A6CEE3",
+    "DiT + MGD3 (pooled)": "#1F78B4",
+    "DiT + MGD3 (shuffled)": "#BEBADA",
+    "DiT + MGD3 (algorithm)": "#7570B3",
+    "DiT + MGD3 + G_D": "#E7298A",
+    "DiT + OT": "#A6761D",
     "Minimax": "#332288",
     "Minimax + G_I": "#AA4499",
     "Minimax + G_D": "#117733",
@@ -74,6 +83,15 @@ MARKERS = {
     "DiT + G_I throughout": "X",
     "DiT + G_D": "^",
     "DiT-IGD": "*",
+    "DiT + classifier loss": "<",
+    "DiT + MGD3": "s",
+    "DiT + MGD3 (nearest)": "p",
+    "DiT + MGD3 (random)": "d",
+    "DiT + MGD3 (pooled)": "h",
+    "DiT + MGD3 (shuffled)": "x",
+    "DiT + MGD3 (algorithm)": "8",
+    "DiT + MGD3 + G_D": "P",
+    "DiT + OT": ">",
     "RDED": "P",
     "Minimax": "o",
     "Minimax + G_I": "v",
@@ -428,6 +446,22 @@ def gallery(
         )
     figure.suptitle(title)
     return figure
+
+
+def curve_table(
+    epochs: Sequence[float], curves: Mapping[str, Sequence[float]], threshold: float
+) -> pd.DataFrame:
+    """What `similarities` draws as a table: rule, epoch, similarity (empty at epoch 0), threshold."""
+    return pd.DataFrame(
+        {
+            "rule": name,
+            "epoch": epoch,
+            "similarity": value if np.isfinite(value) else np.nan,
+            "threshold": threshold,
+        }
+        for name, values in curves.items()
+        for epoch, value in zip(epochs, values, strict=True)
+    )
 
 
 def similarities(
