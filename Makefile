@@ -36,8 +36,9 @@ lint: setup  ## ruff, types, storeys
 lab: setup  ## the notebooks in JupyterLab
 	@$(PYTHON) -m jupyter lab notebooks
 
-figures: setup  ## figures and tables from the saved results in paper_figures/data
+figures: setup  ## figures, tables and the texts' numbers from the saved results in paper_figures/data
 	@$(PYTHON) paper_figures/make_figures.py
+	@$(PYTHON) paper_figures/make_texts.py
 
 reproduce-small: setup  ## every notebook at scale "small", then figures, tables and pages (hours; goes on where it was stopped)
 	@$(PYTHON) -m ci.reproduce_small

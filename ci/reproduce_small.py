@@ -188,10 +188,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def draw(base: Path, done: list[Run]) -> None:
-    """Figures, tables and pages of the runs that ended well."""
+    """Figures, tables and pages of the runs that ended well, and the texts' numbers."""
     scripts = {
         "make_figures.py": [str(base / run.name) for run in done],
         "make_pages.py": [str(base / f"{run.name}.ipynb") for run in done],
+        "make_texts.py": [],
     }
     for script, arguments in scripts.items():
         subprocess.run([sys.executable, str(ROOT / "paper_figures" / script), *arguments], check=True)

@@ -106,14 +106,6 @@ def test_rows_of_the_paper_s_scale_are_drawn_into_a_folder_of_their_own(copy, sa
     assert "81.0 ± 0.7" in line and f"{mean:.1f} ± " in line and f"{mean - 81.0:+.1f}" in line
 
 
-def test_the_readme_shows_the_quickstart_s_page():
-    readme = (make_figures.HERE.parent / "README.md").read_text()
-    page = (make_figures.HERE / "quickstart.md").read_text()
-    parts = page.split("\n\n")
-    assert parts[2].startswith("| method") and parts[2] in readme
-    assert parts[4].startswith("| difference") and parts[4].strip() in readme
-
-
 @pytest.mark.parametrize(
     ("means", "below"),
     [

@@ -1,0 +1,149 @@
+"""Fills in the numbers of README.md and FINDINGS.md from the saved results, so that none is typed by hand.
+
+`python paper_figures/make_texts.py` rewrites what is between `<!--= WHAT -->` and `<!--/-->`, which nobody
+sees on the page; `--check` names what would change. WHAT is one of
+
+    difference RUN; A - B        the paired difference in top-1, its 95 % interval, n and verdict
+    mean RUN; METHOD             top-1 mean ± sd and n
+    table PAGE; COUNT            a table of the page paper_figures/PAGE.md, the first being 1
+    minutes RUN                  of one core, from an empty cache in the order of all runs
+    cell FILE; LINE; COLUMN      of paper_figures/data/FILE.csv, the line by its first column
+
+with `; metric=influence_loss`, `; network=convnet4`, `; protocol=...` and `; show=mean` (or interval, n,
+verdict) behind it. A difference is one of its table's claims, its verdict after Holm's correction over them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from ci import reproduction_log
+from igd_lib.analysis import results, statistics
+from igd_lib.tools import files
+from igd_lib.tools.version import PROJECT
+from paper_figures import make_figures
+
+TEXTS = ("README.md", "FINDINGS.md")
+DATA = Path(__file__).parent / "data"
+MARK = re.compile(r"<!--= (?P<what>.+?) -->(?P<shown>.*?)<!--/-->", re.DOTALL)
+DIGITS = {"top1": 1}  # of other metrics three
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, name what is stale")
+    given, stale = parser.parse_args(argv), []
+    for name in TEXTS:
+        text = (PROJECT / name).read_text()
+        filled = fill(text)
+        stale += [f"{name}: {what}" for what in changed(text, filled)]
+        if not given.check:
+            files.write(PROJECT / name, filled)
+    print("\n".join(stale) or "all numbers are those of the saved results")
+    return int(bool(stale and given.check))
+
+
+def fill(text: str) -> str:
+    """The text with every number as the results have it. Raises ValueError for what they do not have."""
+    return MARK.sub(lambda mark: f"<!--= {mark['what']} -->{value(mark['what'])}<!--/-->", text)
+
+
+def changed(text: str, filled: str) -> list[str]:
+    """Which marks of a text would show something else."""
+    pairs = zip(MARK.finditer(text), MARK.finditer(filled), strict=True)
+    return [
+        f"{one['what']}: {one['shown']!r}, now {other['shown']!r}"
+        for one, other in pairs
+        if one[0] != other[0]
+    ]
+
+
+def value(what: str) -> str:
+    """What a mark shows."""
+    kind, _, rest = what.partition(" ")
+    parts = [part.strip() for part in rest.split(";")]
+    options = dict(part.split("=", 1) for part in parts if re.match(r"^\w+=", part))
+    plain = [part for part in parts if not re.match(r"^\w+=", part)]
+    if kind not in KINDS:
+        raise ValueError(f"a mark is one of {', '.join(KINDS)}, got {what!r}")
+    try:
+        return KINDS[kind](*plain, **options)
+    except (KeyError, IndexError, StopIteration, TypeError, FileNotFoundError) as error:
+        raise ValueError(f"no such result: {what!r} ({error!r})") from error
+
+
+def _difference(run: str, pair: str, show: str = "", metric: str = "top1", **where: str) -> str:
+    table = _differences(run, metric, tuple(sorted(where.items())))
+    line = table[table.difference == pair].iloc[0]
+    digits = DIGITS.get(metric, 3)
+    mean = f"{line['mean']:+.{digits}f}"
+    interval = "" if pd.isna(line.low) else f"[{line.low:+.{digits}f}, {line.high:+.{digits}f}]"
+    words = {"mean": mean, "interval": interval, "n": str(line.n), "verdict": line.verdict}
+    return words[show] if show else f"{mean} {interval}, n = {line.n}, {line.verdict}"
+
+
+@cache
+def _differences(run: str, metric: str, where: tuple[tuple[str, str], ...]) -> pd.DataFrame:
+    """The claims of a run's table, for the network that its page shows unless another is named."""
+    artefact = next(one for one in make_figures.ARTEFACTS if one.source == run)
+    return statistics.differences(_rows(run, metric, where), artefact.claims)
+
+
+def _mean(run: str, method: str, show: str = "", metric: str = "top1", **where: str) -> str:
+    rows = _rows(run, metric, tuple(sorted(where.items())))
+    line = results.summary(rows[rows.method == method]).iloc[0]
+    digits = DIGITS.get(metric, 3)
+    mean, sd = f"{line['mean']:.{digits}f}", f"{line.sd:.{digits}f}"
+    words = {"mean": mean, "sd": sd, "n": str(line.n)}
+    return words[show] if show else f"{mean} ± {sd} (n = {line.n})"
+
+
+@cache
+def _rows(run: str, metric: str, where: tuple[tuple[str, str], ...]) -> pd.DataFrame:
+    rows = results.load(DATA / f"{run}.csv")
+    rows = make_figures.in_order(rows[rows.metric == metric])
+    asked = dict(where)
+    if "network" not in asked:
+        asked["network"] = rows.network.iloc[0]
+    for column, wanted in asked.items():
+        rows = rows[rows[column] == wanted]
+    return rows
+
+
+def _table(page: str, count: str) -> str:
+    parts = (PROJECT / "paper_figures" / f"{page}.md").read_text().split("\n\n")
+    tables = [part.strip() for part in parts if part.startswith("|")]
+    return f"\n{tables[int(count) - 1]}\n"
+
+
+def _minutes(run: str) -> str:
+    log = reproduction_log.summed(reproduction_log.read(DATA / "reproduction.csv")).set_index("run")
+    return f"{log.loc[run, 'in all']:.0f}" if run in log.index else "not recorded"
+
+
+def _cell(file: str, line: str, column: str) -> str:
+    table = pd.read_csv(DATA / f"{file}.csv", dtype=str, keep_default_na=False)
+    return str(table.set_index(table.columns[0]).loc[line, column])
+
+
+KINDS: dict[str, Callable[..., str]] = {
+    "difference": _difference,
+    "mean": _mean,
+    "table": _table,
+    "minutes": _minutes,
+    "cell": _cell,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
