@@ -17,6 +17,7 @@ from igd_lib.experiment.comparisons import (
     ablation,
     baselines,
     by_cfg,
+    cfg_scales,
     comparison,
     early_stage,
     flipped,
@@ -259,6 +260,7 @@ def test_methods_of_the_tables(small):
     assert dpm.label == "DiT-IGD, DPM-Solver++ 20"
     settings = (dpm.fidelity.solver, dpm.num_steps, dpm.guidance.guided_range)
     assert settings == ("dpmsolver++", 20, (12, 18))
+    assert cfg_scales("1,1.5, 4") == cfg_scales("1,1.5") == [4.0, 1.0, 1.5]
     assert labels(by_cfg(small, (1.0, 4.0))) == [
         f"{kind}, cfg {cfg}" for kind in ("DiT", "DiT + G_D", "DiT-IGD") for cfg in (1, 4)
     ]

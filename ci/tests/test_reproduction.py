@@ -51,6 +51,14 @@ def test_every_notebook_is_run_and_some_twice():
         assert parameters[name]["seeds"] == "10"
 
 
+def test_every_run_s_parameters_are_its_notebook_s():
+    for run in reproduce_small.runs([]):
+        notebook = json.loads((reproduce_small.ROOT / "notebooks" / f"{run.notebook}.ipynb").read_text())
+        cells = [c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", [])]
+        names = {line.split(":")[0] for line in cells[0]["source"]}
+        assert set(run.parameters) <= names, run
+
+
 def test_the_plan_names_minutes_where_they_were_recorded(monkeypatch, tmp_path):
     log = tmp_path / "reproduction.csv"
     (tmp_path / "run.ipynb").write_text(json.dumps(RUN))

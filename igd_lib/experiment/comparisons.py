@@ -14,7 +14,7 @@ from igd_lib.guides import Shortcuts
 from igd_lib.sampling import FAST
 
 THRESHOLDS = (0.6, 0.7, 0.8)  # of Algorithm 2, in Table 6
-CFGS = (4.0, 1.0, 1.5, 2.0, 3.0)
+CFGS = "1,1.5,2,3,4"  # of the controls of 13_paper_vs_code
 
 
 def comparison(experiment: Outline) -> list[Method]:
@@ -295,6 +295,12 @@ def disputed(experiment: Outline, backbone: str) -> list[Method]:
     released = replace(experiment.scale.fidelity, second_chain=True)
     row = replace(guided, fidelity=released, change="second_chain=True", varies=("fidelity",))
     return [plain, guided, row]
+
+
+def cfg_scales(text: str) -> list[float]:
+    """The cfg scales of a text like "1,1.5,4"; the rows' own, 4, is among them and first."""
+    own = Method().cfg_scale
+    return [own, *(cfg for cfg in map(float, text.split(",")) if cfg != own)]
 
 
 def by_cfg(experiment: Outline, cfgs: Sequence[float], backbone: str = "dit") -> list[Method]:

@@ -20,6 +20,7 @@ class Options:
     surrogates: str = AUTO
     ks: str = AUTO
     gammas: str = AUTO
+    cfgs: str = AUTO
 
 
 @dataclass(frozen=True)
