@@ -9,9 +9,10 @@ DD-Ranking needs numpy below 2, so an environment of its own, without igd_lib (a
 
 EXPORT: a folder from `DistilledSet.export`. "rded" goes in as `image_path`, "safetensors" as `image_tensor`
 and `hard_labels`, "imagefolder" as `image_path` if its sorted folders are in label order, which is how
-DD-Ranking reads them. DATA: Fashion-MNIST's four files, or `train` and `val` (or `test`) with one folder
-a class. The defaults are DD-Ranking's; the score needs them. For a look on a laptop, cut the training:
---epochs 20 --runs 1 --batch-size 20 --real-images 100 --test-images 100 --device cpu.
+DD-Ranking reads them. DATA: Fashion-MNIST's four files, CIFAR-10's six of the binary version, or `train` and
+`val` (or `test`) with one folder a class. --csv FILE adds a line with settings and scores to a table. The
+defaults are DD-Ranking's; the score needs them. For a look on a laptop, cut the training: --epochs 20 --runs 1
+--batch-size 20 --real-images 100 --test-images 100 --device cpu.
 
 What 0.2.0 lacks is replaced here and nothing else: it knows only its own data sets (`get_dataset`; real data
 is trained as it trains CIFAR-10), and after all training it cannot save its score, as it appends each one
@@ -22,6 +23,7 @@ fractions; both are printed. Its seeds are the time of day: no two runs are alik
 from __future__ import annotations
 
 import argparse
+import csv
 import gzip
 import json
 import math
@@ -40,6 +42,7 @@ from torch import Tensor
 from torchvision import transforms
 
 IDX = {"train": "train", "test": "t10k"}
+CIFAR = {"train": [f"data_batch_{n}.bin" for n in range(1, 6)], "test": ["test_batch.bin"]}
 
 
 def real_images(
@@ -49,38 +52,48 @@ def real_images(
     each class, all with None.
     """
     if (folder / f"{IDX[split]}-labels-idx1-ubyte.gz").is_file():
-        labels, pixels = (
-            np.frombuffer(
-                gzip.decompress((folder / f"{IDX[split]}-{name}-ubyte.gz").read_bytes()),
-                np.uint8,
-                offset=offset,
-            ).copy()
-            for name, offset in (("labels-idx1", 8), ("images-idx3", 16))
-        )
-        chosen = np.concatenate([np.flatnonzero(labels == label)[:count] for label in range(len(classes))])
-        padded = torch.nn.functional.pad(
-            torch.from_numpy(pixels.reshape(-1, 1, 28, 28)[chosen]), (2, 2, 2, 2)
-        )
-        return padded.expand(-1, 3, -1, -1) / 255, labels[chosen].tolist()
-    place = next(
-        (
-            folder / name
-            for name in ((split,) if split == "train" else ("val", "test"))
-            if (folder / name).is_dir()
-        ),
-        None,
+        labels, pixels = idx_images(folder, IDX[split])
+    elif (folder / CIFAR[split][0]).is_file():
+        records = [np.fromfile(folder / name, np.uint8).reshape(-1, 1 + 3072) for name in CIFAR[split]]
+        whole = np.concatenate(records)
+        labels, pixels = whole[:, 0], whole[:, 1:].reshape(-1, 3, 32, 32)
+    else:
+        return folder_images(folder, split, classes, size, count)
+    chosen = np.concatenate([np.flatnonzero(labels == label)[:count] for label in range(len(classes))])
+    return torch.from_numpy(pixels[chosen]).float() / 255, labels[chosen].tolist()
+
+
+def idx_images(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Fashion-MNIST's labels (N,) and pixels, padded to (N, 3, 32, 32) uint8."""
+    labels, pixels = (
+        np.frombuffer(
+            gzip.decompress((folder / f"{split}-{name}-ubyte.gz").read_bytes()), np.uint8, offset=offset
+        ).copy()
+        for name, offset in (("labels-idx1", 8), ("images-idx3", 16))
     )
+    padded = np.pad(pixels.reshape(-1, 1, 28, 28), ((0, 0), (0, 0), (2, 2), (2, 2)))
+    return labels, padded.repeat(3, axis=1)
+
+
+def folder_images(
+    folder: Path, split: str, classes: list[str], size: int, count: int | None
+) -> tuple[Tensor, list[int]]:
+    """The same of `train`, and of `val` or `test`, with one folder a class."""
+    names = (split,) if split == "train" else ("val", "test")
+    place = next((folder / name for name in names if (folder / name).is_dir()), None)
     if place is None:
-        raise SystemExit(f"{folder} has neither Fashion-MNIST's files nor a folder of {split} images")
+        raise SystemExit(
+            f"{folder} has neither Fashion-MNIST's nor CIFAR-10's files (binary version) nor a folder of "
+            f"{split} images"
+        )
     read = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor()])
     paths = [
         (path, label)
         for label, name in enumerate(classes)
         for path in sorted((place / name).iterdir())[:count]
     ]
-    return torch.stack([read(Image.open(path).convert("RGB")) for path, _ in paths]), [
-        label for _, label in paths
-    ]
+    images = torch.stack([read(Image.open(path).convert("RGB")) for path, _ in paths])
+    return images, [label for _, label in paths]
 
 
 class Score(LabelRobustScoreHard):
@@ -109,6 +122,8 @@ def main() -> None:
         help="a class, for the full-data network and the random sets; all by default",
     )
     parser.add_argument("--test-images", type=int, help="a class; all by default")
+    parser.add_argument("--name", default="", help="of the set, in the table")
+    parser.add_argument("--csv", type=Path)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     if options.epochs < 10:
@@ -195,6 +210,30 @@ def main() -> None:
         f"label-robust score: {documented:.4f} by its documentation (of the means), "
         f"{found['label_robust_score_mean']:.4f} as the package computes it"
     )
+    if options.csv is not None:
+        line = {
+            "set": options.name or options.export.name,
+            "real - distilled (points)": f"{found['hard_label_recovery_mean']:.1f}",
+            "distilled - random (points)": f"{found['improvement_over_random_mean']:.1f}",
+            "label-robust score": f"{documented:.3f}",
+            "data": f"{origin['dataset']}, IPC {origin['ipc']}",
+            "network": options.model,
+            "epochs": options.epochs,
+            "runs": options.runs,
+            "real images": len(train),
+            "test images": len(test),
+            "learning rate": options.lr or "best of five",
+        }
+        keep(options.csv, line)
+
+
+def keep(path: Path, line: dict[str, object]) -> None:
+    """Add a line to a table; another of the same set gives way."""
+    old = list(csv.DictReader(path.open())) if path.is_file() else []
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(line), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*(one for one in old if one["set"] != line["set"]), line])
 
 
 if __name__ == "__main__":
