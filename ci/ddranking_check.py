@@ -11,8 +11,8 @@ EXPORT: a folder from `DistilledSet.export`. "rded" goes in as `image_path`, "sa
 and `hard_labels`, "imagefolder" as `image_path` if its sorted folders are in label order, which is how
 DD-Ranking reads them. DATA: Fashion-MNIST's four files, CIFAR-10's six of the binary version, or `train` and
 `val` (or `test`) with one folder a class. --csv FILE adds a line with settings and scores to a table. The
-defaults are DD-Ranking's; the score needs them. For a look on a laptop, cut the training: --epochs 20 --runs 1
---batch-size 20 --real-images 100 --test-images 100 --device cpu.
+defaults are DD-Ranking's; the score needs them. For a look on a laptop, cut the training:
+--epochs 20 --runs 1 --batch-size 20 --real-images 100 --test-images 100 --device cpu.
 
 What 0.2.0 lacks is replaced here and nothing else: it knows only its own data sets (`get_dataset`; real data
 is trained as it trains CIFAR-10), and after all training it cannot save its score, as it appends each one
