@@ -53,7 +53,46 @@ def demo(scale: str, out: Path) -> None:
     """
     from igd_lib.experiment.demo import demo as run
 
-    run(scale, out)
+    try:
+        run(scale, out)
+    except (OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+@igd.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def notebooks(folder: Path) -> None:
+    """Copy the notebooks into FOLDER, to open them in JupyterLab; one that is there and differs is kept.
+
+    Example: igd notebooks ~/igd && jupyter lab ~/igd
+    """
+    from igd_lib.experiment.notebooks import copy_into
+
+    try:
+        click.echo("\n".join(copy_into(folder)))
+    except OSError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@igd.command()
+@click.argument("notebook")
+@click.option(
+    "-p", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="A parameter of the notebook."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="The executed notebook.  [default: NOTEBOOK.ipynb]"
+)
+def run(notebook: str, given: tuple[tuple[str, str], ...], out: Path | None) -> None:
+    """Execute NOTEBOOK, by its name, number or file, and print what it prints.
+
+    Example: igd run 03_imagenet1k -p ipc 50 -p scale small --out out.ipynb
+    """
+    from igd_lib.experiment.notebooks import execute
+
+    try:
+        click.echo(execute(notebook, dict(given), out))
+    except (OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
 
 
 @igd.command()

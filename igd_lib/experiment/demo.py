@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
 import pandas as pd
-import papermill
 
 from igd_lib.analysis.statistics import table_claims
 from igd_lib.analysis.tables import accuracy_table, differences, top1
 from igd_lib.data.images import load
+from igd_lib.experiment.notebooks import execute
 from igd_lib.experiment.scales import DEFAULTS, STAND_INS
-from igd_lib.tools.version import PROJECT
 
 
 def usable_stand_in(scale: str) -> str:
@@ -35,16 +33,7 @@ def demo(scale: str, out: Path) -> None:
     started = time.monotonic()
     stand_in = usable_stand_in(scale)
     print(f"Influence-guided diffusion on {stand_in}: about 6 minutes on 2 cores.", flush=True)
-    papermill.execute_notebook(
-        str(PROJECT / "notebooks" / "00_quickstart.ipynb"),
-        str(notebook),
-        {"scale": scale, "stand_in": stand_in, "save_to": str(pictures)},
-        kernel_name="python3",
-        extra_arguments=["--log-level=ERROR"],
-        progress_bar=False,
-        stdout_file=sys.stdout,
-        stderr_file=sys.stderr,
-    )
+    execute("00_quickstart", {"scale": scale, "stand_in": stand_in, "save_to": str(pictures)}, notebook)
     rows = pd.read_csv(pictures / "rows.csv", keep_default_na=False, dtype={"settings_hash": str})
     accuracy, influence = top1(rows), rows[rows.metric == "influence_loss"]
     first = accuracy.iloc[0]

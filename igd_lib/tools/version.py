@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import subprocess
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 
 VERSION = "0.3.0"
-PACKAGE = Path(__file__).parents[1]  # the folder igd_lib
-PROJECT = PACKAGE.parent  # of a checkout: with notebooks and paper_figures
+PACKAGE = Path(str(files("igd_lib")))
+# What is of the project and not of the library (notebooks, paper_figures): in a checkout beside the package,
+# in an installed one the part of it that the library reads.
+IS_CHECKOUT = (PACKAGE.parent / "pyproject.toml").is_file()
+PROJECT = PACKAGE.parent if IS_CHECKOUT else PACKAGE / "project"
 
 
 @cache
