@@ -135,6 +135,7 @@ class Wanted:
     def __post_init__(self) -> None:
         if self.ipc < 1:
             raise ValueError(f"ipc is at least 1, got {self.ipc}")
+        object.__setattr__(self, "sampling", self.sampling.for_set(self.ipc))
         self.sampling.check_images_of(self.data)
 
     @cached_property
@@ -231,6 +232,9 @@ def _fill(wanted: Wanted, path: Path, run: Division) -> DistilledSet:
 
     if not run.wait:
         out.check_free(labels)
+    for factory in wanted.sampling.others:  # with the models as they were given
+        if factory.prepare is not None:
+            factory.prepare([label for label in labels if out.lacking([label])])
     job = _Job(wanted, out.path, run.batch, run.most(wanted.sampling.remembers))
     with resumable(done):
         with files.locked(out.path, RUN, wait=True):

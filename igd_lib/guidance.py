@@ -31,14 +31,7 @@ def _by_parameter(
     model: nn.Module, state: dict[str, Tensor], images: Tensor, targets: Tensor
 ) -> list[Tensor]:
     """`sample_gradients` in pieces, (B, size) a parameter."""
-    if any(
-        isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in model.modules()
-    ):
-        raise ValueError(
-            "this surrogate normalises over the batch, so a sample has no gradient of its own; "
-            "use a network with instance, group or layer normalisation (all of the protocol's are), or "
-            "call .eval()"
-        )
+    check_samples_apart(model)
 
     def loss(parameters: dict[str, Tensor], own: Tensor, target: Tensor) -> Tensor:  # own: (K, 3, H, W)
         logits = functional_call(model, (parameters, buffers), (own,))
@@ -50,6 +43,18 @@ def _by_parameter(
     own = images if images.ndim == 5 else images[:, None]
     per_sample = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, own, targets)
     return [per_sample[name].flatten(1) for name in names]
+
+
+def check_samples_apart(model: nn.Module) -> None:
+    """Raise ValueError for a model whose answer to a sample depends on the others of its batch."""
+    if any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in model.modules()
+    ):
+        raise ValueError(
+            "this surrogate normalises over the batch, so a sample has no gradient of its own; "
+            "use a network with instance, group or layer normalisation (all of the protocol's are), or "
+            "call .eval()"
+        )
 
 
 def influence_loss(

@@ -1,7 +1,7 @@
 """What may steer a denoising step: the guides that `sample` asks at every step.
 
-A guide sees a `Step` and answers with an `Update`. The paper's two are `Influence` and `Deviation`; another
-paper's guidance is one more class here.
+A guide sees a `Step` and answers with an `Update`. The paper's two are `Influence` and `Deviation`; other
+papers' are in `other_guides`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ class Step:
     other: Tensor  # the second half of the batch after CFG
     other_variance: Tensor | None
     shared: bool = False  # whether another guide needs the graph through the transformer too
+    # the sd of the noise that the scheduler adds, (B, C, h, w) or (); None of one that adds none
+    sigma: Tensor | None = None
 
     def gradient(self, loss: Tensor, *, again: bool = False) -> Tensor:
         """The gradient by z of a loss (B,) from this step; `again`: another of its gradients follows."""
@@ -86,14 +88,20 @@ class Guide:
 class GuideFactory:
     """Makes a guide for each batch of a set, which may depend on class, image and those before it."""
 
-    # labels (B,), image numbers, earlier latents (M_b, C, h, w)
-    make: Callable[[Tensor, Sequence[int], Sequence[Tensor]], Guide]
+    # labels (B,), image numbers, earlier latents (M_b, C, h, w); with `with_models` the `Sampling` too
+    make: Callable[..., Guide]
     # JSON-able: what names the guide in the set's key, digests of its data included
     settings: Mapping[str, Any]
     remembers: bool = True  # whether it reads the earlier latents of a class
+    with_models: bool = False  # whether it uses the models, which move to where images are sampled
+    # What it is for a set, by images a class, steps and the last step's index; None: the same for all.
+    for_set: Callable[[int, int, int], GuideFactory] | None = None
+    prepare: Callable[[Sequence[int]], None] | None = None  # asked before images of these labels are sampled
 
-    def __call__(self, labels: Tensor, indices: Sequence[int], memory: Sequence[Tensor]) -> Guide:
-        return self.make(labels, indices, memory)
+    def __call__(
+        self, labels: Tensor, indices: Sequence[int], memory: Sequence[Tensor], sampling: Any = None
+    ) -> Guide:
+        return self.make(labels, indices, memory, *([sampling] if self.with_models else []))
 
 
 @dataclass(frozen=True)
@@ -160,32 +168,30 @@ def other_noise(generators: Generators) -> Generators:
     return [other_noise(generator) for generator in generators]  # type: ignore[misc]
 
 
-@dataclass
-class Influence(Guide):
-    """The influence guidance G_I (Eq. 7), scaled by rho_t (Eq. 9).
+class ThroughDecoder(Guide):
+    """A loss of the decoded image by the surrogate's checkpoints, its gradient scaled by rho_t (Eq. 9).
 
-    Raises ValueError where targets or gradients do not fit each other or the checkpoints.
+    A subclass has the fields below and says what the loss is.
     """
 
+    name: ClassVar[str]  # in reports
     guidance: Guidance
     checkpoints: Checkpoints
-    gradients: Tensor  # (E, B, P): each sample's own class average
     targets: Tensor  # (B,): the surrogate's labels
     decoder: Any  # AutoencoderKL, or a small one such as AutoencoderTiny
-    fidelity: Fidelity = STANDARD
-    shortcuts: Shortcuts = field(default_factory=Shortcuts)
-    second_chain: SecondChain | None = None  # the released code's
-    resize: OutputResize | None = None  # of decoded images, to the size that the surrogate sees
-    _steered: int = field(default=0, init=False)  # guided steps so far
-    _gradient: Tensor | None = field(default=None, init=False)  # the last one computed
+    fidelity: Fidelity
+    shortcuts: Shortcuts
+    resize: OutputResize | None  # of decoded images, to the size that the surrogate sees
+    _steered: int = 0  # guided steps so far
+    _gradient: Tensor | None = None  # the last one computed
 
-    def __post_init__(self) -> None:
-        size = len(self.targets)
-        if self.targets.shape != (size,) or self.gradients.shape[:2] != (len(self.checkpoints), size):
-            raise ValueError(
-                f"targets are ({size},) and gradients ({len(self.checkpoints)}, {size}, P), "
-                f"got {tuple(self.targets.shape)} and {tuple(self.gradients.shape)}"
-            )
+    def loss(self, images: Tensor, subset: Sequence[int]) -> Tensor:
+        """(B,): the mean over the checkpoints `subset`; images as `images_of` gives them."""
+        raise NotImplementedError
+
+    def images_of(self, step: Step) -> Tensor:
+        """The decoded images that the loss looks at, (B, 3, H, W)."""
+        return self.decoded(step.clean)
 
     @property
     def through_model(self) -> bool:
@@ -205,7 +211,7 @@ class Influence(Guide):
     def __call__(self, step: Step) -> Update:
         report = {}
         if self._is_due:
-            report["influence_loss"], self._gradient = self._loss_and_gradient(step, self._in_turn())
+            report[f"{self.name}_loss"], self._gradient = self._loss_and_gradient(step, self._in_turn())
         assert self._gradient is not None  # of this step or an earlier one
         self._steered += 1
         eps = step.conditional if self.fidelity.eps == "conditional" else step.eps
@@ -213,11 +219,7 @@ class Influence(Guide):
             self.guidance.k, step.alpha_bar, eps.detach(), self._gradient, factor=self.fidelity.rho_factor
         )
         shift = scale * self._gradient
-        return Update(shift, report=report | {"influence_shift": shift})
-
-    def after(self, step: Step) -> None:
-        if self.second_chain is not None:
-            self.second_chain.move(step)
+        return Update(shift, report=report | {f"{self.name}_shift": shift})
 
     def _in_turn(self) -> list[int]:
         """Which checkpoints enter this step."""
@@ -227,36 +229,70 @@ class Influence(Guide):
         ]
 
     def _loss_and_gradient(self, step: Step, subset: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """G_I (B,) over the checkpoints `subset`, and its gradient by z_t."""
+        """The loss (B,) over the checkpoints `subset`, and its gradient by z_t."""
         with torch.enable_grad():
-            images = self._images(step)
-            # Eq. 7, all checkpoints in one piece or each in its own: their sum is the same.
+            images = self.images_of(step)
+            # All checkpoints in one piece or each in its own: their sum is the same.
             pieces = [[e] for e in subset] if self.fidelity.backward == "per_checkpoint" else [list(subset)]
             loss, gradient = torch.zeros_like(step.z[:, 0, 0, 0]), torch.zeros_like(step.z)
             for number, piece in enumerate(pieces, start=1):
-                part, weights = self.checkpoints.keep(piece), [self.checkpoints.weights[e] for e in piece]
-                # Indexing copies, so not where all are taken.
-                own = self.gradients if len(piece) == len(self.checkpoints) else self.gradients[piece]
-                value = influence_loss(
-                    images, self.targets, part, own, weights=weights, floor=self.fidelity.cosine_floor
-                )
-                term = value * len(piece) / len(subset)
+                term = self.loss(images, piece) * len(piece) / len(subset)
                 loss = loss + term.detach()
                 gradient = gradient + step.gradient(term, again=number < len(pieces))
         return loss, gradient
 
-    def _images(self, step: Step) -> Tensor:
-        """The decoded images that G_I looks at, (B, 3, H, W), or (B, 2, 3, H, W) with a second chain."""
-        image = self._decoded(step.clean)
-        if self.second_chain is None:
-            return image
-        return torch.stack([image, self._decoded(self.second_chain.clean(step))], dim=1)
-
-    def _decoded(self, clean: Tensor) -> Tensor:
+    def decoded(self, clean: Tensor) -> Tensor:
+        """Images (B, 3, H, W) of scaled latents, as the surrogate sees them."""
         latents = clean.to(self.decoder.dtype) / self.decoder.config.scaling_factor
         image = self.decoder.decode(latents).sample.to(clean.dtype)
         image = image if self.resize is None else self.resize(image)
         return image.clamp(-1, 1) if self.fidelity.clamp_images else image
+
+
+@dataclass
+class Influence(ThroughDecoder):
+    """The influence guidance G_I (Eq. 7), scaled by rho_t (Eq. 9).
+
+    Raises ValueError where targets or gradients do not fit each other or the checkpoints.
+    """
+
+    name: ClassVar[str] = "influence"
+    guidance: Guidance
+    checkpoints: Checkpoints
+    gradients: Tensor  # (E, B, P): each sample's own class average
+    targets: Tensor
+    decoder: Any
+    fidelity: Fidelity = STANDARD
+    shortcuts: Shortcuts = field(default_factory=Shortcuts)
+    second_chain: SecondChain | None = None  # the released code's
+    resize: OutputResize | None = None
+
+    def __post_init__(self) -> None:
+        size = len(self.targets)
+        if self.targets.shape != (size,) or self.gradients.shape[:2] != (len(self.checkpoints), size):
+            raise ValueError(
+                f"targets are ({size},) and gradients ({len(self.checkpoints)}, {size}, P), "
+                f"got {tuple(self.targets.shape)} and {tuple(self.gradients.shape)}"
+            )
+
+    def after(self, step: Step) -> None:
+        if self.second_chain is not None:
+            self.second_chain.move(step)
+
+    def loss(self, images: Tensor, subset: Sequence[int]) -> Tensor:
+        part, weights = self.checkpoints.keep(subset), [self.checkpoints.weights[e] for e in subset]
+        # Indexing copies, so not where all are taken.
+        own = self.gradients if len(subset) == len(self.checkpoints) else self.gradients[list(subset)]
+        return influence_loss(
+            images, self.targets, part, own, weights=weights, floor=self.fidelity.cosine_floor
+        )
+
+    def images_of(self, step: Step) -> Tensor:
+        """(B, 3, H, W), or (B, 2, 3, H, W) with a second chain."""
+        image = super().images_of(step)
+        if self.second_chain is None:
+            return image
+        return torch.stack([image, self.decoded(self.second_chain.clean(step))], dim=1)
 
 
 @dataclass

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from igd_lib.config import STANDARD, Fidelity, Guidance
 from igd_lib.guidance import predicted_clean
 from igd_lib.guides import Deviation, Generators, Guide, Influence, SecondChain, Shortcuts, Step, Update
-from igd_lib.schedulers import step_options, step_output
+from igd_lib.schedulers import noise_deviation, step_options, step_output
 from igd_lib.surrogate import Checkpoints
 
 Callback = Callable[[int, int, dict[str, Any]], dict[str, Any] | None]
@@ -170,6 +170,8 @@ def _predict(
         found = denoiser(scheduler.scale_model_input(z, timestep), timestep)
         clean = predicted_clean(z, found.eps, alpha_bar)
     learned = _learned_variance(scheduler)
+    variance = found.variance if learned else None
+    sigma = noise_deviation(scheduler, int(timestep), _detached(variance))
     return Step(
         index=index,
         timestep=int(timestep),
@@ -178,11 +180,12 @@ def _predict(
         z=z,
         eps=found.eps,
         conditional=found.conditional,
-        variance=found.variance if learned else None,
+        variance=variance,
         clean=clean,
         other=found.other,
         other_variance=found.other_variance if learned else None,
         shared=through > 1,
+        sigma=None if sigma is None else sigma.to(z_t),
     )
 
 

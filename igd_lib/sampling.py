@@ -69,6 +69,14 @@ class Sampling:
         own = self.guidance is not None and self.guidance.gamma > 0
         return own or any(factory.remembers for factory in self.others)
 
+    def for_set(self, ipc: int) -> Sampling:
+        """The same with guides for a set of `ipc` images a class; itself where they do not depend on it."""
+        if all(factory.for_set is None for factory in self.others):
+            return self
+        steps, last = self.num_steps, self.fidelity.range_counts_from
+        own = [one if one.for_set is None else one.for_set(ipc, steps, last) for one in self.others]
+        return replace(self, others=own)
+
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What its images depend on but data, seed and number: JSON-able, weights by their digests."""
@@ -176,7 +184,7 @@ class Sampling:
         if self.guidance is not None and self.guidance.gamma > 0:
             size, floor = self.fidelity.memory_size, self.fidelity.cosine_floor
             found.append(Deviation(self.guidance, memory, size, floor))
-        return [*found, *(factory(targets, indices, memory) for factory in self.others)]
+        return [*found, *(factory(targets, indices, memory, self) for factory in self.others)]
 
     def check_images_of(self, data: ImageData) -> None:
         """Raise ValueError unless its images, resized where that is declared, have the data's size."""

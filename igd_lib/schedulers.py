@@ -70,3 +70,19 @@ def step_options(scheduler: Any, generators: Any) -> dict[str, Any]:
 def step_output(eps: Tensor, variance: Tensor | None) -> Tensor:
     """What `scheduler.step` is given of a model: noise (B, C, h, w), with its variance where it has one."""
     return eps if variance is None else torch.cat([eps, variance], dim=1)
+
+
+def noise_deviation(scheduler: Any, timestep: int, variance: Tensor | None) -> Tensor | None:
+    """The sd of the noise that DDPM's step adds at one of its timesteps; None of another scheduler.
+
+    variance: what the model predicts of it, (B, C, h, w) as the sd is then; without a learned one the sd is
+    a number. 0 at timestep 0, whose step adds none.
+    """
+    if not isinstance(scheduler, DDPMScheduler):
+        return None
+    if timestep == 0:
+        return torch.zeros(())
+    found = scheduler._get_variance(timestep, predicted_variance=variance)
+    if scheduler.variance_type == "learned_range":  # its logarithm
+        return (0.5 * found).exp()
+    return found if scheduler.variance_type == "fixed_small_log" else found**0.5  # the former is the sd

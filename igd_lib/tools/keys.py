@@ -34,6 +34,8 @@ SCHEMA = {
     "tdsdm": 1,
     "adapter": 1,
     "coreset": 1,
+    "latents": 1,
+    "anchors": 1,
     "minimax": 2,
     "finetune": 1,
     "teacher": 1,
@@ -141,6 +143,8 @@ FROZEN: dict[str, dict[str, Any]] = {
     },
     "rded": {"size": 224, "factor": 2, "candidates": 300, "crops": 5, "jpeg_quality": 75, "seed": 0},
     "coreset": {"seed": 0},
+    "latents": {"dtype": "torch.float32"},
+    "anchors": {"seed": 0, "latents": {"dtype": "torch.float32"}},
     "minimax": {
         "recipe": {
             "epochs": 8,
