@@ -60,6 +60,7 @@ FURTHER = (
     Run("06_checkpoint_selection_minimax", "06_checkpoint_selection", {"backbone": "minimax"}),
     Run("08_cifar_ipc50", "08_cifar", {"ipc": "50", "methods": f"Random,DM,SRe2L,{SAMPLED}"}),
     Run("14_shortcuts_fashion-mnist", "14_shortcuts", {"stand_in": "fashion-mnist"}),
+    Run("15_guides_ten", "15_guides", {"methods": "DiT,DiT + G_D,DiT-IGD,DiT + MGD3", **TEN}),
     Run("26_sensitivity_minimax", "26_sensitivity", {"backbone": "minimax"}),
     Run("27_gallery_minimax", "27_gallery", {"backbone": "minimax"}),
 )

@@ -28,7 +28,7 @@ from igd_lib.tools.machine import data_dir
 
 ROOT = Path(__file__).parents[1]
 SCALES = ("smoke", "rehearsal")
-WITH_MEMORY = ("01", "08")  # rehearsed with several images a class: later ones know the earlier
+WITH_MEMORY = ("01", "08", "15")  # rehearsed with several images a class: later ones know the earlier
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,7 +75,7 @@ def prepared(path: Path, scale: str, *, twice: bool) -> Any:
 
 
 def brief(name: str) -> dict[str, Any]:
-    """A rehearsal's parameters: one seed, and one image a class but in two notebooks."""
+    """A rehearsal's parameters: one seed, and one image a class but in a few notebooks."""
     return {"seeds": "1"} | ({} if name[:2] in WITH_MEMORY else {"ipc": 1})
 
 

@@ -147,6 +147,20 @@ def of(sampling: Sampling) -> list[Footprint]:
 _known: dict[str, list[Footprint]] = {}
 
 
+def by_image(sampling: Sampling) -> int:
+    """The bytes that each image more takes while images are sampled by these models: two runs are counted.
+
+    Of one image and of two, of the first classes, on real tensors and with all guides, where `of` counts
+    other guides as one of a kind.
+    """
+    ready = sampling.lowered()
+    noise = ready.pipe.latent_noise([torch.Generator()] * 2)
+    for factory in ready.others:  # which may read what they need once
+        factory(torch.arange(2, device=noise.device), [0, 0], [noise[:0]] * 2, ready)
+    one, two = (peak(ready, batch, one_step, Live()) for batch in (1, 2))
+    return two - one
+
+
 def fitting(sampling: Sampling) -> int:
     """How many images fit side by side into what its device has left; 0: not even one."""
     room = int(HEADROOM * free(sampling.pipe._execution_device)) + weights(sampling)

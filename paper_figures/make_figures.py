@@ -135,6 +135,8 @@ ARTEFACTS = (
         "shortcuts_fashion-mnist",
         statistics.against(GUIDED),
     ),
+    Artefact("15_guides", "Every guide from the same noise{where}", "guides", statistics.guide_claims),
+    Artefact("15_guides_ten", "The main guides{where}, ten seeds", "guides_ten", statistics.guide_claims),
     Artefact("16_coresets", "Distilling against choosing real images{where}", "coresets", labellings=True),
     Artefact(
         "21_influence",
@@ -219,6 +221,7 @@ class Picture:
 PICTURES = (
     Picture("00_quickstart", "gallery_classes", "quickstart_gallery"),
     Picture("02_checkpoints", "similarity", "similarity", similarity),
+    Picture("15_guides", "gallery", "guides_gallery"),
     Picture("22_early_stage", "examples", "fig02_examples"),
     Picture("23_tsne", "tsne", "fig03", places),
     Picture("24_same_noise", "same_noise", "fig04"),

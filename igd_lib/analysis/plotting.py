@@ -88,7 +88,7 @@ MARKERS = {
     "DiT + MGD3 (nearest)": "p",
     "DiT + MGD3 (random)": "d",
     "DiT + MGD3 (pooled)": "h",
-    "DiT + MGD3 (shuffled)": "x",
+    "DiT + MGD3 (shuffled)": "X",
     "DiT + MGD3 (algorithm)": "8",
     "DiT + MGD3 + G_D": "P",
     "DiT + OT": ">",

@@ -188,6 +188,20 @@ def ablation_claims(rows: pd.DataFrame) -> Pairs:
     return _known(pairs)
 
 
+def guide_claims(rows: pd.DataFrame) -> Pairs:
+    """Of every guide: each against DiT, the classifier's loss against G_I, MGD3's controls against MGD3, and
+    MGD3 with G_D against either alone.
+    """
+    table = results.methods(rows)
+    plain, modes, both = _plain(rows, "dit", ""), _plain(rows, "dit", "modes"), "deviation+modes"
+    controls = [label for label in table.index if str(table.guides[label]).startswith("modes-")]
+    pairs = [(label, plain) for label in table.index if label != plain]
+    pairs += [(_plain(rows, "dit", "classifier"), _plain(rows, "dit", "influence"))]
+    pairs += [(label, modes) for label in controls]
+    pairs += [(_plain(rows, "dit", both), one) for one in (modes, _plain(rows, "dit", "deviation"))]
+    return _known(pairs)
+
+
 def early_stage_claims(rows: pd.DataFrame) -> Pairs:
     """Of Figure 2: every row against DiT, then guidance throughout against the guided range at the same k."""
     table, plain = results.methods(rows), _plain(rows, "dit", "")

@@ -46,6 +46,7 @@ ARTEFACTS: Mapping[str, Artefact] = {
     "12_hyperparameters": Artefact("imagewoof"),
     "13_paper_vs_code": Artefact("imagewoof", needs=("minimax",)),
     "14_shortcuts": Artefact("imagewoof", needs=("taesd",)),
+    "15_guides": Artefact("imagewoof", needs=("inception",)),
     "16_coresets": Artefact("imagewoof", needs=("teacher", "minimax")),
     "17_your_data": Artefact("", "resnetap10", paper=False),  # one's own folder: no plan
     "21_influence": Artefact("imagenette", THREE, TWO, needs=("teacher", "minimax")),

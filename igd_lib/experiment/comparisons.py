@@ -64,15 +64,15 @@ def coresets(experiment: Outline) -> list[Method]:
     """Random, the coresets, and the methods of all tables.
 
     Without those whose labels are their own, and without DATM where images are photographs, for which its
-    authors have no settings. Where figures mean nothing two of the methods stand for all: other tables try
-    each.
+    authors have no settings. Where figures mean nothing one coreset by each kind of network and DiT stand
+    for all: other tables try the others.
     """
     every = dict.fromkeys(family for table in OTHERS.values() for family in table)
     others = [family for family in every if BASELINES[family].protocol is None]
     if experiment.scale.papers:
         others.remove("datm-plain")
     if not experiment.scale.figures_mean_something:
-        others = others[:2]
+        return [*(Method(family) for family in ("random", BY_TEACHER[0], BY_EARLY[0])), Method()]
     random, *compared = baselines(experiment, others)
     return [random, *(Method(rule) for rule in (*BY_TEACHER, *BY_EARLY)), *compared]
 
@@ -112,6 +112,27 @@ def ablation(experiment: Outline) -> list[Method]:
         both,
         *_tuned(experiment, [Method(guidance=one) for one in tuned]),
     ]
+
+
+MODES = ("modes", "modes-nearest", "modes-random", "modes-pooled", "modes-shuffled", "modes-algorithm")
+
+
+def guides(experiment: Outline) -> list[Method]:
+    """Every guide on DiT: the paper's two, the classifier's loss, MGD3 with its controls, with and without
+    G_D, and OT; DiT and DiT at its best cfg beside them.
+
+    Where figures mean nothing a row of each class of guides alone: the others are the same code.
+    """
+    deviation, both = guided_rows(experiment)
+    names = ("classifier", *MODES, "transport")
+    others = {name: Method(guides=(name,)) for name in names}
+    joined = replace(deviation, guides=("modes",))
+    if not experiment.scale.figures_mean_something:
+        return [Method(), others["classifier"], joined, others["transport"]]
+    influence = Method(guidance=replace(experiment.scale.guidance, gamma=0.0))
+    modes = [others[name] for name in MODES]
+    plain = [*vanilla_rows(experiment), deviation, influence, both]
+    return [*plain, others["classifier"], *modes, joined, others["transport"]]
 
 
 def surrogates(experiment: Outline, names: Sequence[str]) -> list[Method]:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from igd_lib.baselines.rded import grids_of
-from igd_lib.experiment.counting import SECOND_ORDER, TRAINING, counted, operations_of
+from igd_lib.experiment.counting import SECOND_ORDER, TO_PIXELS, TRAINING, counted, operations_of
 from igd_lib.experiment.makers import BY_EARLY, BY_TEACHER
 from igd_lib.experiment.method_costs import METHODS, RENDERED, Asked
 from igd_lib.experiment.methods import SAMPLED, Method
+from igd_lib.experiment.registry import GUIDES
 from igd_lib.experiment.scales import Scale
 from igd_lib.experiment.surrogates import EARLY
 from igd_lib.models.networks import network
@@ -65,7 +66,7 @@ class Work:
     @property
     def surrogates(self) -> list[str]:
         """Every surrogate that guides, each once."""
-        names = (row.surrogate or self.scale.surrogate for row in self.sampled if row.influenced)
+        names = (row.surrogate or self.scale.surrogate for row in self.sampled if row.uses_surrogate)
         return list(dict.fromkeys(names))
 
 
@@ -73,6 +74,7 @@ def stages(work: Work) -> list[Stage]:
     """Every stage of the work that has operations worth counting, in order."""
     parts = (
         _surrogate_stages,
+        _encoding_stages,
         _sampling_stages,
         _rded_stages,
         _method_stages,
@@ -106,15 +108,25 @@ def _surrogate_stages(work: Work) -> list[Stage]:
     return found
 
 
+def _encoding_stages(work: Work) -> list[Stage]:
+    """Real images that guides look at, encoded once."""
+    if not any(GUIDES[name].encodes for row in work.sampled for name in row.guides):
+        return []
+    what = f"{work.images[0]:,} images encoded"
+    return [Stage("real latents", what, encoding_operations() * work.images[0], samples=True)]
+
+
 def _sampling_stages(work: Work) -> list[Stage]:
-    vanilla = [row for row in work.sampled if not row.influenced]
-    guided = [row for row in work.sampled if row.influenced]
+    parts: dict[str, list[Method]] = {"no influence": [], "influence-guided": [], "other guides": []}
+    for row in work.sampled:
+        name = "other guides" if row.guides else "influence-guided" if row.influenced else "no influence"
+        parts[name].append(row)
     found = []
-    for name, rows in (("sampling, no influence", vanilla), ("sampling, influence-guided", guided)):
+    for name, rows in parts.items():
         images = len(rows) * work.seeds * work.set_images
         what = f"{len(rows)} rows x {work.seeds} seeds x {work.set_images:,} images"
         each = sum(image_operations(row, work.scale, work.classes, work.image_size) for row in rows)
-        found.append(Stage(name, what, each * images / max(1, len(rows)), samples=True))
+        found.append(Stage(f"sampling, {name}", what, each * images / max(1, len(rows)), samples=True))
     return found
 
 
@@ -123,15 +135,22 @@ def image_operations(row: Method, scale: Scale, classes: int, image_size: int) -
     transformer, decoder = paper_operations()
     steps = row.num_steps or scale.num_steps
     total = steps * 2 * transformer + decoder  # with and without its class
-    if not row.influenced or row.guidance is None:
+    influenced = row.guidance if row.influenced else None
+    others = [GUIDES[name] for name in row.guides if GUIDES[name].through_model]
+    if influenced is None and not others:
         return total
-    first, last = row.guidance.guided_range
+    first, last = (influenced or scale.guidance).guided_range
     gradients = -(-(last - first + 1) // row.shortcuts.every)
-    surrogate = operations_of(row.surrogate or scale.surrogate, image_size, classes) * SECOND_ORDER
+    forward = operations_of(row.surrogate or scale.surrogate, image_size, classes)
     count = row.shortcuts.checkpoints_per_step or (len(row.selection.keep) if row.selection else CHECKPOINTS)
     back = 2 * transformer if row.shortcuts.jacobian == "full" else 0.0
     decoded = 0.04 * decoder if row.tiny_decoder else 2 * decoder
-    return total + gradients * (back + decoded + count * surrogate)
+    if influenced is not None:
+        total += gradients * (back + decoded + count * forward * SECOND_ORDER)
+    for other in others:  # TO_PIXELS: the gradient by an image of a network that stays as it is
+        surrogate = decoded + count * forward * TO_PIXELS if other.by_surrogate else 0.0
+        total += gradients * (back + surrogate)
+    return total
 
 
 def _rded_stages(work: Work) -> list[Stage]:
@@ -225,6 +244,14 @@ def paper_operations() -> tuple[float, float]:
             counted(lambda: transformer(latent, timestep=label, class_labels=label)),
             counted(lambda: vae.decode(latent)),
         )
+
+
+@cache
+def encoding_operations() -> float:
+    """Of encoding an image of 256 px."""
+    with torch.device("meta"):
+        vae = sd_vae()
+        return counted(lambda: vae.encode(torch.empty(1, 3, 256, 256)))
 
 
 def sampling_speed(device: str, precision: str = "float32", batch: int = 8) -> float:

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from igd_lib import memory
 from igd_lib.analysis import features, metrics, results
 from igd_lib.data.images import ImageData
 from igd_lib.evaluation import Score, evaluate_sets
@@ -264,6 +265,57 @@ def _moved(images: DistilledSet, others: DistilledSet) -> Tensor:
     return torch.cat(found).mean()
 
 
+def cost_rows(experiment: Experiment, sets: Sets) -> pd.DataFrame:
+    """Two rows a sampled set of what an image of it costs: `seconds an image` and `MiB an image`.
+
+    Memory is counted (`memory.by_image`), so that it is the same on every machine and for every set of a
+    method; the models' weights, which all images share, are left out. The time is the machine's.
+    """
+    rows, known = [], {}
+    for method, seed, images in sets.sampled():
+        if method not in known:
+            known[method] = memory.by_image(experiment.sampling(method).for_set(sets.ipc)) / 2**20
+        about = About(experiment, method, seed, images, sets.ipc)
+        each = images.seconds / (len(images.selected) * sets.ipc)
+        rows += [about.row("seconds an image", each), about.row("MiB an image", known[method])]
+    return results.frame(rows)
+
+
+def redundancy_rows(experiment: Experiment, sets: Sets, network: str) -> pd.DataFrame:
+    """`redundancy` of every set: top-1 (%) on half of its images of a network that was trained on the others.
+
+    As LGD has it: the more the first half of each class's images says of the second, the less that adds. Of
+    an odd number the second half is the larger one. Hard labels, the protocol's settings, the last accuracy,
+    training seed = generation seed. Raises ValueError for one image a class, which has no halves.
+    """
+    if sets.ipc < 2:
+        raise ValueError(f"redundancy needs at least 2 images a class, got {sets.ipc}")
+    hard = experiment.with_protocol(labellings(experiment.scale.protocol)["hard"])
+    rows, where = [], ray_cluster()
+    device = cluster.device(where, experiment.device) if where else experiment.device
+    for about in _each(hard, sets, "redundancy, set"):
+        first, second = _halves(in_memory(about.images).plain())
+        [score] = evaluate_sets(
+            [first],
+            second,
+            [(0, network, about.seed)],
+            protocol=hard.scale.protocol,
+            device=device,
+            folder=work_dir() / "evaluation",
+            ray=where,
+        )
+        rows.append(about.row("redundancy", score.last, seconds=score.seconds, network=network))
+    return results.frame(rows)
+
+
+def _halves(data: ImageData) -> tuple[ImageData, ImageData]:
+    """The first half of each class's images, and the rest."""
+    own = [data.class_indices(label) for label in range(len(data.classes))]
+    first = torch.cat([indices[: len(indices) // 2] for indices in own])
+    second = torch.cat([indices[len(indices) // 2 :] for indices in own])
+    return data.subset(first, f"{data.split}, first half"), data.subset(second, f"{data.split}, second half")
+
+
 def all_rows(experiment: Experiment, sets: Sets, network: str, reference: Method) -> pd.DataFrame:
     """Accuracies, influence loss and the three of `latent_rows` of every sampled set."""
     parts = [
@@ -284,10 +336,7 @@ def distribution_rows(experiment: Experiment, sets: Sets, *, images: int = 500) 
     nearest in another real draw of IPC images a class. Neither that draw nor images that a Random set
     selected are in the reference.
     """
-    extractor = experiment.models.extractor()
-    reference, other = _real_images(experiment, sets, images)
-    real, others = features.features(extractor, reference), features.features(extractor, other)
-    threshold = 300**0.5 if extractor.is_inception else metrics.coverage_threshold(real, others)
+    extractor, real, threshold = _reference(experiment, sets, images)
     spread, rows = metrics.gaussian(real), []
     for about in _each(experiment, sets, "distances, set"):
         fake = features.features(extractor, in_memory(about.images))
@@ -298,6 +347,30 @@ def distribution_rows(experiment: Experiment, sets: Sets, *, images: int = 500) 
         }
         rows += [about.row(metric, value) for metric, value in values.items()]
     return results.frame(rows)
+
+
+def coverage_rows(experiment: Experiment, sets: Sets, *, images: int = 500) -> pd.DataFrame:
+    """The coverage of `distribution_rows` alone; of few real images where figures mean nothing."""
+    scale = experiment.scale
+    count = images if scale.figures_mean_something else min(images, scale.candidates)
+    extractor, real, threshold = _reference(experiment, sets, count)
+    rows = []
+    for about in _each(experiment, sets, "coverage, set"):
+        value = metrics.coverage(real, features.features(extractor, in_memory(about.images)), threshold)
+        rows.append(about.row(f"coverage over {extractor.space}", value))
+    return results.frame(rows)
+
+
+def _reference(experiment: Experiment, sets: Sets, images: int) -> tuple[features.Extractor, Tensor, float]:
+    """A space, the features of real images in it, and coverage's threshold."""
+    extractor = experiment.models.extractor()
+    reference, other = _real_images(experiment, sets, images)
+    real, others = features.features(extractor, reference), features.features(extractor, other)
+    return (
+        extractor,
+        real,
+        300**0.5 if extractor.is_inception else metrics.coverage_threshold(real, others),
+    )
 
 
 def _real_images(experiment: Experiment, sets: Sets, images: int) -> tuple[ImageData, ImageData]:

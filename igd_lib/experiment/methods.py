@@ -59,6 +59,11 @@ class Method:
         return self.guidance is not None and self.guidance.k > 0
 
     @property
+    def uses_surrogate(self) -> bool:
+        """Whether checkpoints of a surrogate guide it."""
+        return self.influenced or any(GUIDES[name].by_surrogate for name in self.guides)
+
+    @property
     def guide_names(self) -> tuple[str, ...]:
         """Guides that take part, or that rows differ in: "influence", "deviation", others by name."""
         fields = (("influence", "k"), ("deviation", "gamma")) if self.guidance is not None else ()
@@ -73,8 +78,9 @@ class Method:
         plain, names = BACKBONES[self.backbone], self.guide_names
         if names == ("influence", "deviation"):
             return f"{plain}-IGD"
-        shown = {"influence": "G_I", "deviation": "G_D"}
-        return " + ".join([plain, *(shown.get(name) or GUIDES[name].name for name in names)])
+        papers = {"influence": "G_I", "deviation": "G_D"}
+        own = [papers[name] for name in names if name in papers]
+        return " + ".join([plain, *(GUIDES[name].name for name in self.guides), *own])
 
     @property
     def solver(self) -> Solver | None:

@@ -121,6 +121,7 @@ ROWS: Mapping[str, Callable[[Outline, Options], list[Method]]] = {
     "12": _grid,
     "13": _paper_vs_code,
     "14": lambda outline, options: comparisons.shortcuts(outline),
+    "15": lambda outline, options: comparisons.guides(outline),
     "16": lambda outline, options: comparisons.coresets(outline),
     "22": _early_stage,
     "24": lambda outline, options: comparisons.sampled(outline),

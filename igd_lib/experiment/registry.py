@@ -1,7 +1,7 @@
 """How a table's row makes its set, if not by the paper's guidance: one function and one line each.
 
 BASELINES: other methods, each a file in `igd_lib.baselines`. GUIDES: other guidance, each a class in
-`igd_lib.guides`.
+`igd_lib.other_guides`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from igd_lib.data.images import ImageData
-from igd_lib.experiment import makers
+from igd_lib.experiment import guide_makers, makers
 from igd_lib.experiment.scales import Scale
 from igd_lib.guides import GuideFactory
 from igd_lib.protocols import DATM_OWN, SMALL_DATM, Protocol
@@ -41,6 +41,11 @@ class OtherGuide:
 
     name: str  # as a label has it: "DiT + NAME"
     make: Callable[[Any], GuideFactory]  # of an Experiment
+    # What it costs, for plans: whether its gradient goes through the transformer, whether through decoder and
+    # surrogate too, and whether all real images are encoded for it.
+    through_model: bool = False
+    by_surrogate: bool = False
+    encodes: bool = False
 
 
 def _takes_minutes(
@@ -85,4 +90,21 @@ BASELINES: dict[str, Baseline] = {
         "confidence": "Confidence",
     }.items()
 }
-GUIDES: dict[str, OtherGuide] = {}
+
+
+def _modes(key: str, name: str, *how: Any) -> OtherGuide:
+    return OtherGuide(name, guide_makers.modes(key, *how), encodes=True)
+
+
+GUIDES: dict[str, OtherGuide] = {
+    "modes": _modes("modes", "MGD3"),
+    "modes-nearest": _modes("modes-nearest", "MGD3 (nearest)", "nearest"),
+    "modes-random": _modes("modes-random", "MGD3 (random)", "random"),
+    "modes-pooled": _modes("modes-pooled", "MGD3 (pooled)", "pooled"),
+    "modes-shuffled": _modes("modes-shuffled", "MGD3 (shuffled)", "shuffled"),
+    "modes-algorithm": _modes("modes-algorithm", "MGD3 (algorithm)", "k-means", "algorithm"),
+    "classifier": OtherGuide(
+        "classifier loss", guide_makers.classifier, through_model=True, by_surrogate=True
+    ),
+    "transport": OtherGuide("OT", guide_makers.transport, through_model=True, encodes=True),
+}
