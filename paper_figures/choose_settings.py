@@ -4,9 +4,9 @@ Generation seeds 100, 101, ... differ from the notebooks' 0, 1, ...; rows go to
 data/STANDIN_settings_STAGE.csv (behind STAGE the backbone, "soft" labels and another IPC than 10, where they
 are). Stages, each with the others as `scales.STAND_INS` has them: cfg (of vanilla sampling); guidance (k and
 gamma at cfg 4); range (guided steps); surrogate (its network); checkpoints (Algorithm 2's threshold); fast (k
-and gamma in FAST's steps). Of guided rows that leave the finished images with a lower influence loss than the
-unguided row on the same noise, the one of the highest accuracy is chosen. Without that condition gamma alone
-would win.
+and gamma in FAST's steps); transport (OT's beta). Of guided rows that leave the finished images with a lower
+influence loss than the unguided row on the same noise, the one of the highest accuracy is chosen. Without
+that condition gamma alone would win. cfg and beta are chosen by accuracy alone.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from pathlib import Path
 import pandas as pd
 
 from igd_lib.analysis import results
-from igd_lib.experiment import comparisons, measures, pictures
+from igd_lib.experiment import comparisons, guide_makers, measures, pictures
 from igd_lib.experiment.experiment import Experiment, Sets, prepare
 from igd_lib.experiment.methods import Method
+from igd_lib.experiment.registry import GUIDES
 from igd_lib.experiment.run import Run
 from igd_lib.experiment.scales import STAND_INS
 from igd_lib.protocols import SMALL_SOFT
@@ -37,6 +38,7 @@ RANGES = ((15, 22), (12, 18), (7, 14), (10, 22), (18, 24))  # of 25 steps; the f
 SURROGATES = ("convnet3-w16", "convnet3-w32", "convnet3-w64", "convnet3")
 THRESHOLDS = (0.6, 0.7, 0.8)
 FAST_KS = (3.0, 10.0, 30.0)
+BETAS = (2.0, 6.0, 20.0, 40.0)  # for 4,096 latent values; from 80 on latents do not stay finite
 SHOWN = 7  # the class in the pictures
 
 
@@ -52,9 +54,17 @@ def candidates(given: argparse.Namespace, experiment: Experiment) -> list[Method
             *(replace(guided, surrogate=name, varies=("surrogate",)) for name in SURROGATES),
         ],
         "checkpoints": lambda: comparisons.selections(experiment, THRESHOLDS, given.backbone),
+        "transport": lambda: [plain, *(Method(guides=(transport(beta),)) for beta in BETAS)],
         "fast": lambda: comparisons.fast_grid(experiment, FAST_KS, GAMMAS[1:]),
     }
     return stages[given.stage]()
+
+
+def transport(beta: float) -> str:
+    """The name of a guide like OT of another strength, which is registered for it."""
+    name = f"transport-{beta:g}"
+    GUIDES[name] = replace(GUIDES["transport"], name=f"OT, beta {beta:g}", make=guide_makers.transport(beta))
+    return name
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -78,7 +88,7 @@ def finish(given: argparse.Namespace, name: str, rows: pd.DataFrame, experiment:
             files.write(DATA / f"{name}.images.{kind}", (PARTS / name / f"images.{kind}").read_bytes())
     found = table(rows)
     print(found.round(4).to_string(index=False))
-    if given.stage != "cfg":
+    if given.stage not in ("cfg", "transport"):
         plain = found[found.method == tried[0].label]["influence loss"].item()
         found = found[found["influence loss"] < plain]
     print("chosen:", found.iloc[0].method if len(found) else "none lowers the influence loss")
@@ -91,7 +101,8 @@ def numbers(text: str) -> tuple[float, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=("cfg", "guidance", "range", "surrogate", "checkpoints", "fast"))
+    stages = ("cfg", "guidance", "range", "surrogate", "checkpoints", "fast", "transport")
+    parser.add_argument("stage", choices=stages)
     parser.add_argument("--stand-in", default="cifar-10", choices=tuple(STAND_INS))
     parser.add_argument("--backbone", default="dit", choices=("dit", "minimax"))
     parser.add_argument("--labels", default="hard", choices=("hard", "soft"))

@@ -144,7 +144,8 @@ def test_what_decides_a_guide_names_its_sets(experiment, monkeypatch):
     more = replace(experiment, scale=replace(experiment.scale, candidates=12))
     for name in names:
         assert (settings(name, more) != before[name]) == (name != "classifier")
-    monkeypatch.setattr(guide_makers, "BETA", 21.0)
+    weaker = replace(GUIDES["transport"], make=guide_makers.transport(6.0))
+    monkeypatch.setitem(GUIDES, "transport", weaker)
     assert settings("transport") != before["transport"]
 
 

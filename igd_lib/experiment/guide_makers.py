@@ -103,11 +103,15 @@ def classifier(experiment: Any) -> GuideFactory:
 # --- optimal transport
 
 
-def transport(experiment: Any) -> GuideFactory:
+def transport(beta: float = BETA) -> MakeFactory:
     """Who draws images to real latents of their class, the same for every generation seed."""
-    beta = BETA * experiment.latent_values / 4096
-    maker = _Transport(_latents(experiment), beta, experiment.scale.guidance.guided_range)
-    return GuideFactory(maker, maker.settings, remembers=True, prepare=maker.latents.keep)
+
+    def make(experiment: Any) -> GuideFactory:
+        own = beta * experiment.latent_values / 4096
+        maker = _Transport(_latents(experiment), own, experiment.scale.guidance.guided_range)
+        return GuideFactory(maker, maker.settings, remembers=True, prepare=maker.latents.keep)
+
+    return make
 
 
 @dataclass(frozen=True)

@@ -106,5 +106,5 @@ GUIDES: dict[str, OtherGuide] = {
     "classifier": OtherGuide(
         "classifier loss", guide_makers.classifier, through_model=True, by_surrogate=True
     ),
-    "transport": OtherGuide("OT", guide_makers.transport, through_model=True, encodes=True),
+    "transport": OtherGuide("OT", guide_makers.transport(), through_model=True, encodes=True),
 }
