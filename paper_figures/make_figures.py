@@ -90,6 +90,7 @@ ARTEFACTS = (
     Artefact("00_quickstart", "Quickstart", "quickstart"),
     Artefact("01_nette_woof", "Table 1{where}", "table01", table=1, note=RDED_HARD),
     Artefact("01_nette_woof_ipc50", "Table 1{where}, IPC 50", "table01_ipc50", table=1, note=RDED_HARD),
+    Artefact("01_nette_woof_ten", "Table 1{where}, ten seeds", "table01_ten", table=1),
     Artefact("03_imagenet1k", "Table 2{where}, soft labels", "table02", table=2),
     Artefact("04_surrogate_architecture", "Table 4{where}", "table04", statistics.varied(guides="deviation")),
     Artefact("05_guidance_ablation", "Table 5{where}", "table05", statistics.ablation_claims, table=5),
@@ -103,6 +104,7 @@ ARTEFACTS = (
     Artefact("07_food101", "Table 7{where}", "table07", table=7, note=RDED_HARD),
     Artefact("08_cifar", "Table 8{where}", "table08", note=RDED_HARD),
     Artefact("08_cifar_ipc50", "Table 8{where}, IPC 50", "table08_ipc50"),
+    Artefact("08_cifar_ten", "Table 8{where}, ten seeds", "table08_ten"),
     Artefact("09_diffusion_baselines", "Table 9{where}, soft labels", "table09"),
     Artefact("10_dpm_solver", "Table 10{where}", "table10", statistics.solver_claims, table=10),
     Artefact(

@@ -47,7 +47,7 @@ def test_every_notebook_is_run_and_some_twice():
         "06_checkpoint_selection", "06_checkpoint_selection_minimax"
     ]  # fmt: skip
     parameters = {run.name: run.parameters for run in reproduce_small.runs([])}
-    for name in ("01_nette_woof", "05_guidance_ablation", "08_cifar"):
+    for name in ("01_nette_woof_ten", "05_guidance_ablation", "08_cifar_ten"):
         assert parameters[name]["seeds"] == "10"
 
 
