@@ -67,10 +67,12 @@ FURTHER = (
 
 
 def runs(beginnings: list[str]) -> list[Run]:
-    """All runs in order of their names, or those whose names begin so."""
+    """All runs in order of their names, or those of these names; the beginning of names stands for all."""
     names = [path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")]
     found = [*(Run(name, name, OWN.get(name, {})) for name in names), *FURTHER]
-    chosen = [run for run in found if not beginnings or run.name.startswith(tuple(beginnings))]
+    whole = {run.name for run in found} & set(beginnings)
+    begun = tuple(text for text in beginnings if text not in whole)
+    chosen = [run for run in found if not beginnings or run.name in whole or run.name.startswith(begun)]
     return sorted(chosen, key=lambda run: run.name)
 
 

@@ -46,6 +46,9 @@ def test_every_notebook_is_run_and_some_twice():
     assert [run.name for run in reproduce_small.runs(["06"])] == [
         "06_checkpoint_selection", "06_checkpoint_selection_minimax"
     ]  # fmt: skip
+    assert [run.name for run in reproduce_small.runs(["06_checkpoint_selection", "02"])] == [
+        "02_checkpoints", "06_checkpoint_selection"
+    ]  # fmt: skip
     parameters = {run.name: run.parameters for run in reproduce_small.runs([])}
     for name in ("01_nette_woof_ten", "05_guidance_ablation", "08_cifar_ten"):
         assert parameters[name]["seeds"] == "10"
