@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup images demo test check lab figures reproduce-small soak browser-test doctor bench lint standin clean
+.PHONY: help setup images demo test check lab figures site reproduce-small soak browser-test doctor bench lint standin clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -39,6 +39,9 @@ lab: setup  ## the notebooks in JupyterLab
 figures: setup  ## figures, tables and the texts' numbers from the saved results in paper_figures/data
 	@$(PYTHON) paper_figures/make_figures.py
 	@$(PYTHON) paper_figures/make_texts.py
+
+site: setup  ## the site, with what the notebooks showed, into docs/_build/html
+	@$(PYTHON) docs/make_site.py
 
 reproduce-small: setup  ## every notebook at scale "small", then figures, tables and pages (hours; goes on where it was stopped)
 	@$(PYTHON) -m ci.reproduce_small

@@ -1,0 +1,109 @@
+"""The site's sources: every notebook with what it showed, every link to where it leads there."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from docs import make_site
+from paper_figures import make_pages
+
+NAME = "05_guidance_ablation"
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A small project: a page of its own, a notebook, a table with its picture."""
+    notebook = {
+        "cells": [
+            {
+                "cell_type": "markdown", "id": "a", "metadata": {},
+                "source": ["# Title\n", "See [start](../README.md)."],
+            },
+            {"cell_type": "code", "id": "b", "metadata": {}, "source": ["show()"], "outputs": []},
+        ],
+        "metadata": {}, "nbformat": 4, "nbformat_minor": 5,
+    }  # fmt: skip
+    for folder in ("docs", "notebooks", "paper_figures/pages"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "notebooks" / f"{NAME}.ipynb").write_text(json.dumps(notebook))
+    page = [
+        f"<!-- notebook {NAME}, code {make_pages.digest(notebook)} -->", "# Title",
+        "As it ran at scale `small`, then, in 1.0 minutes.", "<!-- cell b -->", "| a |\n| --- |\n| 1 |",
+        "![table05](../table05.png)", "## Next",
+    ]  # fmt: skip
+    (tmp_path / "paper_figures" / "pages" / f"{NAME}.md").write_text("\n\n".join(page))
+    (tmp_path / "paper_figures" / "table05.md").write_text("# Table 5\n")
+    for kind in ("svg", "png"):
+        (tmp_path / "paper_figures" / f"table05.{kind}").write_text("picture")
+    (tmp_path / "README.md").write_text(
+        "# Start\n[notebook](notebooks/05_guidance_ablation.ipynb), [table](paper_figures/table05.md#top), "
+        "![p](paper_figures/table05.png), [code](igd_lib/config.py), [out](https://example.org/x.md)\n"
+    )
+    (tmp_path / "pyproject.toml").write_text("[project]\n")
+    monkeypatch.setattr(make_site, "ROOT", tmp_path)
+    monkeypatch.setattr(make_site, "DOCS", tmp_path / "docs")
+    make_site.write_sources(tmp_path / "site")
+    return tmp_path
+
+
+def shown(project) -> list[str]:
+    cells = json.loads((project / "site" / "notebooks" / f"{NAME}.ipynb").read_text())["cells"]
+    return [cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"]) for cell in cells]
+
+
+def test_a_notebook_has_what_it_showed_behind_the_cell(project):
+    title, how, code, behind, *_ = shown(project)
+    assert title == "# Title\nSee [start](../index.md)." and code == "show()"
+    assert how == "As it ran at scale `small`, then, in 1.0 minutes."
+    assert behind == "| a |\n| --- |\n| 1 |\n\n![table05](../pictures/table05.svg)"
+    assert (project / "site" / "pictures" / "table05.svg").is_file()
+
+
+def test_a_notebook_that_was_changed_says_so(project):
+    path = project / "notebooks" / f"{NAME}.ipynb"
+    path.write_text(path.read_text().replace("show()", "show(2)"))
+    make_site.write_sources(project / "site")
+    assert shown(project)[1].startswith(make_site.STALE)
+    (project / "paper_figures" / "pages" / f"{NAME}.md").unlink()
+    make_site.write_sources(project / "site")
+    assert shown(project)[1] == make_site.NOT_RUN and len(shown(project)) == 3
+
+
+def test_links_lead_to_the_site_to_the_repository_or_nowhere(project):
+    start = (project / "site" / "index.md").read_text()
+    assert "[notebook](notebooks/05_guidance_ablation.ipynb), [table](tables/table05.md#top)" in start
+    assert "![p](pictures/table05.svg), code, [out](https://example.org/x.md)" in start
+    (project / "pyproject.toml").write_text('[project.urls]\nRepository = "https://example.org/r"\n')
+    make_site.write_sources(project / "site")
+    assert (
+        "[code](https://example.org/r/blob/main/igd_lib/config.py)"
+        in (project / "site" / "index.md").read_text()
+    )
+
+
+def test_every_link_of_the_real_sources_leads_to_a_file(tmp_path):
+    make_site.write_sources(tmp_path / "source")
+    count = 0
+    for path in (tmp_path / "source").rglob("*.md"):
+        for match in make_site.LINK.finditer(path.read_text()):
+            if not re.match(r"^[a-z]+:", match["target"]):
+                count += 1
+                assert (path.parent / match["target"]).is_file(), f"{path.name}: {match['target']}"
+    assert count > 60
+
+
+def test_every_page_is_in_a_table_of_contents(tmp_path):
+    make_site.write_sources(tmp_path / "source")
+    texts = [path.read_text() for path in (tmp_path / "source").rglob("*.md")]
+    listed = {
+        name
+        for text in texts
+        for part in re.findall(r"```\{toctree\}(.*?)```", text, re.DOTALL)
+        for name in part.split()
+    }
+    for path in (tmp_path / "source").rglob("*.md"):
+        name = path.relative_to(tmp_path / "source").with_suffix("").as_posix()
+        assert name == "index" or name in listed or path.stem in listed, name

@@ -1,0 +1,22 @@
+"""How Sphinx builds the site; its sources are put together by make_site.py."""
+
+from igd_lib.tools.version import VERSION
+
+project = "igd_lib"
+author = "the authors of igd_lib"
+copyright = "Apache-2.0"
+version = release = VERSION
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx_copybutton"]
+html_theme = "furo"
+html_title = f"igd_lib {VERSION}"
+html_static_path = []
+nb_execution_mode = "off"
+nb_merge_streams = True
+myst_enable_extensions = ["colon_fence", "dollarmath", "amsmath"]
+myst_heading_anchors = 3
+suppress_warnings = ["myst.header", "mystnb.unknown_mime_type", "misc.highlighting_failure"]
+autodoc_typehints = "none"  # they are in the signatures
+autodoc_inherit_docstrings = False
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+exclude_patterns = ["pictures/data"]
