@@ -3,6 +3,7 @@
 from igd_lib.tools.version import VERSION
 
 project = "igd_lib"
+default_role = "code"
 author = "the authors of igd_lib"
 copyright = "Apache-2.0"
 version = release = VERSION
@@ -18,5 +19,5 @@ suppress_warnings = ["myst.header", "mystnb.unknown_mime_type", "misc.highlighti
 autodoc_typehints = "none"  # they are in the signatures
 autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True, "show-inheritance": False}
 exclude_patterns = ["pictures/data"]
