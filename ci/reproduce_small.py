@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -127,11 +128,11 @@ class Runner:
         """
         folder, output = self.base / run.name, self.base / f"{run.name}.log"
         if output.is_file():  # an earlier go, which may have been stopped
-            self._note(run, output.stat().st_mtime)
+            self._note(run, ended=output.stat().st_mtime)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self.executed(run).unlink(missing_ok=True)
-        began = time.monotonic()
+        began, used = time.monotonic(), processor_minutes()
         with open(output, "w") as file:
             code = subprocess.run(
                 self.command(run),
@@ -141,14 +142,20 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 check=False,
             ).returncode
-        self._note(run)
+        self._note(run, used=processor_minutes() - used)
         ended = "done" if code == 0 else f"FAILED, see {output}"
         print(f"{run.name}: {ended}, {(time.monotonic() - began) / 60:.1f} minutes", flush=True)
         return code == 0
 
-    def _note(self, run: Run, ended: float | None = None) -> None:
+    def _note(self, run: Run, **times: float) -> None:
         if self.scale == "small":
-            reproduction_log.note(self.log, run.name, self.executed(run), git_revision(), ended)
+            reproduction_log.note(self.log, run.name, self.executed(run), git_revision(), **times)
+
+
+def processor_minutes() -> float:
+    """What all programs that this one ran, and has waited for, have used of the processor."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (used.ru_utime + used.ru_stime) / 60
 
 
 def record(log: Path, names: list[str]) -> None:

@@ -2,7 +2,9 @@
 
 A stage is what a cell of the notebook does: "sets" trains surrogates, tunes models and makes sets,
 "evaluation" trains and tests networks and measures sets, some cells do both, "other" loads, tabulates and
-draws. A run that was stopped is in the log by the cells that it had done and the time in the one it was at.
+draws. A run that was stopped is in the log by the cells that it had done and the time in the one it was at. Minutes are the
+processor's, divided among the cells by the clock, so that other work on the machine does not count; those of a
+run that was stopped are the clock's.
 """
 
 from __future__ import annotations
@@ -42,8 +44,19 @@ def minutes_by_stage(notebook: dict[str, Any], ended: float | None = None) -> di
     return found
 
 
-def note(log: Path, run: str, executed: Path, revision: str, ended: float | None = None) -> None:
-    """Add what an executed notebook took to the log; once, however often it is asked."""
+def note(
+    log: Path,
+    run: str,
+    executed: Path,
+    revision: str,
+    *,
+    used: float | None = None,
+    ended: float | None = None,
+) -> None:
+    """Add what an executed notebook took to the log; once, however often it is asked.
+
+    used: minutes of the processor, where they are known; ended: when a run was stopped (POSIX).
+    """
     if not executed.is_file():
         return
     notebook = json.loads(executed.read_text())
@@ -51,9 +64,17 @@ def note(log: Path, run: str, executed: Path, revision: str, ended: float | None
     known = read(log)
     if ((known.run == run) & (known.started == started)).any():
         return
+    found = minutes_by_stage(notebook, ended)
+    share = 1.0 if used is None else used / max(sum(found.values()), 1e-9)
     lines = [
-        {"run": run, "stage": stage, "started": started, "minutes": round(minutes, 2), "revision": revision}
-        for stage, minutes in minutes_by_stage(notebook, ended).items()
+        {
+            "run": run,
+            "stage": stage,
+            "started": started,
+            "minutes": round(share * minutes, 2),
+            "revision": revision,
+        }
+        for stage, minutes in found.items()
     ]
     whole = pd.DataFrame([*known.to_dict("records"), *lines], columns=COLUMNS)
     files.write(log, whole.to_csv(index=False, lineterminator="\n"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -105,6 +107,24 @@ def test_the_log_has_each_go_once_and_sums_them(tmp_path):
     table = reproduction_log.summed(reproduction_log.read(log)).set_index("run")
     assert table["in all"].to_dict() == pytest.approx({"05": 7.2, "06": 3.6, "all": 10.8})
     assert table.goes.to_dict() == {"05": 2, "06": 1, "all": 3} and table.sets["all"] == 6.0
+
+
+def test_minutes_are_the_processor_s_where_they_are_known(tmp_path):
+    """3.6 minutes by the clock, 1.8 of the processor: half of each stage's."""
+    path = tmp_path / "run.ipynb"
+    path.write_text(json.dumps(RUN))
+    reproduction_log.note(tmp_path / "log.csv", "05", path, "abc", used=1.8)
+    table = reproduction_log.summed(reproduction_log.read(tmp_path / "log.csv")).set_index("run")
+    assert table.loc["05", "in all"] == 1.8 and table.loc["05", "sets"] == 1.0
+
+
+def test_the_processor_s_minutes_are_those_of_programs_that_were_run():
+    before = reproduce_small.processor_minutes()
+    code = "import time\nwhile time.process_time() < 0.6: pass"
+    subprocess.run(
+        [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"]
+    )
+    assert 0.01 <= reproduce_small.processor_minutes() - before < 0.1
 
 
 def test_smoke_runs_a_notebook_and_logs_nothing(tmp_path, capsys):
