@@ -2,9 +2,9 @@
 
 A stage is what a cell of the notebook does: "sets" trains surrogates, tunes models and makes sets,
 "evaluation" trains and tests networks and measures sets, some cells do both, "other" loads, tabulates and
-draws. A run that was stopped is in the log by the cells that it had done and the time in the one it was at. Minutes are the
-processor's, divided among the cells by the clock, so that other work on the machine does not count; those of a
-run that was stopped are the clock's.
+draws. A run that was stopped is in the log by the cells that it had done and the time in the one it was at.
+Minutes are the processor's, divided among the cells by the clock, so that other work on the machine does not
+count; those of a run that was stopped are the clock's.
 """
 
 from __future__ import annotations

@@ -120,10 +120,9 @@ def test_minutes_are_the_processor_s_where_they_are_known(tmp_path):
 
 def test_the_processor_s_minutes_are_those_of_programs_that_were_run():
     before = reproduce_small.processor_minutes()
-    code = "import time\nwhile time.process_time() < 0.6: pass"
-    subprocess.run(
-        [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"]
-    )
+    burn = "import time\nwhile time.process_time() < 0.6: pass"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burn!r}], check=True)"
+    subprocess.run([sys.executable, "-c", outer], check=True)
     assert 0.01 <= reproduce_small.processor_minutes() - before < 0.1
 
 
