@@ -4,13 +4,17 @@
 sees on the page; `--check` names what would change. WHAT is one of
 
     difference RUN; A - B        the paired difference in top-1, its 95 % interval, n and verdict
+    claim RUN; A - B             the same in words: confirmed if it is a gain (or lower, with expect=lower)
     mean RUN; METHOD             top-1 mean ± sd and n
+    where RUN                    data set, IPC and network
     table PAGE; COUNT            a table of the page paper_figures/PAGE.md, the first being 1
     minutes RUN                  of one core, from an empty cache in the order of all runs
+    file FILE                    all of paper_figures/data/FILE.csv, as a table
     cell FILE; LINE; COLUMN      of paper_figures/data/FILE.csv, the line by its first column
 
 with `; metric=influence_loss`, `; network=convnet4`, `; protocol=...` and `; show=mean` (or interval, n,
-verdict) behind it. A difference is one of its table's claims, its verdict after Holm's correction over them.
+verdict) behind it. In A and B a * stands for any text. A difference is one of its table's claims, its verdict
+after Holm's correction over them.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
@@ -36,7 +41,7 @@ from paper_figures import make_figures
 TEXTS = ("README.md", "FINDINGS.md")
 DATA = Path(__file__).parent / "data"
 MARK = re.compile(r"<!--= (?P<what>.+?) -->(?P<shown>.*?)<!--/-->", re.DOTALL)
-DIGITS = {"top1": 1}  # of other metrics three
+ONE_DIGIT = ("top", "coverage", "redundancy")  # metrics in percent; others have three
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,12 +89,16 @@ def value(what: str) -> str:
 
 def _difference(run: str, pair: str, show: str = "", metric: str = "top1", **where: str) -> str:
     table = _differences(run, metric, tuple(sorted(where.items())))
-    line = table[table.difference == pair].iloc[0]
-    digits = DIGITS.get(metric, 3)
-    mean = f"{line['mean']:+.{digits}f}"
-    interval = "" if pd.isna(line.low) else f"[{line.low:+.{digits}f}, {line.high:+.{digits}f}]"
+    line = table[[fnmatchcase(name, pair) for name in table.difference]].iloc[0]
+    digits = _digits(metric)
+    mean = f"{line['mean']:+z.{digits}f}"
+    interval = "" if pd.isna(line.low) else f"[{line.low:+z.{digits}f}, {line.high:+z.{digits}f}]"
     words = {"mean": mean, "interval": interval, "n": str(line.n), "verdict": line.verdict}
     return words[show] if show else f"{mean} {interval}, n = {line.n}, {line.verdict}"
+
+
+def _digits(metric: str) -> int:
+    return 1 if metric.startswith(ONE_DIGIT) else 3
 
 
 @cache
@@ -99,10 +108,24 @@ def _differences(run: str, metric: str, where: tuple[tuple[str, str], ...]) -> p
     return statistics.differences(_rows(run, metric, where), artefact.claims)
 
 
+def _claim(run: str, pair: str, expect: str = "gain", metric: str = "top1", **where: str) -> str:
+    """Whether a difference is as expected; it is not confirmed where nothing is clear."""
+    opposite = {"gain": "loss", "loss": "gain", "lower": "higher", "higher": "lower"}[expect]
+    verdict = _difference(run, pair, "verdict", metric, **where)
+    words = {expect: "confirmed", opposite: "the opposite is found"}.get(verdict, "not confirmed")
+    shown = [_difference(run, pair, part, metric, **where) for part in ("mean", "interval", "n")]
+    return f"**{words}**: {shown[0]} {shown[1]}, n = {shown[2]}"
+
+
+def _where(run: str) -> str:
+    one = _rows(run, "top1", ()).iloc[0]
+    return f"{one.dataset}, IPC {one.ipc}, {one.network}"
+
+
 def _mean(run: str, method: str, show: str = "", metric: str = "top1", **where: str) -> str:
     rows = _rows(run, metric, tuple(sorted(where.items())))
     line = results.summary(rows[rows.method == method]).iloc[0]
-    digits = DIGITS.get(metric, 3)
+    digits = _digits(metric)
     mean, sd = f"{line['mean']:.{digits}f}", f"{line.sd:.{digits}f}"
     words = {"mean": mean, "sd": sd, "n": str(line.n)}
     return words[show] if show else f"{mean} ± {sd} (n = {line.n})"
@@ -131,6 +154,11 @@ def _minutes(run: str) -> str:
     return f"{log.loc[run, 'in all']:.0f}" if run in log.index else "not recorded"
 
 
+def _file(file: str) -> str:
+    table = pd.read_csv(DATA / f"{file}.csv", dtype=str, keep_default_na=False)
+    return f"\n{results.markdown(table, 0)}\n"
+
+
 def _cell(file: str, line: str, column: str) -> str:
     table = pd.read_csv(DATA / f"{file}.csv", dtype=str, keep_default_na=False)
     return str(table.set_index(table.columns[0]).loc[line, column])
@@ -138,9 +166,12 @@ def _cell(file: str, line: str, column: str) -> str:
 
 KINDS: dict[str, Callable[..., str]] = {
     "difference": _difference,
+    "claim": _claim,
     "mean": _mean,
+    "where": _where,
     "table": _table,
     "minutes": _minutes,
+    "file": _file,
     "cell": _cell,
 }
 

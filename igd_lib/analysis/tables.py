@@ -147,9 +147,9 @@ def differences(
     found = statistics.differences(rows, claims, by)
     shown = found[[*by, "difference"]].copy()
     shown["mean [95 %]"] = [
-        f"{mean:+.{digits}f}"
+        f"{mean:+z.{digits}f}"
         if pd.isna(low)
-        else f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+        else f"{mean:+z.{digits}f} [{low:+z.{digits}f}, {high:+z.{digits}f}]"
         for mean, low, high in zip(found["mean"], found.low, found.high, strict=True)
     ]
     shown["n"] = found.n
