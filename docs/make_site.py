@@ -116,6 +116,7 @@ notebooks
 own_data
 own_surrogate
 paper_scale
+share
 reproducing
 ```
 

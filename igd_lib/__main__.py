@@ -30,7 +30,15 @@ class Interruptible(click.Group):
 
     def go_on(self, ctx: click.Context) -> str:
         """What to do next."""
-        if ctx.invoked_subcommand in ("demo", "evaluate", "finetune", "minimax", "standin"):
+        if ctx.invoked_subcommand in (
+            "demo",
+            "distill",
+            "evaluate",
+            "finetune",
+            "minimax",
+            "pull",
+            "standin",
+        ):
             return "the same command goes on from what is on disk"
         return "run the same command again"
 
@@ -228,6 +236,157 @@ def evaluate(
     except (OSError, ValueError, FloatingPointError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(json.dumps(found.record(), indent=2) if as_json else "\n".join(found.lines()))
+
+
+@igd.command()
+@click.argument("dataset")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--ipc", type=click.IntRange(1), default=10, show_default=True, help="Images a class.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("-k", type=click.FloatRange(0), help="Of influence guidance.  [default: the scale's]")
+@click.option(
+    "--gamma",
+    type=click.FloatRange(0),
+    help="Of deviation guidance, for latents of 4,096 values.  [default: the scale's]",
+)
+@click.option("--cfg", type=float, default=4.0, show_default=True, help="Of classifier-free guidance.")
+@click.option(
+    "--scale",
+    type=click.Choice(["auto", "smoke", "small", "rehearsal", "paper"]),
+    default="auto",
+    show_default=True,
+)
+@click.option("--json", "as_json", is_flag=True, help="Where it is, of what, and how long it took, as JSON.")
+def distill(
+    dataset: str,
+    out: Path,
+    ipc: int,
+    seed: int,
+    k: float | None,
+    gamma: float | None,
+    cfg: float,
+    scale: str,
+    as_json: bool,
+) -> None:
+    """Distil DATASET by influence-guided diffusion into the folder OUT; an interrupted run goes on.
+
+    With the paper's models where they are on this machine, else (scale small) on a stand-in, which is said.
+
+    Example: igd distill cifar-10 my_set --ipc 10 --scale small
+    """
+    from igd_lib.experiment.experiment import prepare
+    from igd_lib.experiment.methods import Method
+    from igd_lib.experiment.run import Run
+
+    try:
+        with redirect_stdout(sys.stderr if as_json else sys.stdout):  # what the library says on the way
+            made = prepare("distill", dataset, scale, run=Run(ipc=ipc, seeds=f"{seed}:{seed + 1}"))
+            click.echo(made.banner)
+            own = made.scale.guidance
+            own = replace(own, k=own.k if k is None else k, gamma=own.gamma if gamma is None else gamma)
+            found = made.distilled(Method(guidance=own, cfg_scale=cfg), out, seed)
+    except (OSError, ValueError, FloatingPointError) as error:
+        raise click.ClickException(str(error)) from error
+    record = {"folder": str(out), "dataset": found.manifest["dataset"], "images": len(found.data())}
+    record |= {"seconds": round(found.seconds, 1), "key": found.manifest["key"]}
+    click.echo(json.dumps(record, indent=2) if as_json else out)
+
+
+@igd.command()
+@click.argument("folder", metavar="SET", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["imagefolder", "rded", "safetensors"]),
+    default="imagefolder",
+    show_default=True,
+)
+@click.option("--json", "as_json", is_flag=True, help="The export's manifest as JSON.")
+def export(folder: Path, out: Path, form: str, as_json: bool) -> None:
+    """Write the finished SET for other tools into the folder OUT.
+
+    imagefolder has a folder a class, rded one a zero-padded label, safetensors one file of tensors; each has
+    a manifest with the class order.
+
+    Example: igd export my_set my_set_folders --format rded
+    """
+    from igd_lib.sets.export import read_manifest
+    from igd_lib.sets.store import DistilledSet
+
+    try:
+        written = DistilledSet(folder).export(out, form)
+        manifest = read_manifest(written)
+    except (OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(json.dumps(manifest, indent=2) if as_json else written)
+
+
+@igd.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="A new repository is seen by its owner alone.")
+@click.option("--licence", default="", help="Of weights that igd does not know, such as mit.")
+@click.option("--data-licence", default="", help="Of images that igd does not know, such as cc-by-4.0.")
+@click.option(
+    "--derived-from-imagenet-ok",
+    is_flag=True,
+    help="Yes, I may share what is derived from ImageNet's images (DM, IDC-1, DATM, D4M, TDSDM, ...).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Repository, commit, files and bytes as JSON.")
+def push(
+    folder: Path,
+    repo: str,
+    private: bool,
+    licence: str,
+    data_licence: str,
+    derived_from_imagenet_ok: bool,
+    as_json: bool,
+) -> None:
+    """Share what is in FOLDER: a distilled set, a surrogate, a fine-tuned DiT or an adapter.
+
+    REPO is OWNER/NAME on the Hugging Face hub (log in first: hf auth login), or a folder, file:///PATH. A
+    card with licences and settings goes with it. Sets of real images and others' weights are refused.
+
+    Example: igd push my_set me/imagewoof-igd-ipc10
+    """
+    from igd_lib.sets import sharing
+    from igd_lib.sets.shareable import Declared
+    from igd_lib.tools.cache import size
+
+    declared = Declared(derived_from_imagenet_ok, licence, data_licence)
+    try:
+        with redirect_stdout(sys.stderr if as_json else sys.stdout):
+            done = sharing.push(folder, repo, declared=declared, private=private)
+    except (OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+    said = f"pushed {done.files} files, {size(done.bytes)}, to {repo}: revision {done.commit}"
+    click.echo(json.dumps(done.record(), indent=2) if as_json else said)
+
+
+@igd.command()
+@click.argument("repo")
+@click.argument("into", required=False, type=click.Path(path_type=Path))
+@click.option("--revision", help="A branch, tag or commit.  [default: the newest]")
+@click.option("--for", "dataset", metavar="DATASET", help="Refuse another class order than this data set's.")
+@click.option("--json", "as_json", is_flag=True, help="Folder, commit, files and bytes as JSON.")
+def pull(repo: str, into: Path | None, revision: str | None, dataset: str | None, as_json: bool) -> None:
+    """Fetch what was shared as REPO into the new folder INTO, by default in the cache, and check every file.
+
+    REPO is OWNER/NAME on the Hugging Face hub, or a folder, file:///PATH. An interrupted pull goes on.
+
+    Example: igd pull me/imagewoof-igd-ipc10 my_set --for imagewoof
+    """
+    from igd_lib.sets import hub
+    from igd_lib.tools.cache import size
+
+    try:
+        with redirect_stdout(sys.stderr if as_json else sys.stdout):
+            done = hub.pull(repo, into, revision=revision, data=dataset)
+    except (OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+    said = f"{repo}: revision {done.commit}, {done.files} files, {size(done.bytes)}, in {done.folder}"
+    click.echo(json.dumps(done.record(), indent=2) if as_json else said)
 
 
 @igd.command()

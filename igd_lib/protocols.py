@@ -6,6 +6,7 @@ G-VBSM's.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -419,3 +420,27 @@ def rded_soft(protocol: Protocol, factor: int) -> Protocol:
     if factor < 1:
         raise ValueError(f"factor is at least 1, got {factor}")
     return replace(protocol, patch_factor=factor, crop_scale=(1 / factor, 1.0))
+
+
+# --- what is usual for images of a size
+
+
+def usual_protocol(image_size: int, *, soft: bool) -> Protocol:
+    """The published protocol for images of that size; IGD's hard-label one at their own up to 128 px."""
+    if soft:
+        sizes = ((32, RDED_SOFT_32), (64, RDED_SOFT_64), (128, RDED_SOFT_128))
+        return next((protocol for size, protocol in sizes if image_size <= size), RDED_SOFT)
+    if image_size <= IGD_CIFAR.image_size:
+        return IGD_CIFAR
+    return at_size(IGD_HARD, image_size) if image_size <= 128 else IGD_HARD
+
+
+def at_size(protocol: Protocol, image_size: int) -> Protocol:
+    """The protocol with networks that see images of that size; the test's resize goes with it."""
+    resize = protocol.test_resize and round(protocol.test_resize * image_size / protocol.image_size)
+    return replace(protocol, image_size=image_size, test_resize=resize)
+
+
+def usual_network(image_size: int) -> str:
+    """A ConvNet that halves images to 4 px a side: of depth 3 at 32 px, 6 at 256."""
+    return f"convnet{min(6, max(1, round(math.log2(image_size / 4))))}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,17 +16,10 @@ from igd_lib.data.images import ImageData, from_files, load
 from igd_lib.data.sources import folder as source
 from igd_lib.data.sources.base import composed
 from igd_lib.evaluation import Score, evaluate_all
-from igd_lib.protocols import (
-    IGD_CIFAR,
-    IGD_HARD,
-    PROTOCOLS,
-    RDED_SOFT,
-    RDED_SOFT_32,
-    RDED_SOFT_64,
-    RDED_SOFT_128,
-    Protocol,
-)
-from igd_lib.sets import export
+from igd_lib.protocols import PROTOCOLS, Protocol, at_size, usual_network, usual_protocol
+from igd_lib.sets import export, learned
+from igd_lib.sets.class_files import ClassFiles
+from igd_lib.sets.kinds import METHODS, images_of
 from igd_lib.sets.store import DistilledSet
 from igd_lib.teacher_training import teacher_recipe
 from igd_lib.teachers import Teacher, imagenet_teacher, least_for, teacher_from_file
@@ -139,7 +131,7 @@ def evaluate_set(
 
 
 def read_set(folder: Path) -> ImageData:
-    """A distilled set, an export of one, or anybody's class folders (its `train`, where that holds them).
+    """A set of any method, an export, or anybody's class folders (its `train`, where that holds them).
 
     The last are numbered by their sorted names. Raises FileNotFoundError, or ValueError for a set that is
     unfinished or damaged, or has no images of a class.
@@ -152,15 +144,29 @@ def read_set(folder: Path) -> ImageData:
         found = source.read_classes(base)
         return from_files(folder.name, "class folders", found.classes, list(found.images), found.labels)
     try:
-        is_export = "format" in json.loads(manifest.read_text())
-    except (ValueError, TypeError) as error:
+        noted = json.loads(manifest.read_text())
+        is_export, kind = "format" in noted, noted.get("kind")
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{manifest} is damaged ({error}); restore it, or name another folder") from error
-    data = _exported(folder) if is_export else DistilledSet(folder).data()
+    if kind in METHODS:
+        data = _of_method(folder, noted)
+    else:
+        data = _exported(folder) if is_export else DistilledSet(folder).data()
     present = set(data.labels.tolist())
     if lacking := [name for label, name in enumerate(data.classes) if label not in present]:
         count = f"{len(lacking)} of its {len(data.classes)} classes"
         raise ValueError(f"{folder} has no images of {count}, the first is {lacking[0]!r}")
     return replace(data, classes=tuple(composed(name) for name in data.classes))
+
+
+def _of_method(folder: Path, manifest: dict[str, Any]) -> ImageData:
+    """What one of the compared methods made, from its folder in the cache or where it was pulled to."""
+    if (folder / learned.FILE).is_file():
+        return learned.load(folder / learned.FILE)
+    about = manifest["settings"]
+    _, classes, side = images_of(folder, about["data"])
+    split = f"{METHODS[manifest['kind']]}, ipc {about['ipc']}, seed {about['seed']}"
+    return ClassFiles(folder, about["data"], split, classes, about["ipc"], side).data()
 
 
 def _exported(folder: Path) -> ImageData:
@@ -230,28 +236,7 @@ def _check_names(ours: Sequence[str], theirs: Sequence[str], where: str, other: 
     raise ValueError(f"classes differ: {here} has {alone[0]!r} and {there} has not ({count}){hint}")
 
 
-# --- what is usual
-
-
-def usual_protocol(image_size: int, *, soft: bool) -> Protocol:
-    """The published protocol for images of that size; IGD's hard-label one at their own up to 128 px."""
-    if soft:
-        sizes = ((32, RDED_SOFT_32), (64, RDED_SOFT_64), (128, RDED_SOFT_128))
-        return next((protocol for size, protocol in sizes if image_size <= size), RDED_SOFT)
-    if image_size <= IGD_CIFAR.image_size:
-        return IGD_CIFAR
-    return at_size(IGD_HARD, image_size) if image_size <= 128 else IGD_HARD
-
-
-def at_size(protocol: Protocol, image_size: int) -> Protocol:
-    """The protocol with networks that see images of that size; the test's resize goes with it."""
-    resize = protocol.test_resize and round(protocol.test_resize * image_size / protocol.image_size)
-    return replace(protocol, image_size=image_size, test_resize=resize)
-
-
-def usual_network(image_size: int) -> str:
-    """A ConvNet that halves images to 4 px a side: of depth 3 at 32 px, 6 at 256."""
-    return f"convnet{min(6, max(1, round(math.log2(image_size / 4))))}"
+# --- soft labels
 
 
 def _teacher(file: str | Path | None, protocol: Protocol, test: ImageData) -> Teacher | None:

@@ -290,6 +290,16 @@ class Experiment:
         _report_version(found)
         return found
 
+    def distilled(self, method: Method, folder: str | Path, seed: int = 0) -> DistilledSet:
+        """A sampled method's set in a folder of one's own, at the run's IPC; an interrupted one goes on.
+
+        Raises ValueError for a method that is not sampled, and as `distillation.distill`.
+        """
+        if method.family != SAMPLED:
+            raise ValueError(f"{method.label} is not sampled by a diffusion model")
+        wanted, _ = self._wanted(self.sampling(method), seed, self.ipc)
+        return self._fill(wanted, Path(folder))
+
     def _wanted(self, sampling: Sampling, seed: int, ipc: int) -> tuple[Wanted, Path]:
         """A sampled set that is to be, and its folder."""
         every = list(range(self.number_of_classes))

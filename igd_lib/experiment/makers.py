@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -29,6 +29,7 @@ from igd_lib.data.images import ImageData
 from igd_lib.experiment.scales import Scale
 from igd_lib.sets import learned
 from igd_lib.sets.class_files import ClassFiles, ClassMaker, fill, kept_by_class
+from igd_lib.sets.terms import ORIGINS, Origin
 from igd_lib.teachers import Teacher
 from igd_lib.tools import files, keys
 from igd_lib.tools.machine import ray_cluster
@@ -90,15 +91,6 @@ def about_set(place: Workplace, ipc: int, seed: int) -> dict[str, Any]:
     return about_data(place.train) | {"ipc": ipc, "seed": seed}
 
 
-# What a set's images are, in words.
-Origin = Literal["real", "derived", "recovered"]
-ORIGINS: dict[Origin, str] = {
-    "real": "real images, whole or in parts",
-    "derived": "derived from real images",
-    "recovered": "recovered from networks that were trained on real images",
-}
-
-
 def keep_card(folder: Path, name: str, origin: Origin, place: Workplace, ipc: int, seed: int) -> None:
     """Write beside a set that is in the cache what it is, for who finds it there."""
     files.write(
@@ -125,7 +117,7 @@ class _OfAuthors:
 
 # --- sets that are made in one piece
 
-SET, STATE = "set.safetensors", "state"
+SET, STATE = learned.FILE, "state"
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from igd_lib.analysis import features, metrics, results
 from igd_lib.data.images import ImageData
 from igd_lib.evaluation import Score, evaluate_sets
 from igd_lib.experiment.experiment import Experiment, Images, Sets
-from igd_lib.experiment.makers import ORIGINS
 from igd_lib.experiment.methods import Method
 from igd_lib.experiment.registry import BASELINES
 from igd_lib.protocols import IGD_HARD, MINIMAX_HARD, Protocol, labellings
 from igd_lib.sets.store import DistilledSet, in_memory
+from igd_lib.sets.terms import ORIGINS
 from igd_lib.teachers import Teacher, check_teacher, labelled
 from igd_lib.tools import cluster, files, keys
 from igd_lib.tools.machine import ray_cluster, work_dir

@@ -15,6 +15,7 @@ from igd_lib.experiment import guide_makers, makers
 from igd_lib.experiment.scales import Scale
 from igd_lib.guides import GuideFactory
 from igd_lib.protocols import DATM_OWN, SMALL_DATM, Protocol
+from igd_lib.sets.terms import Origin
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Baseline:
     minutes: Callable[[Any, int], float] | None = None
     shared_minutes: float = 0.0
     is_made: Callable[[Any, int, int], bool] = lambda place, ipc, seed: False
-    origin: makers.Origin = "derived"  # what its images are
+    origin: Origin = "derived"  # what its images are
     # Which of its settings are not its authors', by Workplace and IPC.
     shortened: Callable[[Any, int], list[str]] = lambda place, ipc: []
     # Under which its sets are evaluated where they are not as others' are; None: the table's.

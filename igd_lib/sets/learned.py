@@ -19,6 +19,8 @@ from igd_lib.data.zca import ZCA
 from igd_lib.tools import files
 from igd_lib.tools.version import git_revision
 
+FILE = "set.safetensors"  # where a method's set that is made in one piece lies in its folder
+
 
 def save(path: str | Path, data: ImageData) -> Path:
     """Write a set that is in memory, atomically; `load` gives it back to the bit."""

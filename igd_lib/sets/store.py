@@ -16,6 +16,9 @@ from torch import Tensor
 
 from igd_lib.data.images import ImageData, from_tensors
 from igd_lib.sets.export import export
+from igd_lib.sets.hub import Hub, Shared, pull, push
+from igd_lib.sets.shareable import Declared, of_set
+from igd_lib.sets.sums import BESIDE
 from igd_lib.tools import files, machine
 from igd_lib.tools.locks import say_once
 
@@ -39,6 +42,11 @@ class DistilledSet:
                 raise FileNotFoundError(
                     f"{self.path} holds an export for other tools, not a distilled set; open the folder "
                     "it was made from"
+                )
+            if (kind := self.manifest.get("kind") or "set") != "set":
+                raise FileNotFoundError(
+                    f"{self.path} holds work of the kind {kind!r}, not a set that was sampled; other "
+                    "methods' sets are read by igd evaluate"
                 )
             self.classes = tuple(self.manifest["classes"])
             self.selected: list[int] = list(self.manifest["selected"])
@@ -176,8 +184,9 @@ class DistilledSet:
             for index in range(self.ipc)
             for path in (self.image_path, self.latent_path)
         }
+        own = {"manifest.json", files.LOCK, *BESIDE}
         for path in sorted(self.path.rglob("*")):
-            if path.is_file() and path not in known and path.name not in ("manifest.json", files.LOCK):
+            if path.is_file() and path not in known and path.name not in own:
                 found.append(f"{path.relative_to(self.path)}: no part of the set")
                 if repair and path.name.endswith(".tmp"):
                     path.unlink()
@@ -228,6 +237,43 @@ class DistilledSet:
         return from_tensors(
             self.manifest["dataset"], f"distilled, ipc {self.ipc}", self.classes, images, labels
         )
+
+    def push(
+        self,
+        repo: str,  # OWNER/NAME on the Hugging Face hub, or a folder, file:///PATH
+        *,
+        private: bool = False,
+        licence: str = "",  # of a diffusion model that is not known here
+        data_licence: str = "",  # of images that are not known here
+        hub: Hub | None = None,  # who talks to the hub; None: huggingface_hub's HfApi
+    ) -> Shared:
+        """Share the finished set: its files with a card, Croissant metadata and their sums.
+
+        The same push again changes nothing. Raises ValueError where the set is not whole or a licence is not
+        known, ConnectionError where the hub does not answer.
+        """
+        declared = Declared(licence=licence, data_licence=data_licence)
+        work = of_set(self, declared)
+        return push(work, repo, private=private, hub=hub, beside=self.path.resolve().parent)
+
+    @classmethod
+    def pull(
+        cls,
+        repo: str,
+        *,
+        revision: str | None = None,  # a branch, tag or commit; None: the newest
+        into: str | Path | None = None,  # a new folder; None: in the cache
+        data: str | ImageData | Sequence[str] | None = None,  # what it is to be used with: class order
+        hub: Hub | None = None,
+    ) -> DistilledSet:
+        """A sampled set that was pushed, checked file by file; its commit is printed and in `pulled.json`.
+
+        Raises as `igd_lib.sets.hub.pull`: nothing is left in its place then.
+        """
+        found = pull(repo, into, revision=revision, data=data, repo_type="dataset", hub=hub)
+        print(f"{repo}: revision {found.commit} is in {found.folder}", flush=True)
+        assert found.folder is not None  # of what was pulled
+        return cls(found.folder)
 
     def export(self, out_dir: str | Path, format: str = "imagefolder") -> Path:
         """Write the finished set for other tools: "imagefolder", "rded", "safetensors" (`igd_lib.export`)."""

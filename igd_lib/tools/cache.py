@@ -17,7 +17,8 @@ from igd_lib.tools.machine import cache_dir
 # What earlier versions called sets, evaluations and surrogates; nothing looks there any more.
 OLD = ("runs", "scores", "surrogates")
 MODELS = "models"  # weights, some of them put there by hand
-KINDS = (*SCHEMA, *OLD, MODELS)
+SHARED = "shared"  # what was pulled, and can be pulled again
+KINDS = (*SCHEMA, *OLD, SHARED, MODELS)
 ALL = "all"  # of what is made anew when asked for
 DAY = 86_400.0  # seconds
 
