@@ -6,7 +6,8 @@ cd "$(dirname "$0")/.."
 
 stamp=.venv/.igd-setup
 partial=.venv/.igd-partial # there while pip writes: what it left half-done is not to be trusted
-wanted=$(cat requirements.lock pyproject.toml | sha256sum | cut -d' ' -f1)
+index=${IGD_TORCH_INDEX:-} # where PyTorch comes from, such as its index of builds for the CPU alone
+wanted=$( (cat requirements.lock pyproject.toml && echo "$index") | sha256sum | cut -d' ' -f1)
 
 data=${IGD_DATA:-${IGD_CACHE:-$HOME/.cache/igd}/data}
 case $data in "~/"*) data=$HOME/${data#"~/"} ;; esac
@@ -85,7 +86,15 @@ install() { # quiet: pip's warnings go to the log, and its errors to the screen 
 }
 echo "setup: installing the locked packages into .venv (about 2 to 10 minutes; 3 to 7 GB of disk)"
 touch "$partial"
-install -r requirements.lock
+if [ -n "$index" ]; then # a build of one's own choice, and none of the CUDA libraries of the usual one
+    echo "setup: PyTorch from $index"
+    # shellcheck disable=SC2046 # two requirements
+    install --index-url "$index" $(grep -E '^(torch|torchvision)==' requirements.lock)
+    grep -vE '^(nvidia|cuda|triton)' requirements.lock >.venv/without-cuda.lock
+    install -r .venv/without-cuda.lock
+else
+    install -r requirements.lock
+fi
 echo "setup: installing igd_lib"
 install --no-deps -e .
 rm -f "$partial"

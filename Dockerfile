@@ -1,0 +1,16 @@
+# JupyterLab with the notebooks: docker build -t igd . && docker run --rm -p 8888:8888 igd
+# On GPUs: docker build --build-arg IGD_TORCH_INDEX= -t igd . && docker run --gpus all -p 8888:8888 igd
+FROM python:3.12-slim-bookworm
+
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends git make \
+    && rm -rf /var/lib/apt/lists/*
+RUN useradd --create-home igd
+USER igd
+WORKDIR /home/igd/igd_lib
+COPY --chown=igd:igd . .
+ARG IGD_TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ENV IGD_TORCH_INDEX=${IGD_TORCH_INDEX} PIP_NO_CACHE_DIR=1
+RUN make setup
+EXPOSE 8888
+CMD [".venv/bin/jupyter", "lab", "--ip=0.0.0.0", "--no-browser", "notebooks"]
