@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from urllib.parse import unquote
 
 import pytest
+from bs4 import BeautifulSoup
 
 from docs import make_site
-from paper_figures import make_pages
+from paper_figures import make_figures, make_pages
 
 NAME = "05_guidance_ablation"
 
@@ -107,3 +109,62 @@ def test_every_page_is_in_a_table_of_contents(tmp_path):
     for path in (tmp_path / "source").rglob("*.md"):
         name = path.relative_to(tmp_path / "source").with_suffix("").as_posix()
         assert name == "index" or name in listed or path.stem in listed, name
+
+
+# --- the site itself
+
+
+def broken(folder) -> list[str]:
+    """Every link and picture of a site's pages that leads nowhere, its anchor included."""
+    pages = {path: BeautifulSoup(path.read_text(), "html.parser") for path in sorted(folder.rglob("*.html"))}
+    anchors = {path: {node["id"] for node in page.find_all(id=True)} for path, page in pages.items()}
+    lines = []
+    for path, page in pages.items():
+        targets = [node["href"] for node in page.find_all("a", href=True)]
+        for target in [*targets, *(node["src"] for node in page.find_all("img", src=True))]:
+            place, _, anchor = target.partition("#")
+            if re.match(r"^[a-z]+:", target):
+                continue
+            found = (path.parent / unquote(place)).resolve() if place else path
+            if not found.is_file():
+                lines.append(f"{path.name}: {target}")
+            elif anchor and found in anchors and unquote(anchor) not in anchors[found]:
+                lines.append(f"{path.name}: {target} has no such place")
+    return lines
+
+
+def check(folder) -> None:
+    """Each notebook that was run has a table, and a picture for each that is drawn of it."""
+    for path in sorted((folder / "notebooks").glob("[0-9]*.html")):
+        page = BeautifulSoup(path.read_text(), "html.parser")
+        text = (make_site.ROOT / "paper_figures" / "pages" / f"{path.stem}.md").is_file()
+        assert text == ("As it ran at scale" in page.get_text()), path.name
+        if text:
+            assert page.find("table"), path.name
+            source = (make_site.ROOT / "notebooks" / f"{path.stem}.ipynb").read_text().replace('\\"', '"')
+            kept = make_pages.KEPT.findall(source)
+            drawn = set(make_figures.drawn(path.stem)) & set(kept)
+            assert len(page.select("article img")) >= len(drawn), path.name
+    assert (folder / "searchindex.js").stat().st_size > 10_000
+
+
+def test_two_notebooks_and_all_other_pages_are_built_and_linked(tmp_path):
+    out = tmp_path / "html"
+    assert make_site.main(["--notebooks", "02", "05", "--out", str(out)]) == 0
+    assert {path.stem for path in (out / "notebooks").glob("[0-9]*.html")} == {
+        "02_checkpoints",
+        "05_guidance_ablation",
+    }
+    assert broken(out) == []
+    check(out)
+    assert BeautifulSoup((out / "notebooks" / "05_guidance_ablation.html").read_text(), "html.parser").select(
+        "article img[src$='table05.svg']"
+    )
+
+
+@pytest.mark.slow
+def test_the_whole_site(tmp_path):
+    out = tmp_path / "html"
+    assert make_site.main(["--out", str(out)]) == 0
+    assert broken(out) == []
+    check(out)
