@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -210,6 +211,18 @@ def similarity(source: Path) -> Figure:
     return plotting.similarities(epochs, curves, threshold=float(table.threshold.iloc[0]))
 
 
+def similarity_matrices(source: Path) -> Figure:
+    table = pd.read_csv(source.with_suffix(".matrices.csv"))
+    wide = {
+        str(name): own.pivot(index="epoch", columns="other", values="cosine")
+        for name, own in table.groupby("rule", sort=False)
+    }
+    epochs = next(iter(wide.values())).index.tolist()
+    return plotting.similarity_matrices(
+        epochs, {name: torch.from_numpy(own.to_numpy()) for name, own in wide.items()}
+    )
+
+
 @dataclass(frozen=True)
 class Picture:
     """What a notebook drew of something else than rows, drawn again from the tables and images it saved."""
@@ -223,6 +236,7 @@ class Picture:
 PICTURES = (
     Picture("00_quickstart", "gallery_classes", "quickstart_gallery"),
     Picture("02_checkpoints", "similarity", "similarity", similarity),
+    Picture("02_checkpoints", "similarity_matrices", "similarity_matrices", similarity_matrices),
     Picture("15_guides", "gallery", "guides_gallery"),
     Picture("22_early_stage", "examples", "fig02_examples"),
     Picture("23_tsne", "tsne", "fig03", places),

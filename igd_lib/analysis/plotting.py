@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -446,6 +447,42 @@ def gallery(
         )
     figure.suptitle(title)
     return figure
+
+
+def similarity_matrices(epochs: Sequence[float], matrices: Mapping[str, Tensor]) -> Figure:
+    """The cosine of each checkpoint's gradient with each other's, a panel a rule: (E, E) each."""
+    figure, panels = plt.subplots(
+        1, len(matrices), figsize=(3.2 * len(matrices) + 0.6, 3.3), layout="constrained", squeeze=False
+    )
+    names = [f"{round(epoch, 2):g}" for epoch in epochs]
+    every = -(-len(names) // 12)
+    for axes, (name, matrix) in zip(panels[0], matrices.items(), strict=True):
+        seaborn.heatmap(
+            pd.DataFrame(matrix.double().numpy(), index=names, columns=names),
+            ax=axes,
+            vmin=-1,
+            vmax=1,
+            cmap="RdBu_r",
+            square=True,
+            xticklabels=every,
+            yticklabels=every,
+            cbar=axes is panels[0, -1],
+            cbar_kws={"label": "cosine"},
+        )
+        axes.set(xlabel="epoch", title=textwrap.fill(name, 34))
+        axes.tick_params(labelsize=6, rotation=0)
+    panels[0, 0].set_ylabel("epoch")
+    return figure
+
+
+def matrix_table(epochs: Sequence[float], matrices: Mapping[str, Tensor]) -> pd.DataFrame:
+    """What `similarity_matrices` draws as a table: rule, epoch, other, cosine."""
+    return pd.DataFrame(
+        {"rule": name, "epoch": epoch, "other": other, "cosine": float(matrix[row, column])}
+        for name, matrix in matrices.items()
+        for row, epoch in enumerate(epochs)
+        for column, other in enumerate(epochs)
+    )
 
 
 def curve_table(
