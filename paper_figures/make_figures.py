@@ -219,7 +219,7 @@ def similarity_matrices(source: Path) -> Figure:
     }
     epochs = next(iter(wide.values())).index.tolist()
     return plotting.similarity_matrices(
-        epochs, {name: torch.from_numpy(own.to_numpy()) for name, own in wide.items()}
+        epochs, {name: torch.tensor(own.to_numpy()) for name, own in wide.items()}
     )
 
 
