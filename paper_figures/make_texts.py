@@ -13,8 +13,8 @@ sees on the page; `--check` names what would change. WHAT is one of
     cell FILE; LINE; COLUMN      of paper_figures/data/FILE.csv, the line by its first column
 
 with `; metric=influence_loss`, `; network=convnet4`, `; protocol=...` and `; show=mean` (or interval, n,
-verdict) behind it. In A and B a * stands for any text. A difference is one of its table's claims, its verdict
-after Holm's correction over them.
+verdict) behind it. In A, B and a metric a * stands for any text. A difference is one of its table's claims,
+its verdict after Holm's correction over them.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _mean(run: str, method: str, show: str = "", metric: str = "top1", **where: 
 @cache
 def _rows(run: str, metric: str, where: tuple[tuple[str, str], ...]) -> pd.DataFrame:
     rows = results.load(DATA / f"{run}.csv")
-    rows = make_figures.in_order(rows[rows.metric == metric])
+    rows = make_figures.in_order(rows[[fnmatchcase(name, metric) for name in rows.metric]])
     asked = dict(where)
     if "network" not in asked:
         asked["network"] = rows.network.iloc[0]

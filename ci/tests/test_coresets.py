@@ -534,6 +534,6 @@ def test_the_page_names_the_choice_made_on_validation_images(tmp_path):
     make_figures.draw_labellings(artefact, tmp_path, tmp_path / "out")
     page = (tmp_path / "out" / "coresets.md").read_text()
     assert "- p: Herding\n- p, fixed soft labels: Herding" in page
-    assert "| p | DiT - Herding | 5.2 | 0.2 | 4 | 0.0000 | 0.0000 | gain |" in page
+    assert "| p | DiT - Herding | +5.2 [+4.9, +5.5] | 4 | < 0.0001 | < 0.0001 | gain |" in page
     assert "| Random | 32.3 ± 0.3 | 32.3 ± 0.3 | 4 |" in page and "on the stand-in" in page
     assert (tmp_path / "out" / "coresets.png").is_file()

@@ -172,7 +172,7 @@ def test_the_released_second_chain_is_resized_too(tiny, small):
     )
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     step = Step(3, 300, 6, torch.tensor(0.5), z, z, z, None, z, z, None)
-    assert guide._images(step).shape == (1, 2, 3, 8, 8)
+    assert guide.images_of(step).shape == (1, 2, 3, 8, 8)
 
 
 # --- a set

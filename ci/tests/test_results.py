@@ -14,7 +14,7 @@ import pytest
 
 from igd_lib.analysis import results
 from igd_lib.analysis.results import Row, append, compare, consolidate, frame, load, markdown, read, summary
-from igd_lib.analysis.statistics import comparison, paired
+from igd_lib.analysis.statistics import differences, paired
 from igd_lib.tools import version
 from igd_lib.tools.keys import settings_hash
 from igd_lib.tools.version import VERSION
@@ -117,14 +117,9 @@ def test_summary_refuses_repeated_seeds_and_values_that_are_not_finite(rows):
 def test_paired_differences_by_hand(rows):
     """+1, +4, +7: mean 4, sd 3, standard error 3 / sqrt(3); seeds are matched, not positions."""
     assert paired(rows, "DiT-IGD", "DiT").to_dict() == {0: 1.0, 1: 4.0, 2: 7.0}
-    (entry,) = comparison(rows, [("DiT-IGD", "DiT")]).to_dict("records")
-    assert entry == {
-        "difference": "DiT-IGD - DiT",
-        "mean": 4.0,
-        "sd": 3.0,
-        "n": 3,
-        "standard error": pytest.approx(3**0.5),
-    }
+    (entry,) = differences(rows, lambda _: [("DiT-IGD", "DiT")]).to_dict("records")
+    assert (entry["difference"], entry["mean"], entry["sd"], entry["n"]) == ("DiT-IGD - DiT", 4.0, 3.0, 3)
+    assert entry["high"] - entry["mean"] == pytest.approx(4.30265 * 3**0.5, rel=1e-5)  # t(0.975, 2)
 
 
 def test_seeds_that_do_not_pair_raise(rows):

@@ -38,6 +38,8 @@ class DistilledSet:
             raise FileNotFoundError(f"{self.path} holds no distilled set (no manifest.json)")
         try:
             self.manifest: dict[str, Any] = json.loads(manifest.read_text())
+            if not isinstance(self.manifest, dict):
+                raise TypeError("no object")
             if "format" in self.manifest:
                 raise FileNotFoundError(
                     f"{self.path} holds an export for other tools, not a distilled set; open the folder "
