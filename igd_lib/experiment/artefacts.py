@@ -49,6 +49,7 @@ ARTEFACTS: Mapping[str, Artefact] = {
     "15_guides": Artefact("imagewoof", needs=("inception",)),
     "16_coresets": Artefact("imagewoof", needs=("teacher", "minimax")),
     "17_your_data": Artefact("", "resnetap10", paper=False),  # one's own folder: no plan
+    "18_lesson": Artefact("", "", paper=False),  # points in the plane
     "21_influence": Artefact("imagenette", THREE, TWO, needs=("teacher", "minimax")),
     "22_early_stage": Artefact("imagewoof"),
     "23_tsne": Artefact("imagewoof", "", needs=("teacher", "minimax", "inception")),

@@ -14,6 +14,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 from igd_lib.tools.version import PROJECT
 
+# What notebooks without a paper scale run on, where that is no stand-in alone.
+WITHOUT_PAPER = {
+    "17_your_data": "a stand-in; paper for a folder of yours",
+    "18_lesson": "points in the plane",
+}
+
 
 def versions() -> list[str]:
     """Every package whose version is not the lock's, a line each."""
@@ -97,8 +103,7 @@ def notebooks() -> list[str]:
     lines = []
     for name, artefact in ARTEFACTS.items():
         if not artefact.paper:
-            own = "; paper for a folder of yours" if name == "17_your_data" else ""
-            lines.append(f"{name}: small (a stand-in{own})")
+            lines.append(f"{name}: small ({WITHOUT_PAPER.get(name, 'a stand-in')})")
             continue
         lacking = missing_for_paper(artefact.dataset, artefact)
         note = f"; {len(lacking)} of the paper's pieces are missing" if lacking else ""

@@ -1,11 +1,12 @@
-"""Two sliders over settings that have been tried, for a lesson.
+"""Sliders that redraw a figure, for a lesson; and the two over k and gamma of settings that have been tried.
 
-They show what k and gamma do to images, influence loss and accuracy.
+These show what k and gamma do to images, influence loss and accuracy.
 """
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,22 +61,30 @@ class Settings:
 def explore(stand_in: str, k: float, gamma: float) -> Any:
     """Sliders over the pairs that were tried on a stand-in, in JupyterLab; elsewhere this one's picture."""
     settings = Settings(tried(stand_in))
+    return sliders(settings.figure, k=(settings.ks, k), gamma=(settings.gammas, gamma))
+
+
+def sliders(figure: Callable[..., Figure], **values: tuple[Sequence[float], float]) -> Any:
+    """A figure of some values, each with its slider, in JupyterLab; elsewhere the figure as it begins.
+
+    values: by name, what a slider offers and where it begins; given to `figure` in that order.
+    """
     if not in_jupyterlab():
-        return settings.figure(k, gamma)
+        return figure(*(first for _, first in values.values()))
     from ipywidgets import Image, SelectionSlider, VBox
 
-    sliders = [
-        SelectionSlider(options=values, value=value, description=name, continuous_update=False)
-        for name, values, value in (("k", settings.ks, k), ("gamma", settings.gammas, gamma))
+    moved = [
+        SelectionSlider(options=offered, value=first, description=name, continuous_update=False)
+        for name, (offered, first) in values.items()
     ]
     picture = Image(format="png", layout={"max_width": "100%"})
 
     def draw(_: object = None) -> None:
         pixels = io.BytesIO()
-        settings.figure(*(slider.value for slider in sliders)).savefig(pixels, format="png", dpi=100)
+        figure(*(slider.value for slider in moved)).savefig(pixels, format="png", dpi=100)
         picture.value = pixels.getvalue()
 
-    for slider in sliders:
+    for slider in moved:
         slider.observe(draw, "value")
     draw()
-    return VBox([*sliders, picture])
+    return VBox([*moved, picture])
