@@ -98,7 +98,7 @@ def _cosine(pieces: Sequence[Tensor], whole: Tensor, floor: float) -> Tensor:
 
 
 def predicted_clean(noisy: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The clean latents (B, C, h, w) that noisy ones and their predicted noise imply (Eq. 5).
+    """The clean latents (B, C, h, w) that noisy ones and their predicted noise imply (Eq. 2).
 
     alpha_bar: a scalar or (B, 1, 1, 1).
     """

@@ -36,7 +36,7 @@ class Step:
     eps: Tensor  # the noise after CFG
     conditional: Tensor  # the conditional prediction
     variance: Tensor | None  # of a model and scheduler with a learned one
-    clean: Tensor  # the clean latents that z and eps imply (Eq. 5)
+    clean: Tensor  # the clean latents that z and eps imply (Eq. 2)
     other: Tensor  # the second half of the batch after CFG
     other_variance: Tensor | None
     shared: bool = False  # whether another guide needs the graph through the transformer too

@@ -20,7 +20,7 @@ from igd_lib.sets.store import DistilledSet
 @dataclass(frozen=True)
 class Trace:
     """One image's sampling: latents z_T ... z_0 (num_steps + 1, C, h, w), the clean latents predicted at each
-    step (num_steps, C, h, w; Eq. 5), and whether each step was guided.
+    step (num_steps, C, h, w; Eq. 2), and whether each step was guided.
     """
 
     latents: Tensor
