@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +43,15 @@ class Interruptible(click.Group):
         return "run the same command again"
 
 
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """What a user can mend ends the command with one line and exit code 1."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+
+
 @click.group(cls=Interruptible, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION, prog_name="igd")
 def igd() -> None:
@@ -61,10 +70,8 @@ def demo(scale: str, out: Path) -> None:
     """
     from igd_lib.experiment.demo import demo as run
 
-    try:
+    with in_one_line():
         run(scale, out)
-    except (OSError, ValueError) as error:
-        raise click.ClickException(str(error)) from error
 
 
 @igd.command()
@@ -76,10 +83,8 @@ def notebooks(folder: Path) -> None:
     """
     from igd_lib.experiment.notebooks import copy_into
 
-    try:
+    with in_one_line():
         click.echo("\n".join(copy_into(folder)))
-    except OSError as error:
-        raise click.ClickException(str(error)) from error
 
 
 @igd.command()
@@ -97,10 +102,8 @@ def run(notebook: str, given: tuple[tuple[str, str], ...], out: Path | None) -> 
     """
     from igd_lib.experiment.notebooks import execute
 
-    try:
+    with in_one_line():
         click.echo(execute(notebook, dict(given), out))
-    except (OSError, ValueError) as error:
-        raise click.ClickException(str(error)) from error
 
 
 @igd.command()
@@ -115,10 +118,8 @@ def fetch(name: str) -> None:
 
     if name not in DATASETS:
         raise click.BadParameter(f"one of {', '.join(sorted(DATASETS))}, got {name!r}", param_hint="NAME")
-    try:
+    with in_one_line():
         train, test = load(name, "train"), load(name, "test")
-    except (OSError, ValueError) as error:
-        raise click.ClickException(str(error)) from error
     click.echo(f"{name}: {len(train):,} training and {len(test):,} test images are here")
 
 
@@ -314,11 +315,9 @@ def export(folder: Path, out: Path, form: str, as_json: bool) -> None:
     from igd_lib.sets.export import read_manifest
     from igd_lib.sets.store import DistilledSet
 
-    try:
+    with in_one_line():
         written = DistilledSet(folder).export(out, form)
         manifest = read_manifest(written)
-    except (OSError, ValueError) as error:
-        raise click.ClickException(str(error)) from error
     click.echo(json.dumps(manifest, indent=2) if as_json else written)
 
 
@@ -355,11 +354,8 @@ def push(
     from igd_lib.tools.cache import size
 
     declared = Declared(derived_from_imagenet_ok, licence, data_licence)
-    try:
-        with redirect_stdout(sys.stderr if as_json else sys.stdout):
-            done = sharing.push(folder, repo, declared=declared, private=private)
-    except (OSError, ValueError) as error:
-        raise click.ClickException(str(error)) from error
+    with in_one_line(), redirect_stdout(sys.stderr if as_json else sys.stdout):
+        done = sharing.push(folder, repo, declared=declared, private=private)
     said = f"pushed {done.files} files, {size(done.bytes)}, to {repo}: revision {done.commit}"
     click.echo(json.dumps(done.record(), indent=2) if as_json else said)
 
@@ -380,11 +376,8 @@ def pull(repo: str, into: Path | None, revision: str | None, dataset: str | None
     from igd_lib.sets import hub
     from igd_lib.tools.cache import size
 
-    try:
-        with redirect_stdout(sys.stderr if as_json else sys.stdout):
-            done = hub.pull(repo, into, revision=revision, data=dataset)
-    except (OSError, ValueError) as error:
-        raise click.ClickException(str(error)) from error
+    with in_one_line(), redirect_stdout(sys.stderr if as_json else sys.stdout):
+        done = hub.pull(repo, into, revision=revision, data=dataset)
     said = f"{repo}: revision {done.commit}, {done.files} files, {size(done.bytes)}, in {done.folder}"
     click.echo(json.dumps(done.record(), indent=2) if as_json else said)
 
@@ -405,7 +398,7 @@ def convert(file: Path, out: Path, vae: str | None, heads: int | None) -> None:
     from igd_lib.models import folder
     from igd_lib.models.dit import from_original, read
 
-    try:
+    with in_one_line():
         folder.refuse_taken(out)
         autoencoder = _autoencoder(vae)
         transformer = from_original(read(file), num_attention_heads=heads)
@@ -413,8 +406,6 @@ def convert(file: Path, out: Path, vae: str | None, heads: int | None) -> None:
         known = transformer.config.num_embeds_ada_norm == len(imagenet)
         names = {str(label): name for label, name in enumerate(imagenet)} if known else None
         folder.write_pipeline(out, transformer, autoencoder, folder.dit_scheduler(), names)
-    except (OSError, ValueError) as error:
-        raise click.ClickException(str(error)) from error
     click.echo(out)
 
 
@@ -563,7 +554,7 @@ def finetune(
     from igd_lib.models.dit import match_original
     from igd_lib.pipeline import IGDPipeline
 
-    try:
+    with in_one_line():
         if dataset not in DATASETS and not Path(dataset).expanduser().is_dir():
             known = ", ".join(sorted(DATASETS))
             raise ValueError(f"DATASET is a folder or one of {known}; there is no folder {dataset}")
@@ -585,8 +576,6 @@ def finetune(
         library.finetune(
             pipe, data, out, recipe=recipe, mixed_precision=mixed_precision, accumulate=accumulate
         )
-    except (OSError, ValueError) as error:
-        raise click.ClickException(str(error)) from error
     click.echo(out)
 
 

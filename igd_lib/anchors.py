@@ -112,13 +112,7 @@ class RealLatents:
 
     def __call__(self, label: int) -> Tensor:
         """float32 (n, C, h, w) of a class in file order, from the cache or encoded for it."""
-        path = self._path(label)
-        if not path.is_file():
-            keys.claim(self.folder / "manifest.json", "latents", self.settings, "latents")
-            with _locked(path):
-                if not path.is_file():
-                    files.save_tensors(path, {"latents": self._encoded(label)})
-        return files.load_tensors(path)[0]["latents"]
+        return _kept("latents", self.settings, self._path(label), lambda: self._encoded(label))
 
     def keep(self, labels: Sequence[int]) -> None:
         """See to it that classes are in the cache; an interrupted run goes on with the next class."""
@@ -198,19 +192,21 @@ class Anchors:
             self._of(label)
 
     def _of(self, label: int) -> Tensor:
-        path = self._path(label)
-        if not path.is_file():
-            keys.claim(path.parent / "manifest.json", "anchors", self.settings, "anchors")
-            with _locked(path):
-                if not path.is_file():
-                    made = RULES[self.rule](self.latents(label), self.ipc, seed=self.seed)
-                    files.save_tensors(path, {"anchors": made})
-        return files.load_tensors(path)[0]["anchors"]
+        def made() -> Tensor:
+            return RULES[self.rule](self.latents(label), self.ipc, seed=self.seed)
+
+        return _kept("anchors", self.settings, self._path(label), made)
 
     def _path(self, label: int) -> Path:
         return keys.folder("anchors", self.settings) / f"{label:05d}.safetensors"
 
 
-def _locked(path: Path) -> Any:
-    what = f"a run that makes {path.parent.parent.name} of class {path.stem}"
-    return files.locked(path.parent, what, wait=True, name=f".{path.stem}.lock")
+def _kept(kind: str, settings: Mapping[str, Any], path: Path, make: Callable[[], Tensor]) -> Tensor:
+    """A class's tensor of a kind of work, from its file or made for it, once however many runs want it."""
+    if not path.is_file():
+        keys.claim(path.parent / "manifest.json", kind, settings, kind)
+        what = f"a run that makes {kind} of class {path.stem}"
+        with files.locked(path.parent, what, wait=True, name=f".{path.stem}.lock"):
+            if not path.is_file():
+                files.save_tensors(path, {kind: make()})
+    return files.load_tensors(path)[0][kind]

@@ -36,14 +36,27 @@ def mode_range(num_steps: int, counts_from: int = 0) -> tuple[int, int]:
     return num_steps * STOP[0] // STOP[1] + counts_from, num_steps - 1 + counts_from
 
 
+class InRange(Guide):
+    """A guide of the steps A ... B of its `guided_range`."""
+
+    guided_range: tuple[int, int]
+
+    def covers(self, index: int) -> bool:
+        return self.guided_range[0] <= index <= self.guided_range[1]
+
+    def _check_range(self) -> None:
+        if not 0 <= self.guided_range[0] <= self.guided_range[1]:
+            raise ValueError(f"guided_range is (A, B) with 0 <= A <= B, got {self.guided_range}")
+
+
 @dataclass
-class Modes(Guide):
+class Modes(InRange):
     """MGD3: each image's predicted clean latent is drawn towards an anchor m of its class.
 
     reading "code", as its code has it for DDPM: z_{t-1} = mean + scale sigma_t (m - x_0) + sigma_t noise,
     with sigma_t the sd of the step's noise, so that nothing happens where the step adds none. "algorithm",
     its Algorithm 1, for any scheduler: eps' = eps - sqrt(1 - alpha_bar) scale (m - x_0) in eps' place. Its
-    Eq. 6 prints the opposite sign, away from m. x_0 is Eq. 5 of the noise after CFG; no gradient is needed.
+    Eq. 6 prints the opposite sign, away from m. x_0 is Eq. 2 of the noise after CFG; no gradient is needed.
     Raises ValueError for anchors of another shape than the latents, and for reading "code" with a scheduler
     that adds no noise.
     """
@@ -55,14 +68,11 @@ class Modes(Guide):
 
     def __post_init__(self) -> None:
         _check_strength("scale", self.scale)
-        _check_range(self.guided_range)
+        self._check_range()
         if self.reading not in ("code", "algorithm"):
             raise ValueError(f"reading is 'code' or 'algorithm', got {self.reading!r}")
         if not torch.isfinite(self.anchors).all():
             raise ValueError("anchors are not finite; check the autoencoder's weights and precision")
-
-    def covers(self, index: int) -> bool:
-        return self.guided_range[0] <= index <= self.guided_range[1]
 
     def __call__(self, step: Step) -> Update:
         if self.anchors.shape != step.z.shape:
@@ -128,11 +138,11 @@ def cross_entropy(
 
 
 @dataclass
-class Transport(Guide):
+class Transport(InRange):
     """Optimal transport: down the gradient of a Sinkhorn distance to real latents of the class, times beta.
 
     Compared are, for each image on its own, two sets of clean scaled latents, every one of a set with equal
-    weight: this image's predicted clean latent (Eq. 5, after CFG, by which is differentiated) joined with the
+    weight: this image's predicted clean latent (Eq. 2, after CFG, by which is differentiated) joined with the
     final latents of the earlier images of its class (held fixed), and the class's real latents. So an image
     is drawn to what the earlier ones leave out, and each of n has a pull of about 1 / n. The distance is
     `sinkhorn_distance`'s; its gradient goes through the transformer to z_t, and z_{t-1} moves by -beta times
@@ -148,7 +158,7 @@ class Transport(Guide):
 
     def __post_init__(self) -> None:
         _check_strength("beta", self.beta)
-        _check_range(self.guided_range)
+        self._check_range()
         if not 0 < self.share < math.inf:
             raise ValueError(f"share is above 0 and finite, got {self.share}")
         if len(self.real) != len(self.memory) or any(len(own) == 0 for own in self.real):
@@ -160,9 +170,6 @@ class Transport(Guide):
     @property
     def through_model(self) -> bool:
         return True
-
-    def covers(self, index: int) -> bool:
-        return self.guided_range[0] <= index <= self.guided_range[1]
 
     def __call__(self, step: Step) -> Update:
         if len(self.real) != len(step.z) or any(own.shape[1:] != step.z.shape[1:] for own in self.real):
@@ -209,8 +216,3 @@ ITERATIONS = 5000
 def _check_strength(name: str, value: float) -> None:
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} is a finite number of at least 0, got {value}")
-
-
-def _check_range(guided: tuple[int, int]) -> None:
-    if not 0 <= guided[0] <= guided[1]:
-        raise ValueError(f"guided_range is (A, B) with 0 <= A <= B, got {guided}")

@@ -135,7 +135,7 @@ def sample(
         for index, timestep in zip(indices[first:], timesteps[first:], strict=True):
             asked = [guide for guide in guides if guide.covers(index)]
             through = [guide.through_model for guide in asked]
-            step = _predict(denoiser, scheduler, z_t, timestep, index, num_steps, sum(through))
+            step = predict(denoiser, scheduler, z_t, timestep, index, num_steps, sum(through))
             steps = [step if own else _apart(step) for own in through]
             updates = [guide(own) for guide, own in zip(asked, steps, strict=True)]
             for guide in guides:
@@ -154,7 +154,7 @@ def sample(
     return z_t
 
 
-def _predict(
+def predict(
     denoiser: Denoiser,
     scheduler: Any,
     z_t: Tensor,
@@ -257,7 +257,7 @@ def sample_igd(
     Any variance-preserving scheduler with one evaluation a step will do; multistep ones see the guided
     latents, and UniPC does not correct a step that guidance has moved (its corrector would undo it).
     callback(index, timestep, info) after each step, index T-1 ... 0; info has latents, whether the step was
-    guided, the clean latents that were predicted before it (Eq. 5) and, when guided, the losses; a dict with
+    guided, the clean latents that were predicted before it (Eq. 2) and, when guided, the losses; a dict with
     "latents" that it returns replaces them. Returns final latents (B, C, h, w), scaled as the transformer's.
     Raises ValueError on inputs that do not fit, FloatingPointError when latents are not finite.
     """

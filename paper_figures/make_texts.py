@@ -132,8 +132,13 @@ def _mean(run: str, method: str, show: str = "", metric: str = "top1", **where: 
 
 
 @cache
+def _loaded(path: Path) -> pd.DataFrame:
+    return results.load(path)
+
+
+@cache
 def _rows(run: str, metric: str, where: tuple[tuple[str, str], ...]) -> pd.DataFrame:
-    rows = results.load(DATA / f"{run}.csv")
+    rows = _loaded(DATA / f"{run}.csv")
     rows = make_figures.in_order(rows[[fnmatchcase(name, metric) for name in rows.metric]])
     asked = dict(where)
     if "network" not in asked:

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from torch import Tensor
 
+from guided_sets import check_a_killed_run, latents
 from igd_lib import distillation, memory
 from igd_lib.analysis import plotting, statistics, tables
 from igd_lib.config import Guidance
@@ -39,11 +39,6 @@ def experiment(small_loads, monkeypatch, shared_cache):
     made = prepare("15_guides", "fashion-mnist", "smoke")
     guidance = replace(made.scale.guidance, guided_range=GUIDED)
     return replace(made, scale=replace(made.scale, num_steps=STEPS, guidance=guidance))
-
-
-def latents(found) -> Tensor:
-    """All latents of a set, (classes, ipc, C, h, w)."""
-    return torch.stack([found.latents(label) for label in found.selected])
 
 
 # --- names
@@ -170,26 +165,7 @@ def test_the_guides_are_what_they_say(experiment):
 
 def test_a_killed_run_ends_as_one_that_was_not(experiment, monkeypatch, tmp_path):
     row = Method(guides=("transport", "modes"), guidance=DEVIATING)
-    monkeypatch.setenv("IGD_CACHE", str(tmp_path / "first"))
-    store, stored = distillation._store, []
-
-    def counted(out, item, *rest):
-        if len(stored) == 13:
-            raise KeyboardInterrupt
-        store(out, item, *rest)
-        stored.append(item)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(distillation, "_store", counted)
-        with pytest.raises(KeyboardInterrupt):
-            experiment.set(row, 0, 2)
-        before, stored[:] = list(stored), []
-        resumed = experiment.set(row, 0, 2)
-        assert len(stored) == 7 and not set(stored) & set(before)
-    monkeypatch.setenv("IGD_CACHE", str(tmp_path / "another"))
-    whole = experiment.set(row, 0, 2)
-    assert whole.path.name == resumed.path.name and whole.path != resumed.path
-    assert torch.equal(latents(whole), latents(resumed))
+    check_a_killed_run(experiment, row, monkeypatch, tmp_path)
 
 
 def test_images_do_not_depend_on_the_batch(experiment, monkeypatch, tmp_path):

@@ -34,7 +34,7 @@ from igd_lib.models.folder import write_pipeline
 from igd_lib.models.networks import network
 from igd_lib.pipeline import IGDPipeline
 from igd_lib.protocols import SMALL_HARD
-from igd_lib.sets import cards, hub, learned, sharing, sums, terms
+from igd_lib.sets import cards, folder_hub, hub, learned, sharing, sums, terms
 from igd_lib.sets.class_files import ClassFiles
 from igd_lib.sets.hub import FolderHub, Hub
 from igd_lib.sets.shareable import Declared
@@ -140,7 +140,7 @@ def test_what_is_pulled_is_what_was_pushed(own, repo, tmp_path, own_cache):
 
 
 def test_the_same_push_again_changes_nothing(own, repo, pushed):
-    first, commit = tree(pushed), hub.commit_of(pushed)
+    first, commit = tree(pushed), folder_hub.commit_of(pushed)
     assert own.push(repo).commit == commit and tree(pushed) == first
     pulled = DistilledSet.pull(repo)
     os.utime(pulled.path / "manifest.json", (0, 0))
@@ -508,7 +508,7 @@ def test_other_methods_sets_are_shared_and_evaluated(make, repo, tmp_path):
         DistilledSet(found)
     assert "**derived from real images** (50 of cifar-10, train)" in (found / "README.md").read_text()
     elsewhere = f"file://{tmp_path}/elsewhere/mine"
-    assert sharing.push(found, elsewhere).commit == hub.commit_of(Path(repo.removeprefix("file://")))
+    assert sharing.push(found, elsewhere).commit == folder_hub.commit_of(Path(repo.removeprefix("file://")))
 
 
 @pytest.mark.parametrize("family", ["datm", "dm", "tdsdm"])

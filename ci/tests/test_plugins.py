@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from igd_lib import distillation
+from guided_sets import check_a_killed_run, latents
 from igd_lib.analysis import tables
 from igd_lib.data.images import from_tensors
 from igd_lib.experiment import makers, measures, registry
@@ -70,11 +70,6 @@ def experiment(small_loads, monkeypatch):
     return prepare("01", "fashion-mnist", "smoke")
 
 
-def latents(found) -> Tensor:
-    """All latents of a set, (classes, ipc, C, h, w)."""
-    return torch.stack([found.latents(label) for label in found.selected])
-
-
 # --- what becomes of them
 
 
@@ -125,28 +120,7 @@ def test_without_strength_its_latents_are_vanilla_s(experiment, monkeypatch):
 @pytest.mark.parametrize("remembers", [False, True], ids=["independent images", "with a memory"])
 def test_a_killed_run_ends_as_one_that_was_not(experiment, monkeypatch, tmp_path, remembers):
     monkeypatch.setitem(registry.GUIDES, "toy", toy_guide(remembers=remembers))
-    store, stored = distillation._store, []
-
-    def counted(out, item, *rest):
-        if len(stored) == 13:  # every class has its first image, three the second
-            raise KeyboardInterrupt
-        store(out, item, *rest)
-        stored.append(item)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(distillation, "_store", counted)
-        with pytest.raises(KeyboardInterrupt):
-            experiment.set(GUIDED, 0, 2)
-        assert len(stored) == 13
-        before, stored[:] = list(stored), []
-        resumed = experiment.set(GUIDED, 0, 2)
-        assert len(stored) == 7 and not set(stored) & set(before)  # nothing is sampled twice
-
-    monkeypatch.setenv("IGD_CACHE", str(tmp_path / "another"))
-    whole = experiment.set(GUIDED, 0, 2)
-    assert whole.path != resumed.path and whole.path.name == resumed.path.name
-    assert torch.equal(latents(whole), latents(resumed)) and torch.isfinite(latents(whole)).all()
-    assert all(torch.equal(whole.images(label), resumed.images(label)) for label in range(10))
+    check_a_killed_run(experiment, GUIDED, monkeypatch, tmp_path)
 
 
 # --- what takes long

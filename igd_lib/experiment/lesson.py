@@ -22,7 +22,7 @@ from igd_lib.data.images import ImageData
 from igd_lib.distillation import image_generator
 from igd_lib.experiment.methods import Method
 from igd_lib.experiment.run import numbers
-from igd_lib.guidance import influence_loss, predicted_clean
+from igd_lib.guidance import influence_loss
 from igd_lib.guides import Deviation, Guide, Influence, Step
 from igd_lib.models.points import (
     PointAutoencoder,
@@ -32,7 +32,7 @@ from igd_lib.models.points import (
     to_points,
     train_denoiser,
 )
-from igd_lib.sampler import Callback, Denoiser, check_range, sample
+from igd_lib.sampler import Callback, Denoiser, check_range, predict, sample
 from igd_lib.schedulers import make_scheduler
 from igd_lib.surrogate import (
     Checkpoints,
@@ -290,25 +290,10 @@ def step_at(lesson: Lesson, latents: Tensor, index: int, label: int) -> Step:
     scheduler = lesson.scheduler
     scheduler.set_timesteps(lesson.num_steps)
     timestep = scheduler.timesteps[lesson.num_steps - 1 - index]
-    alpha_bar = scheduler.alphas_cumprod[int(timestep)]
-    with torch.enable_grad():
-        z = latents.reshape(-1, 2, 1, 1).clone().requires_grad_()
-        found = lesson.denoiser(torch.full((len(z),), label))(z, timestep)
-        clean = predicted_clean(z, found.eps, alpha_bar)
-    return Step(
-        index=index,
-        timestep=int(timestep),
-        num_steps=lesson.num_steps,
-        alpha_bar=alpha_bar,
-        z=z,
-        eps=found.eps,
-        conditional=found.conditional,
-        variance=None,
-        clean=clean,
-        other=found.other,
-        other_variance=None,
-        shared=True,
-    )
+    denoiser = lesson.denoiser(torch.full((len(latents),), label))
+    z_t = latents.reshape(-1, 2, 1, 1)
+    # As if two guides asked: the graph is there for each gradient.
+    return predict(denoiser, scheduler, z_t, timestep, index, lesson.num_steps, through=2)
 
 
 def forces(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import DatasetCardData, ModelCardData
 
 from igd_lib.data.datasets import DATASETS
 from igd_lib.protocols import PROTOCOLS, usual_network, usual_protocol
+from igd_lib.sets import sums
 from igd_lib.sets.terms import Ingredient, front_matter
 from igd_lib.tools.version import VERSION, git_revision
 
@@ -216,3 +218,14 @@ def _making(card: Card) -> Iterator[str]:
     size = f"{card.images:,} images of {card.image_size} px. " if card.images else ""
     yield f"{size}Time that it took: {took}. Made by {card.made_by}; pushed by {card.pushed_by}."
     yield "`sums.json` has the sha256 of every file; `igd pull` checks them, and the class order by name."
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """`card.json` of a shared folder. Raises ValueError without one, or for a damaged one."""
+    path = folder / sums.CARD
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {sums.CARD}: it was not shared by igd_lib")
+    found = sums.read_json(path)
+    if not isinstance(found, dict) or not isinstance(found.get("classes"), list):
+        raise ValueError(f"{path} is damaged (no list of classes); it is refused")
+    return found

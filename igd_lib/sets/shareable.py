@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from igd_lib.sets import sums, terms
 from igd_lib.sets.cards import Card, evaluation
+from igd_lib.sets.export import FinishedSet
 from igd_lib.sets.hub import Shareable
 from igd_lib.sets.terms import Ingredient
 from igd_lib.tools import files
@@ -26,21 +27,13 @@ class Declared:
     data_licence: str = ""  # of the images that it was made with
 
 
-class FinishedSet(Protocol):
-    """What is shared of a sampled set."""
-
-    path: Path
-    classes: tuple[str, ...]
-    selected: list[int]
-    ipc: int
-    manifest: dict[str, Any]
+class SharedSet(FinishedSet, Protocol):
+    """What is shared of a sampled set, beside what an export reads."""
 
     @property
     def seconds(self) -> float: ...
 
     def verify(self) -> list[str]: ...
-
-    def image_path(self, label: int, index: int) -> Path: ...
 
     def latent_path(self, label: int, index: int) -> Path: ...
 
@@ -48,7 +41,7 @@ class FinishedSet(Protocol):
 # --- sampled sets
 
 
-def of_set(found: FinishedSet, declared: Declared | None = None) -> Shareable:
+def of_set(found: SharedSet, declared: Declared | None = None) -> Shareable:
     """A set that a diffusion model sampled: manifest, images, latents.
 
     Raises ValueError for one that is not whole or not as it was sampled (the first thing is named), or that
@@ -95,11 +88,11 @@ def of_set(found: FinishedSet, declared: Declared | None = None) -> Shareable:
     return Shareable(card, _within(path, [path / MANIFEST, *places]))
 
 
-def _items(found: FinishedSet) -> Iterator[tuple[int, int]]:
+def _items(found: SharedSet) -> Iterator[tuple[int, int]]:
     return ((label, index) for label in found.selected for index in range(found.ipc))
 
 
-def _some_classes(found: FinishedSet) -> tuple[str, ...]:
+def _some_classes(found: SharedSet) -> tuple[str, ...]:
     lacking = len(found.classes) - len(found.selected)
     return (f"{lacking} of its classes have no images.",) if lacking else ()
 
