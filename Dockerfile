@@ -2,11 +2,13 @@
 # On GPUs: docker build --build-arg IGD_TORCH_INDEX= -t igd . && docker run --gpus all -p 8888:8888 igd
 FROM python:3.12-slim-bookworm
 
+# Debian's mirrors keep one version of a package: a pinned one would soon be gone.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends git make \
     && rm -rf /var/lib/apt/lists/*
-RUN useradd --create-home igd
-USER igd
+RUN useradd --create-home --uid 1000 igd
+USER 1000
 WORKDIR /home/igd/igd_lib
 COPY --chown=igd:igd . .
 ARG IGD_TORCH_INDEX=https://download.pytorch.org/whl/cpu

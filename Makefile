@@ -49,7 +49,7 @@ reproduce-small: setup  ## every notebook at scale "small", then figures, tables
 soak: setup  ## a 200-image run killed at ten random moments, and what is left of it
 	@OMP_NUM_THREADS=1 IGD_SOAK=1 $(PYTHON) -m pytest -q ci/tests/test_distill.py -k killed_at_random
 
-browser-test: setup  ## 00_quickstart in JupyterLab in headless Chromium (needs chromium)
+browser-test: site  ## four notebooks in JupyterLab and three pages of the site in headless Chromium (needs chromium)
 	@$(PYTHON) ci/browser_test.py
 
 doctor: setup  ## what is on this machine: versions, memory, data, models, and what each notebook would do

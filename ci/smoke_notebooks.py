@@ -37,10 +37,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--twice", nargs="*", default=[], help='beginnings of names, or "all"')
     parser.add_argument("--only", nargs="*", default=[], help="beginnings of names; default: all notebooks")
     given = parser.parse_args(arguments)
-    notebooks = chosen(given.scale, given.only)
-    if not notebooks:
-        print(f"no such notebooks for a {given.scale} run in {ROOT / 'notebooks'}", file=sys.stderr)
+    if not chosen("smoke", given.only):
+        print(f"no such notebooks in {ROOT / 'notebooks'}", file=sys.stderr)
         return 1
+    if not (notebooks := chosen(given.scale, given.only)):
+        print("nothing to rehearse: none of these has a paper scale")
+        return 0
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch) / "notebooks"
         place.mkdir()

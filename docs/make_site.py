@@ -188,6 +188,7 @@ def elsewhere(found: str, pages: dict[str, str]) -> str | None:
 
 
 def repository() -> str | None:
+    """`[project.urls] Repository`, None where the project names none."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return project.get("urls", {}).get("Repository")
 
@@ -208,7 +209,7 @@ def shown(path: Path, pages: dict[str, str]) -> dict[str, Any]:
         cells.append(cell)
         if cell.get("id") in parts:
             cells.append(text_cell(f"{cell['id']}-shown", parts[cell["id"]]))
-    head = how(page, notebook)
+    head = "\n\n".join(part for part in (how(page, notebook), buttons(path.name, repository())) if part)
     return {**notebook, "cells": [*cells[:1], text_cell("how", head), *cells[1:], *others(path.stem)]}
 
 
@@ -223,6 +224,16 @@ def how(page: Path, notebook: dict[str, Any]) -> str:
     text = page.read_text()
     ran = next(line for line in text.splitlines() if line.startswith("As it ran"))
     return ran if make_pages.is_current(text, notebook) else f"{STALE}\n\n{ran}"
+
+
+def buttons(name: str, address: str | None) -> str:
+    """Links that run a notebook in Colab or Binder, which fetch it from GitHub; none for another host."""
+    found = re.fullmatch(r"https://github\.com/([^/]+/[^/]+?)(\.git)?/?", address or "")
+    if not found:
+        return ""
+    colab = f"https://colab.research.google.com/github/{found[1]}/blob/main/notebooks/{name}"
+    binder = f"https://mybinder.org/v2/gh/{found[1]}/main?labpath=notebooks%2F{name}"
+    return f"Run it: [Colab]({colab}) · [Binder]({binder})"
 
 
 def page_parts(text: str, pages: dict[str, str]) -> dict[str, str]:

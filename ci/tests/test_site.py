@@ -86,6 +86,27 @@ def test_links_lead_to_the_site_to_the_repository_or_nowhere(project):
     )
 
 
+@pytest.mark.parametrize(
+    ("address", "there"),
+    [
+        ("https://github.com/somebody/igd", True),
+        ("https://github.com/somebody/igd.git", True),
+        ("https://example.org/somebody/igd", False),
+        (None, False),
+    ],
+)
+def test_buttons_are_there_where_the_project_names_a_repository_on_github(project, address, there):
+    if address:
+        (project / "pyproject.toml").write_text(f'[project.urls]\nRepository = "{address}"\n')
+    make_site.write_sources(project / "site")
+    text = shown(project)[1]
+    links = [
+        f"https://colab.research.google.com/github/somebody/igd/blob/main/notebooks/{NAME}.ipynb",
+        f"https://mybinder.org/v2/gh/somebody/igd/main?labpath=notebooks%2F{NAME}.ipynb",
+    ]
+    assert [link in text for link in links] == [there, there]
+
+
 def test_every_link_of_the_real_sources_leads_to_a_file(tmp_path):
     make_site.write_sources(tmp_path / "source")
     count = 0

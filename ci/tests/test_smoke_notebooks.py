@@ -20,7 +20,8 @@ def test_which_notebooks_run():
     assert every[0] == "00_quickstart" and "00_quickstart" not in rehearsed
     assert set(rehearsed) < set(every) and "03_imagenet1k" in rehearsed
     assert names(smoke_notebooks.chosen("rehearsal", ["00", "03", "2"]))[0] == "03_imagenet1k"
-    assert smoke_notebooks.main(["--scale", "rehearsal", "--only", "00"]) == 1
+    assert smoke_notebooks.main(["--scale", "rehearsal", "--only", "00"]) == 0  # and runs nothing
+    assert smoke_notebooks.main(["--only", "99"]) == 1
 
 
 @pytest.mark.parametrize("scale", smoke_notebooks.SCALES)
