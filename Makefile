@@ -19,7 +19,7 @@ demo:  ## the whole method on real images, in colour (6 minutes)
 
 test: lint images  ## lint, pytest, every notebook at scale "smoke", two at "rehearsal" (10 to 15 minutes)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n auto --dist worksteal
-	@$(PYTHON) ci/smoke_notebooks.py --twice 00 03 12
+	@$(PYTHON) ci/smoke_notebooks.py --twice 00
 	@$(PYTHON) ci/smoke_notebooks.py --scale rehearsal --only 02 08
 
 check: images soak  ## what takes longer: slow tests, Ray, every notebook twice in one kernel and rehearsed, ten kills (about 40 minutes)

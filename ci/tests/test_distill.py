@@ -1011,8 +1011,8 @@ def killed_at_random(folder: Path, times: int, ipc: int = 4, seed: int = 0) -> i
 
 
 def test_runs_killed_at_random_moments_end_with_the_same_images(tmp_path):
-    """Four kills of 40 images; ten of 200 with `make soak`."""
-    times, ipc = (10, 20) if os.environ.get("IGD_SOAK") else (4, 4)
+    """Two kills of 20 images; ten of 200 with `make soak`."""
+    times, ipc = (10, 20) if os.environ.get("IGD_SOAK") else (2, 2)
     whole, threads = victim(tmp_path / "whole", ipc=ipc), torch.get_num_threads()
     assert killed_at_random(tmp_path / "cut", times=times, ipc=ipc) >= times - 1
     found = DistilledSet(tmp_path / "cut")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -29,6 +30,12 @@ def test_doctor_says_what_is_here(only_fashion):
         assert expected in said, expected
     assert re.search(r"\d+ cores .* GiB of memory", said) and re.search(r"IGD_CACHE: .* GiB free", said)
     assert re.search(r"imagenet: .*imagenet", said)
+
+
+def test_doctor_for_scripts(only_fashion):
+    parts = json.loads(CliRunner().invoke(igd, ["doctor", "--json"]).output)
+    assert list(parts)[1:] == ["Machine", "Data sets", "Models", 'Notebooks at scale "auto"']
+    assert "fashion-mnist: found" in parts["Data sets"]
 
 
 def test_every_notebook_has_its_line(only_fashion):
@@ -67,6 +74,8 @@ def test_verify_by_command(tmp_path, tiny_pipe, toy_data):
     run = CliRunner().invoke
     told = run(igd, ["verify", str(tmp_path / "set")])
     assert told.exit_code == 0 and "complete" in told.output
+    told = run(igd, ["verify", str(tmp_path / "set"), "--json"])
+    assert json.loads(told.output) == {"folder": str(tmp_path / "set"), "problems": []}
     found.image_path(1, 0).write_bytes(b"x")
     told = run(igd, ["verify", str(tmp_path / "set"), "--repair"])
     assert (

@@ -206,7 +206,7 @@ def test_every_field_of_the_recipe_is_in_the_frozen_defaults():
 
 def test_the_command_writes_what_the_paper_s_scale_looks_up(ten, monkeypatch, tmp_path):
     """DiT-cifar-10 from a DiT of the machine, found by the name that `dit_of` asks for; not twice."""
-    monkeypatch.setattr("igd_lib.data.images.load", lambda *_: plain_colours())
+    monkeypatch.setattr("igd_lib.experiment.weights.load", lambda *_: plain_colours())
     ten.save_pretrained(cache_dir() / "models" / pieces.DIT[0].split("/")[1])
     ten.vae.save_pretrained(cache_dir() / "models" / pieces.SD_VAE[0].split("/")[1])
     out = cache_dir() / "models" / "DiT-cifar-10"
@@ -260,7 +260,7 @@ def test_the_command_takes_a_folder(ten, flowers):
 
 
 def test_the_command_says_what_is_missing(monkeypatch, tmp_path):
-    monkeypatch.setattr("igd_lib.data.images.load", lambda *_: plain_colours())
+    monkeypatch.setattr("igd_lib.experiment.weights.load", lambda *_: plain_colours())
     monkeypatch.setattr(pieces, "model_folder", lambda *_: None)
     told = CliRunner().invoke(igd, ["finetune", "cifar-10", str(tmp_path / "x")])
     assert told.exit_code == 1 and "is not on this machine: hf download" in told.output

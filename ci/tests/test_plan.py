@@ -101,6 +101,14 @@ def test_the_command(only_fashion):
         assert told.exit_code == 1 and line in told.output and "Traceback" not in told.output, told.output
 
 
+def test_the_command_for_scripts(only_fashion):
+    given = ["plan", "03_imagenet1k", "-p", "ipc", "50", "--memory", "24", "--json"]
+    told = json.loads(CliRunner().invoke(igd, given).output)
+    assert (told["notebook"], told["ipc"], len(told["rows"])) == ("03_imagenet1k", 50, 8)
+    assert told["hours"] == pytest.approx(sum(one["hours"] for one in told["stages"])) and told["hours"] > 0
+    assert any(piece["blocks"] for piece in told["pieces"]) and 22 < told["machine"]["memory"] / 2**30 < 24
+
+
 def test_figures_have_no_exponents():
     assert [plan.figure(value) for value in (0.0023, 0.23, 5, 77.4, 137, 18300)] == [
         "0.0023",

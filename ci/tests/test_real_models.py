@@ -46,6 +46,7 @@ def one_guided_step(transformer, vae, device: str, dtype: torch.dtype) -> tuple[
     return found, seen
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     MEMORY < 14,
     reason=f"needs 14 GiB of memory for DiT-XL/2's shapes in float32; this machine has {MEMORY:.0f}",

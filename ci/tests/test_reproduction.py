@@ -126,6 +126,7 @@ def test_the_processor_s_minutes_are_those_of_programs_that_were_run():
     assert 0.01 <= reproduce_small.processor_minutes() - before < 0.1
 
 
+@pytest.mark.slow
 def test_smoke_runs_a_notebook_and_logs_nothing(tmp_path, capsys):
     assert reproduce_small.main(["02", "--scale", "smoke", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out

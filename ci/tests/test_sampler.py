@@ -770,7 +770,15 @@ def early_surrogate(fashion_train):
     )
 
 
-@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpmsolver++", "unipc"])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        "ddpm",
+        "dpmsolver++",
+        pytest.param("ddim", marks=pytest.mark.slow),
+        pytest.param("unipc", marks=pytest.mark.slow),
+    ],
+)
 def test_more_guidance_lowers_the_influence_loss(standin_pipe, early_surrogate, solver):
     """Images of one noise come nearer to their class's gradient; the flipped sign would raise the loss."""
     checkpoints, gradients = early_surrogate

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 from igd_lib.tools.version import PROJECT
@@ -119,8 +119,8 @@ def looked_at(part: Callable[[], list[str]]) -> list[str]:
         return [f"NOT LOOKED AT, {type(error).__name__}: {error}"]
 
 
-def report() -> str:
-    """All of it as text."""
+def found() -> dict[str, list[str]]:
+    """All of it: every part's lines by its title."""
     import igd_lib
 
     here = f"igd_lib {igd_lib.__version__}, Python {platform.python_version()}, {platform.platform()}"
@@ -131,6 +131,9 @@ def report() -> str:
         "Models": models,
         'Notebooks at scale "auto"': notebooks,
     }
-    return "\n\n".join(
-        f"{title}\n" + "\n".join(f"  {line}" for line in looked_at(part)) for title, part in parts.items()
-    )
+    return {title: looked_at(part) for title, part in parts.items()}
+
+
+def text(parts: Mapping[str, list[str]]) -> str:
+    """Titles with indented lines."""
+    return "\n\n".join("\n".join([title, *(f"  {line}" for line in own)]) for title, own in parts.items())

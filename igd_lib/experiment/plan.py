@@ -181,6 +181,24 @@ class Plan:
     def files(self) -> int:
         return 2 * len(self.work.sampled) * self.work.seeds * self.work.set_images
 
+    def record(self) -> dict[str, object]:
+        """What a script may want of it; bytes, and hours of one GPU."""
+        return {
+            "notebook": self.name,
+            "dataset": self.work.scale.dataset,
+            "ipc": self.work.ipc,
+            "seeds": self.work.seeds,
+            "rows": [row.label for row in self.work.rows],
+            "pieces": [asdict(piece) | {"blocks": piece.blocks} for piece in self.pieces],
+            "stages": [{"stage": one.name, "hours": self._hours(one)} for one in self.stages],
+            "hours": self.hours,
+            "machine": asdict(self.machine),
+            "images_side_by_side": self.batch,
+            "memory": self.ram,
+            "disk": self.disk,
+            "files": self.files,
+        }
+
     @property
     def text(self) -> str:
         """All of it as Markdown."""

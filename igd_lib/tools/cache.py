@@ -36,6 +36,16 @@ class Work:
     def key(self) -> str:
         return self.path.name
 
+    def record(self) -> dict[str, object]:
+        """What a script may want of it."""
+        return {
+            "kind": self.kind,
+            "key": self.key,
+            "path": str(self.path),
+            "bytes": self.bytes,
+            "last_used": self.last_used,
+        }
+
     def is_named(self, name: str) -> bool:
         """Whether a kind, a key, with or without seed and suffix, or "all" means it."""
         key = self.key.partition("-seed")[0].removesuffix(".safetensors")
