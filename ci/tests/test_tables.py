@@ -56,6 +56,21 @@ def test_a_very_small_p_is_not_shown_as_nought(rows):
     assert tables.differences(close, guided)["p (paired t)"].tolist() == ["< 0.0001"]
 
 
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([11.58, 11.62, 11.60], "11.60 ± 0.02"),
+        ([81.0, 82.0, 83.0], "82.0 ± 1.0"),
+        ([0.231, 0.233, 0.235], "0.233 ± 0.002"),
+        ([50.00001, 50.00002, 50.00003], "50.000 ± 0.000"),
+        ([7.0, 7.0, 7.0], "7.000 ± 0.000"),
+    ],
+)
+def test_a_metric_has_the_decimals_that_its_spread_asks_for(rows, values, shown):
+    own = rows[rows.method == "DiT"].iloc[:3].assign(metric="FD over x", value=values)
+    assert tables.metric_table(rows[rows.method == "DiT"], own)["FD over x"].tolist() == [shown]
+
+
 def test_crossing_methods_with_networks(rows):
     other = rows.assign(network="resnet18", value=rows.value + 1)
     found = tables.cross_table(pd.concat([rows.assign(network="convnet3"), other]))

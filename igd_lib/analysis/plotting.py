@@ -517,16 +517,8 @@ def similarities(
             axes.plot(
                 epoch, value, marker, color=colour, markerfacecolor=colour if keep else "white", markersize=5
             )
-    axes.axhline(threshold, color="#777777", linewidth=0.8, linestyle="--")
-    axes.annotate(
-        f"threshold {threshold}",
-        (epochs[-1], threshold),
-        textcoords="offset points",
-        xytext=(0, 3),
-        ha="right",
-        fontsize=7,
-    )
+    axes.axhline(threshold, color="#777777", linewidth=0.8, linestyle="--", label=f"threshold {threshold}")
     axes.set(xlabel="epoch", ylabel="cosine to the last kept")
     axes.set_title("Algorithm 2: filled = kept (epoch 0 always is)")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 from scipy import stats
 
@@ -75,10 +77,10 @@ def metric_table(*frames: pd.DataFrame) -> pd.DataFrame:
         ]
     )
     table = results.summary(rows, ("method", "metric"))
-    decimals = table.groupby("metric")["mean"].transform(lambda means: 1 if means.abs().median() >= 10 else 3)
+    places = {metric: _places(own) for metric, own in table.groupby("metric")}
     table["shown"] = [
-        _plus_minus(mean, sd, places)
-        for mean, sd, places in zip(table["mean"], table.sd, decimals, strict=True)
+        _plus_minus(mean, sd, places[metric])
+        for metric, mean, sd in zip(table.metric, table["mean"], table.sd, strict=True)
     ]
     wide = table.pivot_table(index="method", columns="metric", values="shown", aggfunc="first", sort=False)
     # Accuracy first, the others as they come.
@@ -89,6 +91,13 @@ def metric_table(*frames: pd.DataFrame) -> pd.DataFrame:
         .reset_index()
         .rename_axis(columns=None)
     )
+
+
+def _places(table: pd.DataFrame) -> int:
+    """Decimals of a metric's means: 1 from 10 on, else 3; up to 3 where its usual spread is below 0.1."""
+    least = 1 if table["mean"].abs().median() >= 10 else 3
+    spread = table.sd[table.sd > 0].median()
+    return least if np.isnan(spread) else min(3, max(least, math.ceil(-math.log10(spread))))
 
 
 def far_below(rows: pd.DataFrame) -> list[str]:
