@@ -80,7 +80,7 @@ def runs(beginnings: list[str]) -> list[Run]:
 def plan(chosen: list[Run]) -> str:
     """What will be run, with which parameters, and the minutes of one core that it took when last recorded.
 
-    They are those from an empty cache in this order: what runs share is counted in the first of them.
+    They began with an empty cache: what runs share is counted in the one that made it.
     """
     known = reproduction_log.summed(reproduction_log.read(RECORDED)).set_index("run")["in all"]
     lines, total = [], 0.0

@@ -2,10 +2,11 @@
 
 `python paper_figures/make_figures.py FOLDER ...` first takes new rows over: every FOLDER/NN_name/rows.csv
 that a notebook saved (`-p save_to FOLDER/NN_name`) becomes data/NN_name.csv, sorted and checked; its other
-tables and its images.png become data/NN_name.TABLE.csv and data/NN_name.images.png. FOLDER can also be one
-such NN_name. `--into OTHER` keeps and draws all of it in OTHER instead; rows of another scale than those here
-must go there. Drawing twice gives the same bytes; MANIFEST.json has the hashes of what went in and what came
-out, and `--check` draws anew elsewhere and names what is stale.
+tables and its images.png become data/NN_name.TABLE.csv and data/NN_name.images.png, and of a few notebooks
+the pictures themselves, data/NN_name.PICTURE.png. FOLDER can also be one such NN_name. `--into OTHER` keeps
+and draws all of it in OTHER instead; rows of another scale than those here must go there. Drawing twice gives
+the same bytes; MANIFEST.json has the hashes of what went in and what came out, and `--check` draws anew
+elsewhere and names what is stale.
 """
 
 from __future__ import annotations
@@ -230,7 +231,12 @@ class Picture:
     source: str  # data/SOURCE.*
     kept: str  # what the notebook calls it
     name: str  # NAME.png, .svg, .pdf
-    figure: Callable[[Path], Figure] = pictures
+    figure: Callable[[Path], Figure] | None = pictures  # None: data/SOURCE.KEPT.png, as the notebook drew it
+
+
+def as_drawn(source: str, prefix: str, *kept: str) -> list[Picture]:
+    """Pictures of what no table holds."""
+    return [Picture(source, one, f"{prefix}_{one}", None) for one in kept]
 
 
 PICTURES = (
@@ -238,6 +244,9 @@ PICTURES = (
     Picture("02_checkpoints", "similarity", "similarity", similarity),
     Picture("02_checkpoints", "similarity_matrices", "similarity_matrices", similarity_matrices),
     Picture("15_guides", "gallery", "guides_gallery"),
+    *as_drawn("17_your_data", "your_data", "real_images", "similarity", "gallery", "accuracy"),
+    *as_drawn("18_lesson", "lesson", "samples", "denoising", "similarity", "influence", "deviation", "pulls"),
+    *as_drawn("18_lesson", "lesson", "ways", "sets", "accuracy"),
     Picture("22_early_stage", "examples", "fig02_examples"),
     Picture("23_tsne", "tsne", "fig03", places),
     Picture("24_same_noise", "same_noise", "fig04"),
@@ -262,10 +271,11 @@ def take_over(folders: Sequence[Path], base: Path) -> None:
         for run in ([folder] if re.match(r"\d\d_", folder.name) else sorted(folder.glob("[0-9][0-9]_*")))
         if run.is_dir()
     ]
+    kinds = ("*.csv", "images.png", "notes.md")
     saved = [
         file
         for run in runs
-        for file in sorted([*run.glob("*.csv"), *run.glob("images.png"), *run.glob("notes.md")])
+        for file in sorted([*(path for kind in kinds for path in run.glob(kind)), *_as_drawn(run)])
     ]
     for file in saved:
         scales = set(pd.read_csv(file).scale) if file.suffix == ".csv" else set()
@@ -286,6 +296,12 @@ def take_over(folders: Sequence[Path], base: Path) -> None:
             print(
                 "took over", files.write(base / "data" / f"{file.parent.name}.{file.name}", file.read_bytes())
             )
+
+
+def _as_drawn(run: Path) -> list[Path]:
+    """A run's pictures that are kept as the notebook drew them."""
+    kept = [one.kept for one in PICTURES if one.source == run.name and one.figure is None]
+    return [path for name in kept if (path := run / f"{name}.png").is_file()]
 
 
 def in_order(rows: pd.DataFrame) -> pd.DataFrame:
@@ -430,7 +446,12 @@ def draw_all(base: Path, out: Path) -> dict[str, dict[str, str]]:
         (draw_labellings if artefact.labellings else draw)(artefact, data, out)
     for picture in PICTURES:
         own = sorted(data.glob(f"{picture.source}.*.*"))
-        if own:
+        if picture.figure is None:
+            path = data / f"{picture.source}.{picture.kept}.png"
+            if path.is_file():
+                files.write(out / f"{picture.name}.png", path.read_bytes())
+                inputs, names = inputs | {path}, [*names, f"{picture.name}.png"]
+        elif own:
             own += [path for path in [data / f"{picture.source}.csv"] if path.is_file()]
             plotting.keep(picture.figure(data / picture.source), str(out), picture.name)
             inputs, names = inputs | set(own), [*names, f"{picture.name}.svg"]

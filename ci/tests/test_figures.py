@@ -106,6 +106,22 @@ def test_rows_of_the_paper_s_scale_are_drawn_into_a_folder_of_their_own(copy, sa
     assert "81.0 ± 0.7" in line and f"{mean:.1f} ± " in line and f"{mean - 81.0:+.1f}" in line
 
 
+def test_pictures_of_what_no_table_holds_are_kept_as_they_were_drawn(copy, tmp_path_factory):
+    """Those that are listed, by their bytes; another one of the same run is left."""
+    run = tmp_path_factory.mktemp("pictures") / "18_lesson"
+    run.mkdir()
+    for name in ("samples", "sketch"):
+        Image.new("RGB", (8, 4), "red").save(run / f"{name}.png")
+    assert make_figures.main([str(run)]) == 0 and make_figures.stale() == []
+    drawn = (run / "samples.png").read_bytes()
+    assert (copy / "data" / "18_lesson.samples.png").read_bytes() == drawn
+    assert (copy / "lesson_samples.png").read_bytes() == drawn
+    assert not list(copy.rglob("*sketch*"))
+    assert make_figures.drawn("18_lesson")["samples"] == "lesson_samples"
+    (copy / "lesson_samples.png").unlink()
+    assert make_figures.main(["--check"]) == 1
+
+
 @pytest.mark.parametrize(
     ("means", "below"),
     [
