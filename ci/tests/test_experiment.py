@@ -482,12 +482,13 @@ def test_a_published_teacher_is_reduced_to_the_classes_at_hand(monkeypatch):
 
 def test_surrogates_of_other_architectures(smoke):
     """Each has a trajectory and guides sets of its own; influence is measured with the experiment's."""
-    rows = surrogates(smoke, ["convnet3", "convnet2"])
+    own = smoke.scale.surrogate
+    rows = surrogates(smoke, [own, "convnet2"])
     default, other = (replace(row, guidance=replace(row.guidance, gamma=0.0)) for row in rows[2:])
     sets = smoke.sets([default, other], 1, 1)
     a, b = (sets[method, 0] for method in (default, other))
     assert a.path != b.path and not torch.equal(a.latents(3), b.latents(3))
-    trajectories = [smoke.surrogates.trajectory(name) for name in ("convnet3", "convnet2")]
+    trajectories = [smoke.surrogates.trajectory(name) for name in (own, "convnet2")]
     sizes = [sum(value.numel() for value in found.states[0].values()) for found in trajectories]
     assert sizes[0] == smoke.retained[1](3).shape[1] != sizes[1]
     influence = measures.influence_rows(smoke, Sets(1, {(other, 0): b}))
@@ -502,7 +503,7 @@ def test_distances_are_named_after_their_features(smoke, monkeypatch):
     sets = Sets(5, {(RANDOM, 0): draw, (Method("dark"), 0): dark})
     rows = measures.distribution_rows(smoke, sets, images=20).set_index(["metric", "method"]).value
     fd, coverage, wasserstein = (
-        f"{what} over convnet3 features" for what in ("FD", "coverage", "Wasserstein")
+        f"{what} over {smoke.scale.surrogate} features" for what in ("FD", "coverage", "Wasserstein")
     )
     assert list(rows.index.levels[0]) == sorted([fd, coverage, wasserstein])
     for metric, better in ((fd, -1), (wasserstein, -1), (coverage, 1)):
@@ -541,7 +542,7 @@ def test_a_map_of_sets(smoke, tmp_path):
     sets = Sets(3, {(RANDOM, 0): few, (RANDOM, 1): few})
     coordinates, distances = measures.map_of_sets(smoke, sets, 4, images=30)
     assert coordinates.set.tolist() == ["real"] * 30 + ["Random"] * 3
-    assert list(distances.metric) == ["Wasserstein over convnet3 features"]
+    assert list(distances.metric) == [f"Wasserstein over {smoke.scale.surrogate} features"]
     measures.save_table(smoke, coordinates, str(tmp_path), "coordinates")
     kept = pd.read_csv(tmp_path / "coordinates.csv")
     assert list(kept.columns) == ["set", "x", "y", "class", "dataset", "scale", "git_revision"]

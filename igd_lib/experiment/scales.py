@@ -226,6 +226,7 @@ def smoke_scale(dataset: str, stand_in: str, *, fidelity: Fidelity, ipc: int, la
     return replace(
         small,
         name="smoke",
+        surrogate="convnet3-w32",
         guidance=guided,
         minimax_guidance=replace(small.on_minimax(), guided_range=(6, 7)),
         training=replace(small.training, epochs=1, saves_in_first_epoch=2),
@@ -239,6 +240,7 @@ def smoke_scale(dataset: str, stand_in: str, *, fidelity: Fidelity, ipc: int, la
         most=2,
         candidates=10,
         all_images=20,
+        test_images=20,
         teacher_least=0.0,
         figures_mean_something=False,
     )
