@@ -178,8 +178,8 @@ def elsewhere(found: str, pages: dict[str, str]) -> str | None:
         return pages[found]
     if found.startswith("paper_figures/") and found.endswith((".png", ".svg")):
         picture = Path(found).with_suffix(".svg")
-        name = picture.name if (ROOT / picture).is_file() else Path(found).name
-        return f"pictures/{name}"
+        shown = picture if (ROOT / picture).is_file() else Path(found)
+        return f"pictures/{shown.relative_to('paper_figures').as_posix()}"
     folders = {"paper_figures": "tables/index.md", "paper_figures/pages": "notebooks/index.md"}
     if found in folders:
         return folders[found]

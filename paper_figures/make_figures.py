@@ -231,12 +231,12 @@ class Picture:
     source: str  # data/SOURCE.*
     kept: str  # what the notebook calls it
     name: str  # NAME.png, .svg, .pdf
-    figure: Callable[[Path], Figure] | None = pictures  # None: data/SOURCE.KEPT.png, as the notebook drew it
+    figure: Callable[[Path], Figure] | None = pictures  # None: as the notebook drew it
 
 
-def as_drawn(source: str, prefix: str, *kept: str) -> list[Picture]:
-    """Pictures of what no table holds."""
-    return [Picture(source, one, f"{prefix}_{one}", None) for one in kept]
+def as_drawn(source: str, *kept: str) -> list[Picture]:
+    """Pictures of what no table holds: data/SOURCE.KEPT.png."""
+    return [Picture(source, one, f"data/{source}.{one}", None) for one in kept]
 
 
 PICTURES = (
@@ -244,9 +244,9 @@ PICTURES = (
     Picture("02_checkpoints", "similarity", "similarity", similarity),
     Picture("02_checkpoints", "similarity_matrices", "similarity_matrices", similarity_matrices),
     Picture("15_guides", "gallery", "guides_gallery"),
-    *as_drawn("17_your_data", "your_data", "real_images", "similarity", "gallery", "accuracy"),
-    *as_drawn("18_lesson", "lesson", "samples", "denoising", "similarity", "influence", "deviation", "pulls"),
-    *as_drawn("18_lesson", "lesson", "ways", "sets", "accuracy"),
+    *as_drawn("17_your_data", "real_images", "similarity", "gallery", "accuracy"),
+    *as_drawn("18_lesson", "samples", "denoising", "similarity", "influence", "deviation", "pulls", "ways"),
+    *as_drawn("18_lesson", "sets", "accuracy"),
     Picture("22_early_stage", "examples", "fig02_examples"),
     Picture("23_tsne", "tsne", "fig03", places),
     Picture("24_same_noise", "same_noise", "fig04"),
@@ -446,12 +446,7 @@ def draw_all(base: Path, out: Path) -> dict[str, dict[str, str]]:
         (draw_labellings if artefact.labellings else draw)(artefact, data, out)
     for picture in PICTURES:
         own = sorted(data.glob(f"{picture.source}.*.*"))
-        if picture.figure is None:
-            path = data / f"{picture.source}.{picture.kept}.png"
-            if path.is_file():
-                files.write(out / f"{picture.name}.png", path.read_bytes())
-                inputs, names = inputs | {path}, [*names, f"{picture.name}.png"]
-        elif own:
+        if own and picture.figure is not None:
             own += [path for path in [data / f"{picture.source}.csv"] if path.is_file()]
             plotting.keep(picture.figure(data / picture.source), str(out), picture.name)
             inputs, names = inputs | set(own), [*names, f"{picture.name}.svg"]

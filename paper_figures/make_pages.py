@@ -133,7 +133,7 @@ def _picture(kept: str, run: str) -> Iterator[str]:
     """The picture that was drawn from the same rows; without one, nothing."""
     name = make_figures.drawn(run).get(kept)
     if name is not None:
-        yield f"![{name}](../{name}.png)"
+        yield f"![{Path(name).name}](../{name}.png)"
 
 
 def _table(html: str) -> str:
