@@ -1,5 +1,7 @@
-# JupyterLab with the notebooks: docker build -t igd . && docker run --rm -p 8888:8888 igd
-# On GPUs: docker build --build-arg IGD_TORCH_INDEX= -t igd . && docker run --gpus all -p 8888:8888 igd
+# JupyterLab with the notebooks, its work kept in a folder that user 1000 can write:
+#   docker build -t igd .
+#   docker run --rm -p 8888:8888 -v "$HOME/.cache/igd:/home/igd/.cache/igd" igd
+# On GPUs: docker build --build-arg IGD_TORCH_INDEX= -t igd . and docker run --gpus all ...
 FROM python:3.12-slim-bookworm
 
 # Debian's mirrors keep one version of a package: a pinned one would soon be gone.

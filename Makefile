@@ -58,7 +58,7 @@ doctor: setup  ## what is on this machine: versions, memory, data, models, and w
 bench: setup  ## what guided sampling costs on this machine: seconds, arithmetic, memory
 	@$(PYTHON) -m ci.bench.bench
 
-standin: setup  ## train the embedded stand-in again (about an hour), into out/standin
+standin: setup  ## train the Fashion-MNIST stand-in again (about an hour), into out/standin
 	@$(PYTHON) -m igd_lib standin fashion-mnist --out out/standin
 
 clean:  ## remove .venv and out

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import re
 import sys
+import tokenize
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from paper_figures import make_figures
 PAGES = Path(__file__).parent / "pages"
 LARGEST = 200_000  # bytes of a page
 PROGRESS = re.compile(r"^.+ \d+/\d+.*, [\d.]+ (s|min|h), [\d.]+ (s|min|h) left$")
+LAYOUT = (tokenize.COMMENT, tokenize.NL)  # tokens that change nothing
 KEPT = re.compile(r'keep\(.*save_to, f?"(?P<name>[^"]+)"')
 
 Cell = Mapping[str, Any]
@@ -64,10 +67,17 @@ def as_page(notebook: Mapping[str, Any], run: str) -> str:
 
 
 def digest(notebook: Mapping[str, Any]) -> str:
-    """Of a notebook's code, executed or not: papermill's own cell is left out."""
+    """Of a notebook's code without comments, executed or not: papermill's own cell is left out."""
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    own = [_text(c["source"]) for c in cells if "injected-parameters" not in c["metadata"].get("tags", [])]
+    own = [_bare(c["source"]) for c in cells if "injected-parameters" not in c["metadata"].get("tags", [])]
     return hashlib.sha256("\0".join(own).encode()).hexdigest()[:16]
+
+
+def _bare(source: str | list[str]) -> str:
+    """A cell's code without its comments and its layout."""
+    lines = io.StringIO(_text(source)).readline
+    tokens = (token for token in tokenize.generate_tokens(lines) if token.type not in LAYOUT)
+    return " ".join(token.string for token in tokens)
 
 
 def is_current(page: str, notebook: Mapping[str, Any]) -> bool:

@@ -80,6 +80,6 @@ def test_no_address_is_invented():
 
 def test_the_container_s_file_runs_as_nobody_special():
     lines = (PROJECT / "Dockerfile").read_text().splitlines()
-    assert [line for line in lines if line.startswith("USER ")] == ["USER igd"]
-    assert lines.index("USER igd") < lines.index("RUN make setup")
+    assert [line for line in lines if line.startswith("USER ")] == ["USER 1000"]
+    assert lines.index("USER 1000") < lines.index("RUN make setup")
     json.loads((PROJECT / ".devcontainer" / "devcontainer.json").read_text())

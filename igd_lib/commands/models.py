@@ -48,7 +48,7 @@ def convert(file: Path, out: Path, vae: str | None, heads: int | None) -> None:
 @click.argument("dataset")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--base", type=click.Path(path_type=Path), help="A pipeline's folder.  [default: DiT-XL/2]")
-@click.option("--vae", help="The autoencoder: a folder or a hub id.  [default: the pinned one; BASE's own]")
+@click.option("--vae", help="The autoencoder: a folder or a hub id.  [default: sd-vae-ft-mse, or BASE's own]")
 @click.option(
     "--image-size",
     type=click.IntRange(8),
@@ -119,7 +119,8 @@ def minimax(
 
     A batch (8 images) is divided among the processes and their parts, whose number has to divide it.
 
-    Example: accelerate launch -m igd_lib minimax imagewoof Minimax-imagewoof
+    Example: accelerate launch -m igd_lib minimax imagewoof
+    ~/.cache/igd/models/Minimax-imagewoof
     """
     from igd_lib.baselines import minimax as library
     from igd_lib.experiment.experiment import prepare
@@ -151,7 +152,11 @@ def minimax(
 
 @click.command()
 @click.argument("name")
-@click.option("--out", type=click.Path(path_type=Path), help="Default: the package's assets folder.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Where it goes.  [default: over the shipped one, in the package]",
+)
 @click.option(
     "--decoder",
     is_flag=True,

@@ -16,13 +16,13 @@ from igd_lib.commands.common import in_one_line, json_option, output_kept_for, s
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--ipc", type=click.IntRange(1), default=10, show_default=True, help="Images a class.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("-k", type=click.FloatRange(0), help="Of influence guidance.  [default: the scale's]")
+@click.option("-k", type=click.FloatRange(0), help="Strength of influence guidance.  [default: the scale's]")
 @click.option(
     "--gamma",
     type=click.FloatRange(0),
-    help="Of deviation guidance, for latents of 4,096 values.  [default: the scale's]",
+    help="Strength of deviation guidance, for latents of 4,096 values.  [default: the scale's]",
 )
-@click.option("--cfg", type=float, default=4.0, show_default=True, help="Of classifier-free guidance.")
+@click.option("--cfg", type=float, default=4.0, show_default=True, help="Scale of classifier-free guidance.")
 @click.option(
     "--scale",
     type=click.Choice(["auto", "smoke", "small", "rehearsal", "paper"]),
@@ -43,7 +43,7 @@ def distill(
 ) -> None:
     """Distil DATASET by influence-guided diffusion into the folder OUT; an interrupted run goes on.
 
-    With the paper's models where they are on this machine, else (scale small) on a stand-in, which is said.
+    With the paper's models where they are on this machine, else (scale small) on a stand-in, and says so.
 
     Example: igd distill cifar-10 my_set --ipc 10 --scale small
     """

@@ -36,8 +36,9 @@ def fetch(name: str) -> None:
 @click.option("--yes", is_flag=True, help="Delete without asking.")
 @json_option("The list")
 def cache(remove: tuple[str, ...], older_than: float, yes: bool, as_json: bool) -> None:
-    """List work on disk by kind, size and last use, or remove some of it; all but models is made anew.
+    """List work on disk by kind, size and last use, or remove some of it.
 
+    What is removed is made anew when it is needed, but for models.
     Exits with 1 if some could not be removed.
 
     Example: igd cache --remove set --older-than 30

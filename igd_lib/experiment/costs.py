@@ -124,7 +124,8 @@ def _sampling_stages(work: Work) -> list[Stage]:
     found = []
     for name, rows in parts.items():
         images = len(rows) * work.seeds * work.set_images
-        what = f"{len(rows)} rows x {work.seeds} seeds x {work.set_images:,} images"
+        count = "1 row" if len(rows) == 1 else f"{len(rows)} rows"
+        what = f"{count} x {work.seeds} seeds x {work.set_images:,} images"
         each = sum(image_operations(row, work.scale, work.classes, work.image_size) for row in rows)
         found.append(Stage(f"sampling, {name}", what, each * images / max(1, len(rows)), samples=True))
     return found
