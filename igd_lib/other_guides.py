@@ -28,12 +28,13 @@ STOP = (25, 50)  # MGD3's t_stop, of so many steps
 
 
 def mode_range(num_steps: int, counts_from: int = 0) -> tuple[int, int]:
-    """The first and last index that MGD3 guides: t > t_stop in its count T ... 1, with t_stop 25 of 50 steps.
+    """The first and last index that MGD3 guides: above t_stop = 25 of 49 ... 0, as its code counts 50 steps.
 
-    With T other steps t_stop is 25 / 50 of T, rounded down: the noisier half, with one step more of an odd
-    number. counts_from: the last step's index (`Fidelity.range_counts_from`).
+    With T other steps t_stop is 25 / 50 of T. counts_from: the last step's index
+    (`Fidelity.range_counts_from`).
     """
-    return num_steps * STOP[0] // STOP[1] + counts_from, num_steps - 1 + counts_from
+    first = min(num_steps * STOP[0] // STOP[1] + 1, num_steps - 1)
+    return first + counts_from, num_steps - 1 + counts_from
 
 
 class InRange(Guide):
@@ -144,10 +145,11 @@ class Transport(InRange):
     Compared are, for each image on its own, two sets of clean scaled latents, every one of a set with equal
     weight: this image's predicted clean latent (Eq. 2, after CFG, by which is differentiated) joined with the
     final latents of the earlier images of its class (held fixed), and the class's real latents. So an image
-    is drawn to what the earlier ones leave out, and each of n has a pull of about 1 / n. The distance is
-    `sinkhorn_distance`'s; its gradient goes through the transformer to z_t, and z_{t-1} moves by -beta times
-    it. Like gamma, beta's effect on a latent of d values is proportional to 1 / d. Raises ValueError for a
-    beta that is not finite or negative, and for latents that do not fit.
+    is drawn to what the earlier ones leave out. The distance is `sinkhorn_distance`'s, a mean over the n
+    images, times n: so each is pulled alike, however many came before. Its gradient goes through the
+    transformer to z_t, and z_{t-1} moves by -beta times it. Like gamma, beta's effect on a latent of d values
+    is proportional to 1 / d. Raises ValueError for a beta that is not finite or negative, and for latents
+    that do not fit.
     """
 
     beta: float
@@ -178,13 +180,15 @@ class Transport(InRange):
                 f"{[tuple(own.shape) for own in self.real]}"
             )
         with torch.enable_grad():
-            losses = [
-                sinkhorn_distance(torch.cat([clean[None], earlier.to(clean)]), real.to(clean), self.share)
-                for clean, earlier, real in zip(step.clean, self.memory, self.real, strict=True)
-            ]
-            loss = torch.stack(losses)
+            loss = torch.stack(
+                [self._loss(*own) for own in zip(step.clean, self.memory, self.real, strict=True)]
+            )
         shift = self.beta * step.gradient(loss)
         return Update(shift, report={"transport_loss": loss.detach(), "transport_shift": shift})
+
+    def _loss(self, clean: Tensor, earlier: Tensor, real: Tensor) -> Tensor:
+        points = torch.cat([clean[None], earlier.to(clean)])
+        return len(points) * sinkhorn_distance(points, real.to(clean), self.share)
 
 
 def sinkhorn_distance(points: Tensor, real: Tensor, share: float) -> Tensor:

@@ -120,11 +120,15 @@ def naive_cost(points: Tensor, real: Tensor) -> list[list[float]]:
 
 
 def transport_gradient(clean: Tensor, memory: Tensor, real: Tensor) -> Tensor:
-    """By the clean latent (C, h, w): sum over j of P_1j 2 (x - y_j) / d."""
+    """By the clean latent (C, h, w) of n images with the earlier ones: n sum over j of P_1j 2 (x - y_j) / d.
+
+    The rows of n P sum to 1, so it is twice the way to the mean of the real latents that the plan gives it.
+    """
     cost = naive_cost([clean, *memory], real)
     mean = sum(map(sum, cost)) / (len(cost) * len(cost[0]))
     plan = naive_plan(cost, SHARE * mean)
-    return sum(2 * p * (clean - y) / clean.numel() for p, y in zip(plan[0], real, strict=True))
+    goal = sum(len(cost) * p * y for p, y in zip(plan[0], real, strict=True))
+    return 2 * (clean - goal) / clean.numel()
 
 
 def classifier_gradient(kit: Kit, clean: Tensor, target: int) -> Tensor:
@@ -361,7 +365,7 @@ def test_the_gradient_is_that_of_the_loss(kit, name):
             points = torch.cat([one[None], earlier])
             cost = naive_cost(points, real)
             share = r / (sum(map(sum, cost)) / (len(cost) * len(cost[0])))  # the blur is a constant
-            found.append(sinkhorn_distance(points, real, share))
+            found.append(len(points) * sinkhorn_distance(points, real, share))
         return torch.stack(found)
 
     torch.testing.assert_close(update.report[f"{name}_loss"], loss(z), rtol=1e-7, atol=1e-9)
@@ -442,8 +446,10 @@ def test_an_image_is_drawn_to_what_the_earlier_ones_leave_out():
 
 
 def test_mgd3_guides_the_noisier_half():
-    assert mode_range(50) == (25, 49) and mode_range(50, 1) == (26, 50)
-    assert mode_range(25) == (12, 24) and mode_range(10) == (5, 9) and mode_range(1) == (0, 0)
+    """Its code: `if t > stop_t`, t running 49 ... 0 and stop_t 25."""
+    assert mode_range(50) == (26, 49) and mode_range(50, 1) == (27, 50)
+    assert mode_range(25) == (13, 24) and mode_range(10) == (6, 9)
+    assert mode_range(4) == (3, 3) and mode_range(1) == (0, 0)
 
 
 REFUSED = {

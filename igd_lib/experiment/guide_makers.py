@@ -17,7 +17,7 @@ from igd_lib.other_guides import ClassifierLoss, Modes, Reading, Transport, mode
 from igd_lib.sampling import Sampling
 from igd_lib.tools import files
 
-BETA = 20.0  # of optimal transport, for latents of 4,096 values
+BETA = 320.0  # of optimal transport, for latents of 4,096 values
 POINTS = 200  # real latents of a class that it compares with, at most
 MakeFactory = Callable[[Any], GuideFactory]  # of an Experiment
 
@@ -125,7 +125,7 @@ class _Transport:
     @property
     def settings(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("beta", "points", "seed")}
-        own |= {"share": Transport.share, "guided_range": list(self.guided_range)}
+        own |= {"share": Transport.share, "each": "alike", "guided_range": list(self.guided_range)}
         return {"name": "transport", **own, "latents": self.latents.settings}
 
     @cached_property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -14,7 +15,7 @@ from torch import Tensor
 from igd_lib import memory
 from igd_lib.analysis import features, metrics, results
 from igd_lib.data.images import ImageData
-from igd_lib.evaluation import Score, evaluate_sets
+from igd_lib.evaluation import Score, evaluate_sets, fingerprint
 from igd_lib.experiment.experiment import Experiment, Images, Sets
 from igd_lib.experiment.methods import Method
 from igd_lib.experiment.registry import BASELINES
@@ -268,15 +269,16 @@ def _moved(images: DistilledSet, others: DistilledSet) -> Tensor:
 def cost_rows(experiment: Experiment, sets: Sets) -> pd.DataFrame:
     """Two rows a sampled set of what an image of it costs: `seconds an image` and `MiB an image`.
 
-    Memory is counted (`memory.by_image`), so that it is the same on every machine and for every set of a
-    method; the models' weights, which all images share, are left out. The time is the machine's.
+    The time is the machine's, measured anew (`Experiment.seconds_an_image`): a set may have been sampled
+    elsewhere, or in batches of another size. Memory is counted (`memory.by_image`), so that it is the same on
+    every machine and for every set of a method; the models' weights, which all images share, are left out.
     """
     rows, known = [], {}
-    for method, seed, images in sets.sampled():
+    for method, seed, images in progress(list(sets.sampled()), "seconds, set"):
         if method not in known:
             known[method] = memory.by_image(experiment.sampling(method).for_set(sets.ipc)) / 2**20
         about = About(experiment, method, seed, images, sets.ipc)
-        each = images.seconds / (len(images.selected) * sets.ipc)
+        each = experiment.seconds_an_image(method, seed)
         rows += [about.row("seconds an image", each), about.row("MiB an image", known[method])]
     return results.frame(rows)
 
@@ -284,9 +286,10 @@ def cost_rows(experiment: Experiment, sets: Sets) -> pd.DataFrame:
 def redundancy_rows(experiment: Experiment, sets: Sets, network: str) -> pd.DataFrame:
     """`redundancy` of every set: top-1 (%) on half of its images of a network that was trained on the others.
 
-    As LGD has it: the more the first half of each class's images says of the second, the less that adds. Of
-    an odd number the second half is the larger one. Hard labels, the protocol's settings, the last accuracy,
-    training seed = generation seed. One image a class has no halves: then there are no rows.
+    After LGD: the more one half of each class's images says of the other, the less that adds. Every second
+    image is a half; the mean of both directions. Noise and images of a wrong class are not redundant either.
+    Hard labels, the protocol's settings, the last accuracy, training seed = generation seed. One image a
+    class has no halves: then there are no rows.
     """
     if sets.ipc < 2:
         return results.frame([])
@@ -294,26 +297,33 @@ def redundancy_rows(experiment: Experiment, sets: Sets, network: str) -> pd.Data
     rows, where = [], ray_cluster()
     device = cluster.device(where, experiment.device) if where else experiment.device
     for about in _each(hard, sets, "redundancy, set"):
-        first, second = _halves(in_memory(about.images).plain())
-        [score] = evaluate_sets(
-            [first],
-            second,
-            [(0, network, about.seed)],
-            protocol=hard.scale.protocol,
-            device=device,
-            folder=work_dir() / "evaluation",
-            ray=where,
-        )
-        rows.append(about.row("redundancy", score.last, seconds=score.seconds, network=network))
+        halves = _halves(in_memory(about.images).plain())
+        scores = [
+            evaluate_sets(
+                [train],
+                test,
+                [(0, network, about.seed)],
+                protocol=hard.scale.protocol,
+                device=device,
+                folder=work_dir() / "evaluation",
+                ray=where,
+            )[0]
+            for train, test in (halves, halves[::-1])
+        ]
+        value, seconds = fmean(one.last for one in scores), sum(one.seconds for one in scores)
+        rows.append(about.row("redundancy", value, seconds=seconds, network=network))
     return results.frame(rows)
 
 
 def _halves(data: ImageData) -> tuple[ImageData, ImageData]:
-    """The first half of each class's images, and the rest."""
+    """The even and the odd images of each class.
+
+    Their names hold their pixels' fingerprint: a score on disk knows test images by name and number alone.
+    """
     own = [data.class_indices(label) for label in range(len(data.classes))]
-    first = torch.cat([indices[: len(indices) // 2] for indices in own])
-    second = torch.cat([indices[len(indices) // 2 :] for indices in own])
-    return data.subset(first, f"{data.split}, first half"), data.subset(second, f"{data.split}, second half")
+    halves = [data.subset(torch.cat([indices[start::2] for indices in own])) for start in (0, 1)]
+    even, odd = (replace(half, split=f"{half.split}, half {fingerprint(half)}") for half in halves)
+    return even, odd
 
 
 def all_rows(experiment: Experiment, sets: Sets, network: str, reference: Method) -> pd.DataFrame:
