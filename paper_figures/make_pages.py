@@ -60,7 +60,7 @@ def as_page(notebook: Mapping[str, Any], run: str) -> str:
         shown = list(_outputs(cell, run))
         parts += [f"<!-- cell {cell['id']} -->", *shown] if shown else []
     parts.insert(2, _how(notebook))
-    page = _without_places("\n\n".join(parts) + "\n")
+    page = _without_places("\n\n".join(parts) + "\n", _saved_to(notebook))
     if len(page.encode()) > LARGEST:
         raise ValueError(f"the page of {run} would have {len(page.encode())} bytes, more than {LARGEST}")
     return page
@@ -173,10 +173,16 @@ def _shown(cell: str) -> str:
     return "" if cell in ("NaN", "None", "nan") else cell
 
 
-def _without_places(text: str) -> str:
+def _saved_to(notebook: Mapping[str, Any]) -> dict[str, str]:
+    """The folder of an executed notebook's results, by the name that it has in every checkout."""
+    folder = notebook["metadata"]["papermill"]["parameters"].get("save_to", "")
+    return {str(Path(folder).parent): "out/small"} if Path(folder).is_absolute() else {}
+
+
+def _without_places(text: str, others: Mapping[str, str]) -> str:
     """Folders of this machine by the names that they have on every machine."""
     places = {str(data_dir()): "$IGD_DATA", str(cache_dir()): "$IGD_CACHE", str(PROJECT): "."}
-    places |= {os.environ.get("HOME", "~"): "~"}
+    places |= {os.environ.get("HOME", "~"): "~", **others}
     for place in sorted(places, key=len, reverse=True):
         text = text.replace(place, places[place])
     return text

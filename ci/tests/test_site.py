@@ -118,6 +118,14 @@ def test_every_link_of_the_real_sources_leads_to_a_file(tmp_path):
     assert count > 60
 
 
+def test_no_page_names_a_folder_of_one_machine():
+    pages = sorted((make_site.ROOT / "paper_figures" / "pages").glob("*.md"))
+    assert len(pages) > 10
+    for page in pages:
+        found = re.findall(r"(?<![\w$.~/])/(?:home|root|tmp|work|Users|mnt)/\S*", page.read_text())
+        assert not found, (page.name, found)
+
+
 def test_every_page_is_in_a_table_of_contents(tmp_path):
     make_site.write_sources(tmp_path / "source")
     texts = [path.read_text() for path in (tmp_path / "source").rglob("*.md")]
