@@ -176,7 +176,7 @@ def _shown(cell: str) -> str:
 def _saved_to(notebook: Mapping[str, Any]) -> dict[str, str]:
     """The folder of an executed notebook's results, by the name that it has in every checkout."""
     folder = notebook["metadata"]["papermill"]["parameters"].get("save_to", "")
-    return {str(Path(folder).parent): "out/small"} if Path(folder).is_absolute() else {}
+    return {folder: f"out/small/{Path(folder).name}"} if Path(folder).is_absolute() else {}
 
 
 def _without_places(text: str, others: Mapping[str, str]) -> str:

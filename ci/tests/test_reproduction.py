@@ -172,15 +172,15 @@ def test_a_page_has_what_cells_showed_under_their_headings():
 
 
 def test_a_page_says_with_which_parameters_and_names_no_folder_of_this_machine(monkeypatch):
-    printed = f"data in {make_pages.data_dir()}/x, sets in {cache_dir()}/y"
+    printed = f"data in {make_pages.data_dir()}/x, sets in {cache_dir()}/y, exported to /somewhere/06/z"
     one = cell("x", outputs=[{"output_type": "stream", "name": "stdout", "text": printed}])
-    given = {"scale": "small", "save_to": "/somewhere", "backbone": "minimax"}
+    given = {"scale": "small", "save_to": "/somewhere/06", "backbone": "minimax"}
     page = make_pages.as_page(
         executed(heading("# T"), one, parameters=given), "06_checkpoint_selection_minimax"
     )
     assert page.startswith("<!-- notebook 06_checkpoint_selection, code ")
     assert "at scale `small` with `-p backbone minimax`," in page and "/somewhere" not in page
-    assert "data in $IGD_DATA/x, sets in $IGD_CACHE/y" in page
+    assert "data in $IGD_DATA/x, sets in $IGD_CACHE/y, exported to out/small/06/z" in page
 
 
 def test_a_page_of_other_code_is_not_current():
