@@ -358,7 +358,7 @@ if sys.argv[1] == "reuse":
     reuse_memory()
 torch.zeros(2**24).add_(1)  # 64 MiB
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
+for _ in range(12):
     torch.zeros(2**24).add_(1)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
