@@ -126,9 +126,11 @@ def seen_by(dataset: ImageData, protocol: Protocol, device: torch.device | str) 
 def labelled(dataset: ImageData, teacher: Teacher, protocol: Protocol) -> ImageData:
     """The images with a teacher's soft labels, one each for good: its probabilities of the image as it is.
 
-    For a protocol whose labels are "own"; the teacher sees the images at the protocol's size.
+    For a protocol whose labels are "own"; the teacher sees the images at the protocol's size, normalised as
+    it was trained, also those that student networks see whitened.
     """
-    logits = predict(teacher.model, dataset, replace(protocol, mean=teacher.mean, std=teacher.std))
+    seen = replace(dataset, whitening=None)
+    logits = predict(teacher.model, seen, replace(protocol, mean=teacher.mean, std=teacher.std))
     return replace(dataset, targets=logits.softmax(1))
 
 

@@ -324,6 +324,8 @@ def in_order(rows: pd.DataFrame) -> pd.DataFrame:
 def draw(artefact: Artefact, data: Path, out: Path) -> None:
     """One figure and one page of tables from the rows of one notebook."""
     rows = in_order(results.load(data / f"{artefact.source}.csv"))
+    again = rows.artefact.str.endswith("_readings")
+    readings, rows = rows[again], rows[~again]
     accuracy = tables.top1(rows)
     networks = list(dict.fromkeys(accuracy.network))
     first = rows[rows.network.isin([networks[0], ""])]
@@ -358,6 +360,8 @@ def draw(artefact: Artefact, data: Path, out: Path) -> None:
         heading = "What the compared methods' images are, and which settings are not their authors':"
         parts += [f"{heading}\n\n{notes.read_text()}"]
     parts += claims_tested(tables.top1(first), artefact.claims)
+    if len(readings):
+        parts += ["The same sets, read in other ways:", results.markdown(tables.best_and_last(readings), 1)]
     if artefact.table is not None:
         paper = tables.reported(artefact.table)
         paper = paper[paper.ipc == str(one.ipc)] if str(one.ipc) in set(paper.ipc) else paper

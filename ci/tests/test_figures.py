@@ -137,6 +137,34 @@ def test_methods_far_below_the_others_do_not_set_the_axis(means, below):
     assert low > max((means[name] for name in below), default=-1.0)
 
 
+def test_values_that_lie_close_at_the_top_hide_no_method():
+    """The two best values of four alike methods, a gap below them, and methods on both sides of it."""
+    values = {"a": [30.0, 35.0], "b": [31.0, 35.1], "c": [30.5, 31.2], "d": [29.5, 30.1]}
+    rows = pd.DataFrame([(name, value) for name, own in values.items() for value in own])
+    assert tables.far_below(rows.set_axis(["method", "value"], axis=1)) == []
+
+
+def test_a_page_keeps_what_was_read_in_other_ways_apart(copy):
+    """Of `13_paper_vs_code`: the same sets under another protocol, best and last, below the rows."""
+    rows = pd.read_csv(copy / "data" / "05_guidance_ablation.csv", dtype=str, keep_default_na=False)
+    again = pd.concat(
+        [
+            rows[rows.metric == "top1"].assign(
+                metric=metric, artefact=rows.artefact + "_readings", protocol="other"
+            )
+            for metric in ("top1_best", "top1_last")
+        ]
+    )
+    (copy / "data" / "05_guidance_ablation.csv").write_text(
+        pd.concat([rows, again]).to_csv(index=False, lineterminator="\n")
+    )
+    before = (copy / "table05.md").read_text()
+    assert make_figures.main([]) == 0
+    page = (copy / "table05.md").read_text()
+    assert "The same sets, read in other ways:" in page and "last (%)" in page
+    assert page.split("The same sets")[0].strip() == before.split("The paper's figures")[0].strip()
+
+
 def test_every_method_of_the_rows_has_a_colour_and_a_marker_of_its_own():
     assert plotting.COLOURS.keys() == plotting.MARKERS.keys()
     assert len(set(plotting.COLOURS.values())) == len(plotting.COLOURS)

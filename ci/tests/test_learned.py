@@ -17,7 +17,7 @@ from igd_lib.evaluation import Cell, evaluate, fingerprint
 from igd_lib.models.networks import network
 from igd_lib.protocols import DATM_OWN, DM_OWN, IDC_OWN, SMALL_SOFT
 from igd_lib.sets.learned import load, save
-from igd_lib.teachers import Teacher, accuracy, check_teacher, seen_by, test_inputs
+from igd_lib.teachers import Teacher, accuracy, check_teacher, labelled, seen_by, test_inputs
 from igd_lib.tools import files
 
 CLASSES = ("a", "b", "c")
@@ -50,6 +50,16 @@ def made(whitening) -> ImageData:
 
 def everything(data: ImageData) -> torch.Tensor:
     return data.fetch(torch.arange(len(data)))
+
+
+def test_a_teacher_sees_whitened_images_as_they_are(made):
+    """It was trained on normalised images; what students see is another matter."""
+    model = network("convnet2", num_classes=3, image_size=8).eval()
+    judge = Teacher(model, "convnet2", "of no file", CLASSES, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    protocol = replace(SMALL_SOFT, labels="own", image_size=8)
+    plain = labelled(replace(made, whitening=None), judge, protocol)
+    assert torch.equal(labelled(made, judge, protocol).targets, plain.targets)
+    assert labelled(made, judge, protocol).whitening is made.whitening
 
 
 # --- as data

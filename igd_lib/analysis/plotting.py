@@ -111,9 +111,10 @@ METRICS = {"top1": "top-1 accuracy (%)", "influence_loss": "mean influence loss"
 
 
 def use_style() -> None:
-    """Apply the project's matplotlib style."""
+    """Apply the project's matplotlib style; tables show the whole of long labels."""
     if STYLE.is_file():
         plt.style.use(STYLE)
+    pd.set_option("display.max_colwidth", None)
 
 
 def style_of(look: str, other: str = "#777777") -> tuple[str, str]:

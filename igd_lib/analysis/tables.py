@@ -103,18 +103,16 @@ def _places(table: pd.DataFrame) -> int:
 def far_below(rows: pd.DataFrame) -> list[str]:
     """The methods so far below the others that one axis for all would hide what the others differ in.
 
-    Below the widest gap between the values, where that is more than twice the range of those above it.
+    Below the widest gap between the values, where that is more than twice the range of those above it and no
+    method has values on both sides.
     """
     ordered = rows.value.sort_values()
     gaps = ordered.diff().fillna(0.0)
     least = ordered.iloc[int(gaps.to_numpy().argmax())]
-    highest = rows.groupby("method", sort=False)["value"].max()
-    above = highest[highest >= least]
-    return (
-        list(highest[highest < least].index)
-        if len(above) > 1 and gaps.max() > 2 * (ordered.max() - least)
-        else []
-    )
+    spread = rows.groupby("method", sort=False)["value"].agg(["min", "max"])
+    above, below = spread[spread["max"] >= least], spread[spread["max"] < least]
+    apart = len(above) > 1 and bool((above["min"] >= least).all())
+    return list(below.index) if apart and gaps.max() > 2 * (ordered.max() - least) else []
 
 
 def rank_correlations(rows: pd.DataFrame, distances: pd.DataFrame) -> pd.DataFrame:

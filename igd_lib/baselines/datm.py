@@ -306,7 +306,11 @@ class _Matching:
                 if self.pace.due and self.done < count:
                     self.save()
         if self.skipped:
-            print(f"DATM: {self.skipped} of {count} iterations had a loss above the threshold", flush=True)
+            unchanged = "; the images are those that it began with" if self.skipped == count else ""
+            print(
+                f"DATM: {self.skipped} of {count} iterations had a loss above the threshold{unchanged}",
+                flush=True,
+            )
 
     def iterate(self, iteration: int) -> float:
         """One iteration; its L."""
