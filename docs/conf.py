@@ -20,4 +20,3 @@ autodoc_typehints = "none"  # they are in the signatures
 autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": False}
-exclude_patterns = ["pictures/data"]

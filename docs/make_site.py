@@ -80,11 +80,16 @@ def write_sources(folder: Path, beginnings: Sequence[str] = ()) -> None:
     (folder / "tables" / "index.md").write_text(table_index(pages))
     with (folder / "index.md").open("a") as file:
         file.write(CONTENTS)
-    shutil.copytree(
-        ROOT / "paper_figures",
-        folder / "pictures",
-        ignore=lambda _, names: [n for n in names if Path(n).suffix not in (".svg", ".png")],
-    )
+    copy_pictures(ROOT / "paper_figures", folder / "pictures")
+
+
+def copy_pictures(here: Path, there: Path) -> None:
+    """All pictures of a folder and of the folders in it."""
+    for path in sorted(here.rglob("*")):
+        if path.suffix in (".svg", ".png"):
+            target = there / path.relative_to(here)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
 
 
 def site_pages(notebooks: Sequence[Path]) -> dict[str, str]:

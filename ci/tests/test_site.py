@@ -118,6 +118,17 @@ def test_every_link_of_the_real_sources_leads_to_a_file(tmp_path):
     assert count > 60
 
 
+def test_every_picture_of_the_real_notebooks_is_there(tmp_path):
+    make_site.write_sources(tmp_path / "source")
+    count = 0
+    for path in (tmp_path / "source" / "notebooks").glob("*.ipynb"):
+        for cell in json.loads(path.read_text())["cells"]:
+            for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", "".join(cell["source"])):
+                count += 1
+                assert (path.parent / target).is_file(), f"{path.name}: {target}"
+    assert count > 20
+
+
 def test_no_page_names_a_folder_of_one_machine():
     pages = sorted((make_site.ROOT / "paper_figures" / "pages").glob("*.md"))
     assert len(pages) > 10
