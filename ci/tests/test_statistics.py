@@ -344,6 +344,20 @@ def test_a_gain_alone_may_be_none_in_a_family():
     assert reverse.verdict.tolist() == ["loss"] and reverse.p[0] == pytest.approx(found.p[0])
 
 
+@pytest.mark.parametrize("values", [[31.0], [30.1, 30.3], [31.0, 31.1, 31.2]])
+def test_where_nothing_spreads_nothing_can_be_tested(values):
+    """One seed, or a difference of 1 at every seed (as far as its binary digits go): no interval, no p; but it
+    counts in the family.
+    """
+    rows = scored({("a", "hard"): values, ("real", "hard"): [one - 1 for one in values]})
+    both = statistics.differences(rows, lambda _: [("a", "real"), ("a", "a")])
+    found, nothing = both.to_dict("records")
+    assert found["mean"] == pytest.approx(1.0) and found["verdict"] == "no clear difference"
+    assert np.isnan([found["low"], found["high"], found["p"], found["p (Holm)"]]).all()
+    if len(values) > 1:
+        assert (nothing["low"], nothing["high"], nothing["p"], nothing["p (Holm)"]) == (0.0, 0.0, 1.0, 1.0)
+
+
 def test_of_another_metric_a_clear_difference_is_no_gain():
     rows = scored({("a", "hard"): [0.11, 0.10, 0.12], ("a I", "hard"): [0.01, 0.01, 0.01]})
     rows = rows.assign(metric="influence_loss")

@@ -51,7 +51,8 @@ def differences(rows: pd.DataFrame, claims: Claims, by: Sequence[str] = ()) -> p
     A line a claim: `by`, difference, mean, its two-sided 95 % interval `low` ... `high` and p by a paired
     t-test over generation seeds, sd of the differences, n, p after Holm's correction over all lines, and a
     verdict: a gain or a loss (of another metric than accuracy: higher or lower) where that p is below 5 %.
-    With one pair alone there is neither interval nor p; it counts in the family all the same.
+    With one pair alone, and where all pairs differ by the same but 0, there is no spread to test against, so
+    neither interval nor p; the line counts in the family all the same.
 
     Raises ValueError where pairs do not fit (`paired`).
     """
@@ -70,9 +71,10 @@ def differences(rows: pd.DataFrame, claims: Claims, by: Sequence[str] = ()) -> p
 
 def _tested(found: pd.Series) -> dict[str, object]:
     """Of paired differences: mean, 95 % interval, sd, n and p of the two-sided t-test; 1 if all are 0."""
-    n, mean, sd = len(found), found.mean(), found.std()
-    half = stats.t.ppf(1 - LEVEL / 2, n - 1) * sd / n**0.5 if n > 1 else np.nan
-    p = np.nan if n == 1 else 1.0 if (found == 0).all() else stats.ttest_1samp(found, 0.0).pvalue
+    n, mean, sd, zero = len(found), found.mean(), found.std(), bool((found == 0).all())
+    spread = n > 1 and not np.allclose(found, mean, rtol=1e-9, atol=0.0)
+    half = stats.t.ppf(1 - LEVEL / 2, n - 1) * sd / n**0.5 if spread or zero and n > 1 else np.nan
+    p = stats.ttest_1samp(found, 0.0).pvalue if spread else 1.0 if zero and n > 1 else np.nan
     interval = {"low": mean - half, "high": mean + half}
     return {"difference": found.name, "mean": mean, **interval, "sd": sd, "n": n, "p": float(p)}
 
