@@ -267,6 +267,19 @@ def test_costs_of_an_image(experiment):
     assert (times > 0).all() and (times["DiT"] < times[["DiT + OT", "DiT + classifier loss"]]).all()
 
 
+def test_times_are_taken_in_rounds_after_a_first_that_warms_up(experiment, monkeypatch):
+    asked = []
+    sets = experiment.sets([PLAIN, MODES], 2, 2)
+    kind = type(experiment)
+    monkeypatch.setattr(kind, "seconds_an_image", lambda _, *given: asked.append(given) or float(len(asked)))
+    times = measures.cost_rows(experiment, sets)
+    times = times[times.metric == "seconds an image"]
+    assert asked == [(PLAIN, 0), (PLAIN, 0), (MODES, 0), (PLAIN, 1), (MODES, 1)]
+    assert list(zip(times.method, times.seed, times.value, strict=True)) == [
+        ("DiT", 0, 2.0), ("DiT + MGD3", 0, 3.0), ("DiT", 1, 4.0), ("DiT + MGD3", 1, 5.0),
+    ]  # fmt: skip
+
+
 def test_counted_memory_grows_with_the_image(experiment):
     """Three images take as much more than two as two than one."""
     sampling = experiment.sampling(MODES).for_set(3)

@@ -129,9 +129,11 @@ def rank_correlations(rows: pd.DataFrame, distances: pd.DataFrame) -> pd.DataFra
     entries = []
     for metric, own in distances.groupby("metric", sort=False):
         entry: dict[str, object] = {"metric": metric, "rank correlation with top-1": "", "p": ""}
-        if len(accuracy) > 2:  # of two sets any two metrics are perfectly correlated
-            test = stats.spearmanr(own.set_index(keys)["value"].reindex(accuracy.index), accuracy)
-            entry |= {"rank correlation with top-1": round(test.statistic, 2), "p": round(test.pvalue, 3)}
+        values = own.set_index(keys)["value"].reindex(accuracy.index)
+        # Two sets are perfectly correlated whatever is measured, and nothing is where nothing differs.
+        if len(accuracy) > 2 and min(values.nunique(), accuracy.nunique()) > 1:
+            test = stats.spearmanr(values, accuracy)
+            entry |= {"rank correlation with top-1": round(test.statistic, 2), "p": p_value(test.pvalue)}
         entry["n"] = len(accuracy)
         entries.append(entry | ({"without": ", ".join(below)} if below else {}))
     return pd.DataFrame(entries)
@@ -161,8 +163,13 @@ def differences(
     ]
     shown["n"] = found.n
     for column, name in (("p", "p (paired t)"), ("p (Holm)", "p (Holm)")):
-        shown[name] = ["" if pd.isna(p) else "< 0.0001" if p < 1e-4 else f"{p:.4f}" for p in found[column]]
+        shown[name] = ["" if pd.isna(p) else p_value(p) for p in found[column]]
     return shown.assign(verdict=found.verdict)
+
+
+def p_value(p: float) -> str:
+    """For showing: four digits, and never 0."""
+    return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
 def reported(table: int, **cells: object) -> pd.DataFrame:

@@ -270,11 +270,15 @@ def cost_rows(experiment: Experiment, sets: Sets) -> pd.DataFrame:
     """Two rows a sampled set of what an image of it costs: `seconds an image` and `MiB an image`.
 
     The time is the machine's, measured anew (`Experiment.seconds_an_image`): a set may have been sampled
-    elsewhere, or in batches of another size. Memory is counted (`memory.by_image`), so that it is the same on
+    elsewhere, or in batches of another size. A seed is a round of all methods, so that what else the machine
+    does for a while is not one method's; a first image warms it up. Memory is counted (`memory.by_image`), so that it is the same on
     every machine and for every set of a method; the models' weights, which all images share, are left out.
     """
     rows, known = [], {}
-    for method, seed, images in progress(list(sets.sampled()), "seconds, set"):
+    rounds = sorted(sets.sampled(), key=lambda one: one[1])
+    for method, seed, _ in rounds[:1]:
+        experiment.seconds_an_image(method, seed)
+    for method, seed, images in progress(rounds, "seconds, set"):
         if method not in known:
             known[method] = memory.by_image(experiment.sampling(method).for_set(sets.ipc)) / 2**20
         about = About(experiment, method, seed, images, sets.ipc)
