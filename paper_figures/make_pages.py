@@ -34,6 +34,7 @@ from paper_figures import make_figures
 PAGES = Path(__file__).parent / "pages"
 LARGEST = 200_000  # bytes of a page
 PROGRESS = re.compile(r"^.+ \d+/\d+.*, [\d.]+ (s|min|h), [\d.]+ (s|min|h) left$")
+WAITING = re.compile(r"^waiting for |: another run is sampling what is left; waiting for it$")
 LAYOUT = (tokenize.COMMENT, tokenize.NL)  # tokens that change nothing
 KEPT = re.compile(r'keep\(.*save_to, f?"(?P<name>[^"]+)"')
 
@@ -131,8 +132,11 @@ def _outputs(cell: Cell, run: str) -> Iterator[str]:
 
 
 def _printed(streams: list[str]) -> Iterator[str]:
-    """What was printed since the last output, without lines that only said how far the work was."""
-    lines = [line for line in "".join(streams).splitlines() if not PROGRESS.match(line)]
+    """What was printed since the last output, without lines that only said how far the work was, or that it
+    waited for another run.
+    """
+    printed = "".join(streams).splitlines()
+    lines = [line for line in printed if not PROGRESS.match(line) and not WAITING.search(line)]
     streams.clear()
     text = "\n".join(lines).strip("\n")
     if text:

@@ -146,7 +146,9 @@ def shown(**data):
 
 
 def test_a_page_has_what_cells_showed_under_their_headings():
-    html, said = TABLE.to_html(), "sets 3/9, 14 s, 2 min left\nkept 3\nclass 1/3, 5 min left is text\n"
+    waited = "waiting for a training in /x\n/x/seed1: another run is sampling what is left; waiting for it\n"
+    said = f"sets 3/9, 14 s, 2 min left\nkept 3\n{waited}class 1/3, 5 min left is text\n"
+    html = TABLE.to_html()
     one = cell(
         'display(plotting.keep(figure, config.save_to, "accuracy"))\ndisplay(table)',
         outputs=[
