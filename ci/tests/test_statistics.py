@@ -346,9 +346,7 @@ def test_a_gain_alone_may_be_none_in_a_family():
 
 @pytest.mark.parametrize("values", [[31.0], [30.1, 30.3], [31.0, 31.1, 31.2]])
 def test_where_nothing_spreads_nothing_can_be_tested(values):
-    """One seed, or a difference of 1 at every seed (as far as its binary digits go): no interval, no p; but it
-    counts in the family.
-    """
+    """One seed, or 1 at every seed but for rounding: no interval, no p; but it counts in the family."""
     rows = scored({("a", "hard"): values, ("real", "hard"): [one - 1 for one in values]})
     both = statistics.differences(rows, lambda _: [("a", "real"), ("a", "a")])
     found, nothing = both.to_dict("records")

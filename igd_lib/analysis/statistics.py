@@ -71,10 +71,11 @@ def differences(rows: pd.DataFrame, claims: Claims, by: Sequence[str] = ()) -> p
 
 def _tested(found: pd.Series) -> dict[str, object]:
     """Of paired differences: mean, 95 % interval, sd, n and p of the two-sided t-test; 1 if all are 0."""
-    n, mean, sd, zero = len(found), found.mean(), found.std(), bool((found == 0).all())
+    n, mean, sd = len(found), found.mean(), found.std()
     spread = n > 1 and not np.allclose(found, mean, rtol=1e-9, atol=0.0)
-    half = stats.t.ppf(1 - LEVEL / 2, n - 1) * sd / n**0.5 if spread or zero and n > 1 else np.nan
-    p = stats.ttest_1samp(found, 0.0).pvalue if spread else 1.0 if zero and n > 1 else np.nan
+    tested = spread or (n > 1 and mean == 0)
+    half = stats.t.ppf(1 - LEVEL / 2, n - 1) * sd / n**0.5 if tested else np.nan
+    p = stats.ttest_1samp(found, 0.0).pvalue if spread else 1.0 if tested else np.nan
     interval = {"low": mean - half, "high": mean + half}
     return {"difference": found.name, "mean": mean, **interval, "sd": sd, "n": n, "p": float(p)}
 

@@ -271,8 +271,9 @@ def cost_rows(experiment: Experiment, sets: Sets) -> pd.DataFrame:
 
     The time is the machine's, measured anew (`Experiment.seconds_an_image`): a set may have been sampled
     elsewhere, or in batches of another size. A seed is a round of all methods, so that what else the machine
-    does for a while is not one method's; a first image warms it up. Memory is counted (`memory.by_image`), so that it is the same on
-    every machine and for every set of a method; the models' weights, which all images share, are left out.
+    does for a while is not one method's; a first image warms it up. Memory is counted (`memory.by_image`), so
+    that it is the same on every machine and for every set of a method; the models' weights, which all images
+    share, are left out.
     """
     rows, known = [], {}
     rounds = sorted(sets.sampled(), key=lambda one: one[1])
