@@ -239,9 +239,9 @@ def influence_rows(experiment: Experiment, sets: Sets) -> pd.DataFrame:
 
 
 def latent_rows(experiment: Experiment, sets: Sets, reference: Method) -> pd.DataFrame:
-    """Three rows a sampled set: `moved`, the mean relative distance of its final latents to `reference`'s on
+    """Two rows a sampled set: `moved`, the mean relative distance of its final latents to `reference`'s on
     the same noise, where there is that; `nearest`, the mean cosine of a latent to the nearest other of its
-    class; `seconds` of sampling, in all.
+    class.
     """
     rows = []
     for method, seed, images in sets.sampled():
@@ -251,7 +251,6 @@ def latent_rows(experiment: Experiment, sets: Sets, reference: Method) -> pd.Dat
         if sets.ipc > 1:  # one image has no other
             parts = [metrics.nearest_cosine(images.latents(label).flatten(1)) for label in images.selected]
             values["nearest"] = torch.cat(parts).mean()
-        values["seconds"] = images.seconds
         about = About(experiment, method, seed, images, sets.ipc)
         rows += [about.row(metric, value) for metric, value in values.items()]
     return results.frame(rows)
@@ -332,7 +331,7 @@ def _halves(data: ImageData) -> tuple[ImageData, ImageData]:
 
 
 def all_rows(experiment: Experiment, sets: Sets, network: str, reference: Method) -> pd.DataFrame:
-    """Accuracies, influence loss and the three of `latent_rows` of every sampled set."""
+    """Accuracies, influence loss and the two of `latent_rows` of every sampled set."""
     parts = [
         accuracy_rows(experiment, sets, network),
         influence_rows(experiment, sets),
