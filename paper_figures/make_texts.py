@@ -1,4 +1,5 @@
-"""Fills in the numbers of README.md and FINDINGS.md from the saved results, so that none is typed by hand.
+"""Fills in numbers of README.md, FINDINGS.md and other pages from the saved results. In these two none is
+typed by hand.
 
 `python paper_figures/make_texts.py` rewrites what is between `<!--= WHAT -->` and `<!--/-->`, which nobody
 sees on the page; `--check` names what would change. WHAT is one of
@@ -9,6 +10,7 @@ sees on the page; `--check` names what would change. WHAT is one of
     where RUN                    data set, IPC and network
     table PAGE; COUNT            a table of the page paper_figures/PAGE.md, the first being 1
     minutes RUN                  of one core, from an empty cache in the order of all runs
+    hours                        of one core, of all runs: a table by stage
     file FILE                    all of paper_figures/data/FILE.csv, as a table
     cell FILE; LINE; COLUMN      of paper_figures/data/FILE.csv, the line by its first column
 
@@ -38,7 +40,7 @@ from igd_lib.tools import files
 from igd_lib.tools.version import PROJECT
 from paper_figures import make_figures
 
-TEXTS = ("README.md", "FINDINGS.md")
+TEXTS = ("README.md", "FINDINGS.md", "REPRODUCING.md", "docs/speed.md")
 DATA = Path(__file__).parent / "data"
 MARK = re.compile(r"<!--= (?P<what>.+?) -->(?P<shown>.*?)<!--/-->", re.DOTALL)
 ONE_DIGIT = ("top", "coverage", "redundancy")  # metrics in percent; others have three
@@ -76,7 +78,7 @@ def changed(text: str, filled: str) -> list[str]:
 def value(what: str) -> str:
     """What a mark shows."""
     kind, _, rest = what.partition(" ")
-    parts = [part.strip() for part in rest.split(";")]
+    parts = [part.strip() for part in rest.split(";") if part.strip()]
     options = dict(part.split("=", 1) for part in parts if re.match(r"^\w+=", part))
     plain = [part for part in parts if not re.match(r"^\w+=", part)]
     if kind not in KINDS:
@@ -159,6 +161,15 @@ def _minutes(run: str) -> str:
     return f"{log.loc[run, 'in all']:.0f}" if run in log.index else "not recorded"
 
 
+def _hours() -> str:
+    """A line a stage, and all of them."""
+    log = reproduction_log.read(DATA / "reproduction.csv")
+    stages = log.groupby("stage").minutes.sum().reindex(list(reproduction_log.STAGES), fill_value=0.0)
+    stages[f"all {log.run.nunique()} runs"] = stages.sum()
+    table = pd.DataFrame({"stage": stages.index, "hours of one core": (stages / 60).round(1).to_numpy()})
+    return f"\n{results.markdown(table, 1)}\n"
+
+
 def _file(file: str) -> str:
     table = pd.read_csv(DATA / f"{file}.csv", dtype=str, keep_default_na=False)
     return f"\n{results.markdown(table, 0)}\n"
@@ -176,6 +187,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "where": _where,
     "table": _table,
     "minutes": _minutes,
+    "hours": _hours,
     "file": _file,
     "cell": _cell,
 }

@@ -1,4 +1,4 @@
-"""Every number in README.md and FINDINGS.md comes from the saved results."""
+"""Every number in README.md and FINDINGS.md comes from the saved results, and those marked elsewhere."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from igd_lib.tools.version import PROJECT
 from paper_figures import make_texts
 
 QUICKSTART = "00_quickstart"
+ALL_MARKED = ("README.md", "FINDINGS.md")
 
 
 def quickstart(method: str, metric: str = "top1") -> pd.Series:
@@ -28,7 +29,7 @@ def test_numbers_are_those_of_the_results(name):
 RESULT = r"\d+\.\d+|\d+ ?%|\d+ points|±"  # what a result looks like; versions and code are left out
 
 
-@pytest.mark.parametrize("name", make_texts.TEXTS)
+@pytest.mark.parametrize("name", ALL_MARKED)
 def test_no_result_is_typed_by_hand(name):
     """Outside of marks are no decimals, percentages and spreads, but in code, links and versions."""
     text = make_texts.MARK.sub("", (PROJECT / name).read_text())
@@ -59,6 +60,17 @@ def test_a_mean():
     assert make_texts.value(f"mean {QUICKSTART}; DiT; show=mean") == f"{own.mean():.1f}"
 
 
+def test_hours_by_stage(tmp_path, monkeypatch):
+    """30, 90 and 60 minutes of two runs, one of them in two goes."""
+    lines = ["a,sets,t,30,r", "a,sets,u,90,r", "b,evaluation,t,60,r"]
+    (tmp_path / "reproduction.csv").write_text("\n".join(["run,stage,started,minutes,revision", *lines]))
+    monkeypatch.setattr(make_texts, "DATA", tmp_path)
+    found = dict(re.findall(r"^\| ([a-z0-9 ]+?) \| ([\d.]+) \|$", make_texts.value("hours"), re.MULTILINE))
+    assert found == {
+        "sets": "2.0", "evaluation": "1.0", "sets and evaluation": "0.0", "other": "0.0", "all 2 runs": "3.0",
+    }  # fmt: skip
+
+
 def test_a_cell_of_a_table(tmp_path, monkeypatch):
     (tmp_path / "measured.csv").write_text("what,apart\nthe sampler,4.8e-6\nforward,0\n")
     monkeypatch.setattr(make_texts, "DATA", tmp_path)
@@ -87,7 +99,7 @@ def test_a_mark_of_what_there_is_not_is_refused(what):
 def test_a_misspelt_mark_is_refused():
     with pytest.raises(
         ValueError,
-        match="a mark is one of difference, claim, mean, where, table, minutes, file, cell, got 'men x'",
+        match="a mark is one of difference, claim, mean, where, table, minutes, hours, file, cell, got 'men x'",
     ):
         make_texts.fill("<!--= men x -->1<!--/-->")
 
