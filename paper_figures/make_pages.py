@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bs4 import BeautifulSoup
+from bs4 import BeautifulSoup, Tag
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -154,10 +154,7 @@ def _table(html: str) -> str:
     """A data frame's HTML as a Markdown table, without an index that only counts."""
     table = BeautifulSoup(html, "html.parser").find("table")
     assert table is not None  # asked for above
-    rows = [
-        [cell.get_text(" ", strip=True) for cell in row.find_all(["th", "td"])]
-        for row in table.find_all("tr")
-    ]
+    rows = _cells(table)
     heads = len(table.find("thead").find_all("tr"))  # type: ignore[union-attr]
     header, body = _merged(rows[:heads]), rows[heads:]
     if [row[0] for row in body] == [str(number) for number in range(len(body))] and not header[0]:
@@ -166,10 +163,34 @@ def _table(html: str) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 
 
+def _cells(table: Tag) -> list[list[str]]:
+    """The texts of a table's rows, a cell over several columns or rows repeated in each."""
+    rows: list[list[str]] = []
+    above: dict[int, tuple[str, int]] = {}  # by column, what reaches down, and how far
+    for row in table.find_all("tr"):
+        line: list[str] = []
+        for cell in [*row.find_all(["th", "td"]), None]:
+            while (reached := above.get(len(line), ("", 0)))[1]:
+                above[len(line)] = (reached[0], reached[1] - 1)
+                line.append(reached[0])
+            if cell is not None:
+                text, down = cell.get_text(" ", strip=True), int(cell.get("rowspan", 1)) - 1
+                for _ in range(int(cell.get("colspan", 1))):
+                    above[len(line)] = (text, down)
+                    line.append(text)
+        rows.append(line)
+    return rows
+
+
 def _merged(heads: list[list[str]]) -> list[str]:
-    """One header of several lines."""
+    """One header of several lines; where the last has names of the index alone, they take the place of what
+    the columns are called together.
+    """
     width = max(len(line) for line in heads)
     lines = [line + [""] * (width - len(line)) for line in heads]
+    names = list(filter(None, lines[-1]))
+    if len(lines) > 1 and lines[-1][: len(names)] == names and len(names) < width:
+        lines = [[""] * len(names) + line[len(names) :] for line in lines[:-1]] + lines[-1:]
     return [" ".join(filter(None, cells)) for cells in zip(*lines, strict=True)]
 
 

@@ -173,6 +173,20 @@ def test_a_page_has_what_cells_showed_under_their_headings():
     assert lines[8] == "**Bold** words\n"
 
 
+def test_a_pivoted_table_is_whole():
+    """Names of the index in the header, and cells over several rows or columns in each of them."""
+    metrics = ["x"] * 4 + ["y"] * 4
+    rows = pd.DataFrame({"method": list("aabb") * 2, "seed": [0, 1] * 4, "metric": metrics, "v": 1.5})
+    wide = rows.pivot(index=["method", "seed"], columns="metric", values="v")
+    header, _, *body = make_pages._table(wide.to_html()).splitlines()
+    assert header == "| method | seed | x | y |"
+    assert body == [f"| {method} | {seed} | 1.5 | 1.5 |" for method in "ab" for seed in (0, 1)]
+    wide = rows.pivot(index="method", columns=["metric", "seed"], values="v")
+    header, _, *body = make_pages._table(wide.to_html()).splitlines()
+    assert header == "| method | x 0 | x 1 | y 0 | y 1 |"
+    assert body == [f"| {method} | 1.5 | 1.5 | 1.5 | 1.5 |" for method in "ab"]
+
+
 def test_a_page_says_with_which_parameters_and_names_no_folder_of_this_machine(monkeypatch):
     printed = f"data in {make_pages.data_dir()}/x, sets in {cache_dir()}/y, exported to /somewhere/06/z"
     one = cell("x", outputs=[{"output_type": "stream", "name": "stdout", "text": printed}])

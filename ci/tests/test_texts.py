@@ -99,7 +99,7 @@ def test_a_mark_of_what_there_is_not_is_refused(what):
 def test_a_misspelt_mark_is_refused():
     with pytest.raises(
         ValueError,
-        match="a mark is one of difference, claim, mean, where, table, minutes, hours, file, cell, got 'men x'",
+        match="is one of difference, claim, mean, where, table, minutes, hours, file, cell, got 'men x'",
     ):
         make_texts.fill("<!--= men x -->1<!--/-->")
 
