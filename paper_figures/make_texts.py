@@ -158,7 +158,10 @@ def _table(page: str, count: str) -> str:
 
 def _minutes(run: str) -> str:
     log = reproduction_log.summed(reproduction_log.read(DATA / "reproduction.csv")).set_index("run")
-    return f"{log.loc[run, 'in all']:.0f}" if run in log.index else "not recorded"
+    if run not in log.index:
+        return "not recorded"
+    minutes = log.loc[run, "in all"]
+    return f"{minutes:.0f}" if minutes >= 0.5 else "< 1"
 
 
 def _hours() -> str:
