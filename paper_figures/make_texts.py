@@ -161,7 +161,7 @@ def _minutes(run: str) -> str:
     if run not in log.index:
         return "not recorded"
     minutes = log.loc[run, "in all"]
-    return f"{minutes:.0f}" if minutes >= 0.5 else "< 1"
+    return f"{minutes:.0f}" if minutes >= 1 else "< 1"
 
 
 def _hours() -> str:
