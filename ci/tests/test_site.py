@@ -173,6 +173,17 @@ def broken(folder) -> list[str]:
     return lines
 
 
+def from_elsewhere(folder) -> list[str]:
+    """Scripts, styles and pictures that a page would fetch from another host."""
+    found = []
+    for path in sorted(folder.rglob("*.html")):
+        page = BeautifulSoup(path.read_text(), "html.parser")
+        for node in page.select("script[src], link[rel=stylesheet], img[src]"):
+            target = node.get("src") or node["href"]
+            found += [f"{path.name}: {target}"] if re.match(r"^([a-z]+:)?//", target) else []
+    return found
+
+
 def check(folder) -> None:
     """Each notebook that was run has a table, and a picture for each that is drawn of it."""
     for path in sorted((folder / "notebooks").glob("[0-9]*.html")):
@@ -197,6 +208,7 @@ def test_two_notebooks_and_all_other_pages_are_built_and_linked(tmp_path):
     }
     assert broken(out) == []
     check(out)
+    assert from_elsewhere(out) == [] and b"<math" in (out / "notebooks" / "02_checkpoints.html").read_bytes()
     assert BeautifulSoup((out / "notebooks" / "05_guidance_ablation.html").read_text(), "html.parser").select(
         "article img[src$='table05.svg']"
     )
