@@ -73,24 +73,10 @@ RDED_HARD = (
     "code makes no grids of images this small, but one patch an image."
 )
 # What made the rows that are from before version 0.3, whose CHANGELOG says what it corrected.
-BEFORE_0_3 = frozenset(
-    {
-        "1d9b27a67f90+",
-        "4a92d5e16444",
-        "62fedadfcfb1",
-        "a3ee91cef7ea",
-        "b448c221a2ed+",
-        "d22bbe31409a",
-        "e08ea825b3e5",
-        "eaa8528ac899",
-        "f8a0fe90dac0",
-        "fc0580c87398",
-        "fc0580c87398+",
-    }
-)
+BEFORE_0_3 = frozenset({"d22bbe31409a"})
 ARTEFACTS = (
     Artefact("00_quickstart", "Quickstart", "quickstart"),
-    Artefact("01_nette_woof", "Table 1{where}", "table01", table=1, note=RDED_HARD),
+    Artefact("01_nette_woof", "Table 1{where}", "table01", table=1),
     Artefact("01_nette_woof_ipc50", "Table 1{where}, IPC 50", "table01_ipc50", table=1, note=RDED_HARD),
     Artefact("01_nette_woof_ten", "Table 1{where}, ten seeds", "table01_ten", table=1),
     Artefact("03_imagenet1k", "Table 2{where}, soft labels", "table02", table=2),
@@ -103,8 +89,8 @@ ARTEFACTS = (
         "table06_minimax",
         statistics.selection_claims,
     ),
-    Artefact("07_food101", "Table 7{where}", "table07", table=7, note=RDED_HARD),
-    Artefact("08_cifar", "Table 8{where}", "table08", note=RDED_HARD),
+    Artefact("07_food101", "Table 7{where}", "table07", table=7),
+    Artefact("08_cifar", "Table 8{where}", "table08"),
     Artefact("08_cifar_ipc50", "Table 8{where}, IPC 50", "table08_ipc50"),
     Artefact("08_cifar_ten", "Table 8{where}, ten seeds", "table08_ten"),
     Artefact("09_diffusion_baselines", "Table 9{where}, soft labels", "table09"),
@@ -117,7 +103,6 @@ ARTEFACTS = (
         figure=against_accuracy,
         kept="distances",
         correlations=True,
-        note=RDED_HARD,
     ),
     Artefact(
         "12_hyperparameters", "k and gamma{where}, validation data", "table12", statistics.varied(guides="")
@@ -129,8 +114,6 @@ ARTEFACTS = (
         statistics.against(GUIDED, varies="fidelity"),
         figure=curves(("cfg", "top1")),
         kept="by_cfg",
-        note="The row both_halves=True is not the released code's direction: version 0.2 decoded the other "
-        "half of classifier-free guidance from the sample's own latent, the released code from a second one.",
     ),
     Artefact("14_shortcuts", "Faster guidance{where}", "shortcuts", statistics.against(GUIDED)),
     Artefact(
@@ -149,7 +132,6 @@ ARTEFACTS = (
         figure=influence,
         kept="influence",
         all_networks=True,
-        note=RDED_HARD,
     ),
     Artefact(
         "22_early_stage",

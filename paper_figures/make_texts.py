@@ -43,6 +43,7 @@ from paper_figures import make_figures
 TEXTS = ("README.md", "FINDINGS.md", "REPRODUCING.md", "docs/speed.md")
 DATA = Path(__file__).parent / "data"
 MARK = re.compile(r"<!--= (?P<what>.+?) -->(?P<shown>.*?)<!--/-->", re.DOTALL)
+OPTION = re.compile(r"^(metric|network|protocol|show|expect)=")
 ONE_DIGIT = ("top", "coverage", "redundancy")  # metrics in percent; others have three
 
 
@@ -79,8 +80,8 @@ def value(what: str) -> str:
     """What a mark shows."""
     kind, _, rest = what.partition(" ")
     parts = [part.strip() for part in rest.split(";") if part.strip()]
-    options = dict(part.split("=", 1) for part in parts if re.match(r"^\w+=", part))
-    plain = [part for part in parts if not re.match(r"^\w+=", part)]
+    options = dict(part.split("=", 1) for part in parts if OPTION.match(part))
+    plain = [part for part in parts if not OPTION.match(part)]  # a method's name may have a = too
     if kind not in KINDS:
         raise ValueError(f"a mark is one of {', '.join(KINDS)}, got {what!r}")
     try:
@@ -135,7 +136,9 @@ def _mean(run: str, method: str, show: str = "", metric: str = "top1", **where: 
 
 @cache
 def _loaded(path: Path) -> pd.DataFrame:
-    return results.load(path)
+    """A run's own rows: not its sets read in other ways, and nothing of validation images."""
+    rows = results.load(path)
+    return rows[~rows.artefact.str.endswith(("_readings", "_validation"))]
 
 
 @cache
