@@ -137,6 +137,11 @@ def test_no_page_names_a_folder_of_one_machine():
         assert not found, (page.name, found)
 
 
+def test_what_a_notebook_showed_has_a_table():
+    for page in (make_site.ROOT / "paper_figures" / "pages").glob("*.md"):
+        assert "\n| ---" in page.read_text(), page.name
+
+
 def test_every_page_is_in_a_table_of_contents(tmp_path):
     make_site.write_sources(tmp_path / "source")
     texts = [path.read_text() for path in (tmp_path / "source").rglob("*.md")]
