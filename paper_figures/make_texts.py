@@ -159,8 +159,12 @@ def _table(page: str, count: str) -> str:
     return f"\n{tables[int(count) - 1]}\n"
 
 
+def _log() -> pd.DataFrame:
+    return reproduction_log.summed(reproduction_log.read(DATA / "reproduction.csv")).set_index("run")
+
+
 def _minutes(run: str) -> str:
-    log = reproduction_log.summed(reproduction_log.read(DATA / "reproduction.csv")).set_index("run")
+    log = _log()
     if run not in log.index:
         return "not recorded"
     minutes = log.loc[run, "in all"]
@@ -169,10 +173,13 @@ def _minutes(run: str) -> str:
 
 def _hours() -> str:
     """A line a stage, and all of them."""
-    log = reproduction_log.read(DATA / "reproduction.csv")
-    stages = log.groupby("stage").minutes.sum().reindex(list(reproduction_log.STAGES), fill_value=0.0)
-    stages[f"all {log.run.nunique()} runs"] = stages.sum()
-    table = pd.DataFrame({"stage": stages.index, "hours of one core": (stages / 60).round(1).to_numpy()})
+    log = _log()
+    minutes = log.loc["all", [*reproduction_log.STAGES, "in all"]].rename(
+        {"in all": f"all {len(log) - 1} runs"}
+    )
+    table = pd.DataFrame(
+        {"stage": minutes.index, "hours of one core": (minutes.astype(float) / 60).to_numpy()}
+    )
     return f"\n{results.markdown(table, 1)}\n"
 
 
