@@ -80,16 +80,14 @@ def write_sources(folder: Path, beginnings: Sequence[str] = ()) -> None:
     (folder / "tables" / "index.md").write_text(table_index(pages))
     with (folder / "index.md").open("a") as file:
         file.write(CONTENTS)
-    copy_pictures(ROOT / "paper_figures", folder / "pictures")
+    shutil.copytree(ROOT / "paper_figures", folder / "pictures", ignore=no_pictures)
 
 
-def copy_pictures(here: Path, there: Path) -> None:
-    """All pictures of a folder and of the folders in it."""
-    for path in sorted(here.rglob("*")):
-        if path.suffix in (".svg", ".png"):
-            target = there / path.relative_to(here)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+def no_pictures(folder: str, names: list[str]) -> list[str]:
+    """Those of a folder's files that are none."""
+    return [
+        name for name in names if Path(folder, name).is_file() and Path(name).suffix not in (".svg", ".png")
+    ]
 
 
 def site_pages(notebooks: Sequence[Path]) -> dict[str, str]:

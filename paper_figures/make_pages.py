@@ -61,7 +61,7 @@ def as_page(notebook: Mapping[str, Any], run: str) -> str:
         shown = list(_outputs(cell, run))
         parts += [f"<!-- cell {cell['id']} -->", *shown] if shown else []
     parts.insert(2, _how(notebook))
-    page = _without_places("\n\n".join(parts) + "\n", _saved_to(notebook))
+    page = without_formulas(_without_places("\n\n".join(parts) + "\n", _saved_to(notebook)))
     if len(page.encode()) > LARGEST:
         raise ValueError(f"the page of {run} would have {len(page.encode())} bytes, more than {LARGEST}")
     return page
@@ -202,6 +202,14 @@ def _saved_to(notebook: Mapping[str, Any]) -> dict[str, str]:
     """The folder of an executed notebook's results, by the name that it has in every checkout."""
     folder = notebook["metadata"]["papermill"]["parameters"].get("save_to", "")
     return {folder: f"out/small/{Path(folder).name}"} if Path(folder).is_absolute() else {}
+
+
+def without_formulas(page: str) -> str:
+    """A page with its dollars, of variables such as $IGD_DATA, as such: they begin no formula."""
+    parts = re.split(r"(```.*?```|`[^`\n]*`)", page, flags=re.DOTALL)  # every other one is code
+    return "".join(
+        part if number % 2 else re.sub(r"(?<!\\)\$", r"\$", part) for number, part in enumerate(parts)
+    )
 
 
 def _without_places(text: str, others: Mapping[str, str]) -> str:

@@ -199,6 +199,15 @@ def test_a_page_says_with_which_parameters_and_names_no_folder_of_this_machine(m
     assert "data in $IGD_DATA/x, sets in $IGD_CACHE/y, exported to out/small/06/z" in page
 
 
+def test_dollars_of_a_page_are_no_formulas():
+    text = "put $IGD_DATA/a and $IGD_DATA/b, `$X`\n\n```text\n$IGD_CACHE, $Y\n```\n\nin \\$Z\n"
+    page = make_pages.without_formulas(text)
+    assert page == text.replace("put $IGD_DATA/a and $IGD", r"put \$IGD_DATA/a and \$IGD")
+    assert make_pages.without_formulas(page) == page
+    for own in make_pages.PAGES.glob("*.md"):
+        assert make_pages.without_formulas(own.read_text()) == own.read_text(), own.name
+
+
 def test_a_page_of_other_code_is_not_current():
     first, injected = cell("x = 1"), cell("seeds = 3", tags=["injected-parameters"])
     page = make_pages.as_page(executed(heading("# T"), first, injected), "02_checkpoints")
