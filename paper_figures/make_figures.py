@@ -111,7 +111,7 @@ ARTEFACTS = (
         "13_paper_vs_code",
         "Paper against released code{where}",
         "paper_vs_code",
-        statistics.against(GUIDED, varies="fidelity"),
+        statistics.fidelity_claims,
         figure=curves(("cfg", "top1")),
         kept="by_cfg",
     ),

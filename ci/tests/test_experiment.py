@@ -21,6 +21,7 @@ from igd_lib.experiment.comparisons import (
     comparison,
     early_stage,
     flipped,
+    flipped_unguided,
     grid,
     plain_and_guided,
     selections,
@@ -285,6 +286,12 @@ def test_methods_of_the_tables(small):
     for method in others:  # the label names the field that differs, and no other does
         field = method.label.split("=")[0]
         assert replace(method.fidelity, **{field: getattr(STANDARD, field)}) == STANDARD != method.fidelity
+    unguided = flipped_unguided(small, 10)
+    assert labels(unguided) == [
+        "DiT", "DiT, solver=ddim", "DiT, timestep_spacing=leading", "DiT, cfg_channels=None",
+    ]  # fmt: skip
+    guided = {method.change: method.fidelity for method in others}
+    assert all(row.guidance is None and row.fidelity == guided[row.change] for row in unguided[1:])
     assert "memory_size=None" in labels(flipped(small, 65)) and "memory_size=None" not in labels(
         flipped(small, 64)
     )

@@ -24,6 +24,7 @@ CLAIMS: dict[str, statistics.Claims] = {
     "early stage": statistics.early_stage_claims,
     "selection": statistics.selection_claims,
     "solver": statistics.solver_claims,
+    "fidelity": statistics.fidelity_claims,
     "influence": statistics.influence_claims,
     "against": statistics.against(PLAIN),
     "against, some": statistics.against(PLAIN, guides="deviation"),
@@ -150,6 +151,17 @@ SOLVED = {
     for speed, solver, steps in (("quick", "dpmsolver++", 20), ("slow", "ddim", 50))
     for name, backbone in (("a", "dit"), ("b", "minimax"))
 }
+CHANGED = {
+    f"{name}{guide} clamped": Method(
+        backbone=backbone,
+        guidance=guidance,
+        fidelity=Fidelity(clamp_images=True),
+        change="clamp_images=True",
+        varies=("fidelity",),
+    )
+    for guide, guidance in (("", None), (" ID", BOTH))
+    for name, backbone in (("a", "dit"), ("b", "minimax"))
+}
 SURROGATES = {
     name: Method(guidance=BOTH, surrogate=name, varies=("surrogate",)) for name in ("convnet2", "resnet18")
 }
@@ -224,6 +236,12 @@ CASES: list[tuple[str, dict[str, Method], statistics.Pairs]] = [
         [("b slow ID", "b slow"), ("b quick ID", "b slow ID")],
     ),
     ("solver", TABLE, []),
+    (
+        "fidelity",
+        TABLE | CHANGED,
+        [(f"{name} clamped", name) for name in ("a", "b", "a ID", "b ID")],
+    ),
+    ("fidelity", some(TABLE, "a ID", "best", "b D") | CHANGED, [("a ID clamped", "a ID")]),
     ("influence", TABLE, [("a ID", "a"), ("a ID", "a D")]),
     ("influence", some(TABLE, "b", "b ID", "a", "a ID"), [("a ID", "a")]),
     ("against", some(TABLE, "real", "b", "a", "a ID"), [("real", "a"), ("b", "a"), ("a ID", "a")]),

@@ -121,9 +121,10 @@ def label(fields: Mapping[str, Any]) -> str:
         "shortcuts": fields["shortcuts"],
         "fidelity": fields["change"],
     }
-    # Tables of DiT-IGD alone leave its name out; a grid's rows are named after the backbone.
+    # Rows that vary DiT-IGD leave its name out; a grid's rows are named after the backbone.
     first = look(fields)
-    if varies in (["selection"], ["shortcuts"], ["fidelity"], ["k", "gamma"]) and fields["backbone"] == "dit":
+    alone = fields["backbone"] == "dit" and fields["guides"] != ""
+    if varies in (["selection"], ["shortcuts"], ["fidelity"], ["k", "gamma"]) and alone:
         return ", ".join(details[field] for field in varies)
     if varies == ["k", "gamma"]:
         first = first.removesuffix("-IGD")

@@ -265,6 +265,17 @@ def varied(**reference: object) -> Claims:
     return claims
 
 
+def fidelity_claims(rows: pd.DataFrame) -> Pairs:
+    """Every method with one field of `Fidelity` changed against the one that has the same guides and no
+    change.
+    """
+    pairs = []
+    for label, fields in results.methods(rows).iterrows():
+        if fields.varies == "fidelity":
+            pairs.append((str(label), _plain(rows, fields.backbone, fields.guides)))
+    return _known(pairs)
+
+
 def influence_claims(rows: pd.DataFrame) -> Pairs:
     """Influence loss: both guidances against neither, and what influence guidance adds to the other."""
     both = _plain(rows, "dit", BOTH)

@@ -291,6 +291,20 @@ def flipped(experiment: Outline, ipc: int, backbone: str = "dit") -> list[Method
     return [guided, *rows]
 
 
+# Fields of `Fidelity` that sampling without guidance has too.
+OF_PLAIN_SAMPLING = ("solver", "timestep_spacing", "timestep_frequencies", "cfg_channels", "vae")
+
+
+def flipped_unguided(experiment: Outline, ipc: int, backbone: str = "dit") -> list[Method]:
+    """A backbone without guidance, and that row with each field of `flipped` changed that its sampling has
+    too: what such a field is worth without guidance.
+    """
+    plain, _ = plain_and_guided(experiment, backbone)
+    rows = flipped(experiment, ipc, backbone)[1:]
+    own = [row for row in rows if row.change.split("=")[0] in OF_PLAIN_SAMPLING]
+    return [plain, *(replace(row, guidance=None) for row in own)]
+
+
 def _matters(experiment: Outline, field: str, changed: Fidelity, ipc: int) -> bool:
     """Whether a field of `Fidelity` can change a set of `ipc` images a class at this scale."""
     scale, listed = experiment.scale, experiment.has_fixed_checkpoints

@@ -92,6 +92,7 @@ def _paper_vs_code(outline: Outline, options: Options) -> list[Method]:
     cfgs = comparisons.CFGS if options.cfgs == AUTO else options.cfgs
     rows = [
         *comparisons.by_cfg(outline, comparisons.cfg_scales(cfgs), options.backbone),
+        *comparisons.flipped_unguided(outline, 10, options.backbone),
         *comparisons.flipped(outline, 10, options.backbone),
         *comparisons.disputed(outline, options.backbone),
     ]
