@@ -30,6 +30,7 @@ import math
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ from torch import Tensor
 from torchvision import transforms
 
 IDX = {"train": "train", "test": "t10k"}
+NORMALISE = transforms.Normalize([0.5] * 3, [0.5] * 3)
 CIFAR = {"train": [f"data_batch_{n}.bin" for n in range(1, 6)], "test": ["test_batch.bin"]}
 
 
@@ -101,7 +103,7 @@ class Score(LabelRobustScoreHard):
         """Paths of the real images, which `random_data_format="image"` alone needs; ours are in memory."""
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -125,51 +127,65 @@ def main() -> None:
     parser.add_argument("--name", default="", help="of the set, in the table")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
-    if options.epochs < 10:
-        parser.error("--epochs is 10 at least: DD-Ranking tests every tenth epoch")
+    return parser
+
+
+def main() -> None:
+    parser = arguments()
+    options, started = parser.parse_args(), time.monotonic()
     manifest = json.loads((options.export / "manifest.json").read_text())
-    classes, origin, started = manifest["classes"], manifest["set"], time.monotonic()
-    if manifest["counts"] != [origin["ipc"]] * len(classes):
-        parser.error("the export lacks classes; DD-Ranking needs them all")
-    if manifest["plain_imagefolder_agrees"] is False:
-        parser.error(
-            "DD-Ranking sorts class folders, and this export's are not in label order; export as 'rded' "
-            "or 'safetensors'"
-        )
-    normalise = transforms.Normalize([0.5] * 3, [0.5] * 3)
-    prepared = transforms.Compose([transforms.ToTensor(), normalise])
-    if manifest["format"] == "safetensors":
-        tensors = load_file(options.export / "data.safetensors")
-        given = {"image_tensor": normalise(tensors["images"] / 255), "hard_labels": tensors["labels"]}
-        size = tensors["images"].shape[-1]
-    else:
-        given = {"image_path": str(options.export)}
-        size = Image.open(next(options.export.glob("*/00000.png"))).width
+    if wrong := refusal(options, manifest):
+        parser.error(wrong)
+    given, size = distilled(options.export, manifest["format"])
     train, test = (
-        TensorDataset(normalise(images), labels)
+        TensorDataset(NORMALISE(images), labels)
         for images, labels in (
-            real_images(options.data, split, classes, size, count)
+            real_images(options.data, split, manifest["classes"], size, count)
             for split, count in (("train", options.real_images), ("test", options.test_images))
         )
     )
-    same = {label: label for label in range(len(classes))}
-    hard_label.get_dataset = lambda *_: (
-        3,
-        (size, size),
-        [0.5] * 3,
-        [0.5] * 3,
-        len(classes),
-        train,
-        test,
-        test,
-        same,
-        same,
-    )
+    offer(train, test, size, len(manifest["classes"]))
+    found = scores(options, manifest["set"], given, size)
+    report(options, manifest, found, (len(train), len(test)), time.monotonic() - started)
+
+
+def refusal(options: argparse.Namespace, manifest: dict[str, Any]) -> str:
+    """Why this export cannot be scored so; empty where it can."""
+    if options.epochs < 10:
+        return "--epochs is 10 at least: DD-Ranking tests every tenth epoch"
+    if manifest["counts"] != [manifest["set"]["ipc"]] * len(manifest["classes"]):
+        return "the export lacks classes; DD-Ranking needs them all"
+    if manifest["plain_imagefolder_agrees"] is False:
+        return (
+            "DD-Ranking sorts class folders, and this export's are not in label order; export as 'rded' "
+            "or 'safetensors'"
+        )
+    return ""
+
+
+def distilled(export: Path, stored_as: str) -> tuple[dict[str, Any], int]:
+    """The distilled images as DD-Ranking's arguments, and how many pixels wide they are."""
+    if stored_as != "safetensors":
+        return {"image_path": str(export)}, Image.open(next(export.glob("*/00000.png"))).width
+    tensors = load_file(export / "data.safetensors")
+    images = NORMALISE(tensors["images"] / 255)
+    return {"image_tensor": images, "hard_labels": tensors["labels"]}, images.shape[-1]
+
+
+def offer(train: TensorDataset, test: TensorDataset, size: int, classes: int) -> None:
+    """Have DD-Ranking take these real images, and neither look for data of its own nor save its score."""
+    same = {label: label for label in range(classes)}
+    taken = (3, (size, size), [0.5] * 3, [0.5] * 3, classes, train, test, test, same, same)
+    hard_label.get_dataset = lambda *_: taken
     hard_label.save_results = lambda *_: None
-    REAL_DATA_TRAINING_CONFIG[f"{origin['dataset']}-{options.model}"] = REAL_DATA_TRAINING_CONFIG[
-        "CIFAR10-ConvNet-3"
-    ]
+
+
+def scores(
+    options: argparse.Namespace, origin: dict[str, Any], given: dict[str, Any], size: int
+) -> dict[str, float]:
+    """What DD-Ranking measures, by its own names."""
+    own = f"{origin['dataset']}-{options.model}"
+    REAL_DATA_TRAINING_CONFIG[own] = REAL_DATA_TRAINING_CONFIG["CIFAR10-ConvNet-3"]
     with tempfile.TemporaryDirectory() as scratch:
         score = Score(
             dataset=origin["dataset"],
@@ -182,32 +198,44 @@ def main() -> None:
             num_epochs=options.epochs,
             syn_batch_size=options.batch_size,
             num_workers=0,
-            custom_train_trans=prepared,
+            custom_train_trans=transforms.Compose([transforms.ToTensor(), NORMALISE]),
             device=options.device,
             random_data_path=f"{scratch}/random",
             save_path=f"{scratch}/scores.csv",
             eval_full_data=True,
         )
-        found = score.compute_metrics(**given, syn_lr=options.lr)
-    alpha = (
-        found["improvement_over_random_mean"] - found["hard_label_recovery_mean"]
-    ) / 200  # w = 0.5, percent to fractions
-    documented = (math.exp(alpha) - math.exp(-1)) / (math.exp(1) - math.exp(-1))
-    what = (
-        f"{origin['dataset']} as {manifest['format']}, ipc {origin['ipc']}, {options.model}, "
-        f"{options.epochs} epochs, {options.runs} runs"
-    )
-    print(f"\n{what}, {len(train)} real and {len(test)} test images, {time.monotonic() - started:.0f} s")
+        return score.compute_metrics(**given, syn_lr=options.lr)
+
+
+def documented(found: dict[str, float]) -> float:
+    """The score by the formula of DD-Ranking's documentation, w = 0.5, of the means as fractions."""
+    alpha = (found["improvement_over_random_mean"] - found["hard_label_recovery_mean"]) / 200
+    return (math.exp(alpha) - math.exp(-1)) / (math.exp(1) - math.exp(-1))
+
+
+def report(
+    options: argparse.Namespace,
+    manifest: dict[str, Any],
+    found: dict[str, float],
+    images: tuple[int, int],  # real ones to train and to test on
+    seconds: float,
+) -> None:
+    """Print settings and scores, and add them to the table."""
+    origin, score = manifest["set"], documented(found)
     print(
-        f"real images - distilled: {found['hard_label_recovery_mean']:.2f} points (sd "
-        f"{found['hard_label_recovery_std']:.2f}, n = {options.runs})"
+        f"\n{origin['dataset']} as {manifest['format']}, ipc {origin['ipc']}, {options.model}, "
+        f"{options.epochs} epochs, {options.runs} runs, batches of {options.batch_size}, "
+        f"{images[0]} real and {images[1]} test images, {seconds:.0f} s"
     )
+    shown = {
+        "real images - distilled": "hard_label_recovery",
+        "distilled - random images": "improvement_over_random",
+    }
+    for what, name in shown.items():
+        mean, sd = found[f"{name}_mean"], found[f"{name}_std"]
+        print(f"{what}: {mean:.2f} points (sd {sd:.2f}, n = {options.runs})")
     print(
-        f"distilled - random images: {found['improvement_over_random_mean']:.2f} points (sd "
-        f"{found['improvement_over_random_std']:.2f}, n = {options.runs})"
-    )
-    print(
-        f"label-robust score: {documented:.4f} by its documentation (of the means), "
+        f"label-robust score: {score:.4f} by its documentation (of the means), "
         f"{found['label_robust_score_mean']:.4f} as the package computes it"
     )
     if options.csv is not None:
@@ -215,13 +243,13 @@ def main() -> None:
             "set": options.name or options.export.name,
             "real - distilled (points)": f"{found['hard_label_recovery_mean']:.1f}",
             "distilled - random (points)": f"{found['improvement_over_random_mean']:.1f}",
-            "label-robust score": f"{documented:.3f}",
+            "label-robust score": f"{score:.3f}",
             "data": f"{origin['dataset']}, IPC {origin['ipc']}",
             "network": options.model,
             "epochs": options.epochs,
             "runs": options.runs,
-            "real images": len(train),
-            "test images": len(test),
+            "real images": images[0],
+            "test images": images[1],
             "learning rate": options.lr or "best of five",
         }
         keep(options.csv, line)
