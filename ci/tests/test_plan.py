@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,14 @@ def test_options_decide_the_rows(only_fashion):
     name, dataset, run = plan.asked("26", {"ks": "1,2,3", "gammas": "5", "seeds": "1"})
     found = plan.of(name, dataset, run, CARD)
     assert len(found.work.rows) == 1 + 3 + 1 and found.work.seeds == 1
+
+
+def test_a_set_that_two_tables_show_is_counted_once(only_fashion):
+    """Of `13_paper_vs_code`: "DiT, cfg 4" and "DiT", whose labels differ and nothing else."""
+    name, dataset, run = plan.asked("13", {"cfgs": "4", "seeds": "1"})
+    rows = plan.of(name, dataset, run, CARD).work.rows
+    assert len({replace(row, varies=()) for row in rows}) == len(rows)
+    assert sum(not row.guide_names and row.fidelity is None for row in rows) == 1
 
 
 def test_the_command(only_fashion):

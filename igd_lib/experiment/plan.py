@@ -96,7 +96,10 @@ def _paper_vs_code(outline: Outline, options: Options) -> list[Method]:
         *comparisons.flipped(outline, 10, options.backbone),
         *comparisons.disputed(outline, options.backbone),
     ]
-    return list(dict.fromkeys(rows))
+    sampled: dict[Method, Method] = {}
+    for row in rows:  # "DiT, cfg 4" and "DiT" are one set
+        sampled.setdefault(replace(row, varies=()), row)
+    return list(sampled.values())
 
 
 def _architectures(outline: Outline, options: Options) -> list[Method]:
