@@ -374,15 +374,21 @@ def claims_tested(accuracy: pd.DataFrame, claims: statistics.Claims, by: Sequenc
     return [tested, results.markdown(shown, 1)]
 
 
+def labelled(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The accuracies of the first network, on validation images and on test images."""
+    rows = tables.top1(rows)
+    rows = rows[rows.network == rows.network.iloc[0]]
+    held = rows.artefact.str.endswith("_validation")
+    return rows[held], rows[~held]
+
+
 def draw_labellings(artefact: Artefact, data: Path, out: Path) -> None:
     """One figure and one page of sets with labels of several kinds, against the best choice of real images.
 
     That was chosen on validation images, whose rows are of an artefact of their own.
     """
     rows = in_order(results.load(data / f"{artefact.source}.csv"))
-    rows = rows[rows.network == tables.top1(rows).network.iloc[0]]
-    held = rows.artefact.str.endswith("_validation")
-    validation, accuracy = tables.top1(rows[held]), tables.top1(rows[~held])
+    validation, accuracy = labelled(rows)
     best, one = statistics.best_coresets(validation), accuracy.iloc[0]
     title = f"{one.dataset}, IPC {one.ipc}, {one.network}, scale {one.scale}"
     plotting.keep(plotting.scores_by(accuracy, "protocol", title=title), str(out), artefact.name)

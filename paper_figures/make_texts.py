@@ -15,7 +15,7 @@ sees on the page; `--check` names what would change. WHAT is one of
     cell FILE; LINE; COLUMN      of paper_figures/data/FILE.csv, the line by its first column
 
 with `; metric=influence_loss`, `; network=convnet4`, `; protocol=...` and `; show=mean` (or interval, n,
-verdict) behind it. In A, B and a metric a * stands for any text. A difference is one of its table's claims,
+verdict, and p after Holm's correction) behind it. In A, B and a metric a * stands for any text. A difference is one of its table's claims,
 its verdict after Holm's correction over them.
 """
 
@@ -97,6 +97,7 @@ def _difference(run: str, pair: str, show: str = "", metric: str = "top1", **whe
     mean = f"{line['mean']:+z.{digits}f}"
     interval = "" if pd.isna(line.low) else f"[{line.low:+z.{digits}f}, {line.high:+z.{digits}f}]"
     words = {"mean": mean, "interval": interval, "n": str(line.n), "verdict": line.verdict}
+    words["p"] = f"{line['p (Holm)']:.3f}"
     return words[show] if show else f"{mean} {interval}, n = {line.n}, {line.verdict}"
 
 
@@ -108,7 +109,17 @@ def _digits(metric: str) -> int:
 def _differences(run: str, metric: str, where: tuple[tuple[str, str], ...]) -> pd.DataFrame:
     """The claims of a run's table, for the network that its page shows unless another is named."""
     artefact = next(one for one in make_figures.ARTEFACTS if one.source == run)
+    if artefact.labellings:
+        return _against_coresets(run, **dict(where))
     return statistics.differences(_rows(run, metric, where), artefact.claims)
+
+
+def _against_coresets(run: str, protocol: str) -> pd.DataFrame:
+    """Differences to the protocol's best choice of real images; the claims of all protocols are one family."""
+    validation, accuracy = make_figures.labelled(make_figures.in_order(results.load(DATA / f"{run}.csv")))
+    claims = statistics.against_coresets(statistics.best_coresets(validation))
+    found = statistics.differences(accuracy, claims, by=("protocol",))
+    return found[found.protocol == protocol]
 
 
 def _claim(run: str, pair: str, expect: str = "gain", metric: str = "top1", **where: str) -> str:
