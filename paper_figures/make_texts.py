@@ -12,11 +12,12 @@ sees on the page; `--check` names what would change. WHAT is one of
     minutes RUN                  of one core, from an empty cache in the order of all runs
     hours                        of one core, of all runs: a table by stage
     file FILE                    all of paper_figures/data/FILE.csv, as a table
+    coresets RUN                 every method against the best choice of real images, by kind of labels
     cell FILE; LINE; COLUMN      of paper_figures/data/FILE.csv, the line by its first column
 
 with `; metric=influence_loss`, `; network=convnet4`, `; protocol=...` and `; show=mean` (or interval, n,
-verdict, and p after Holm's correction) behind it. In A, B and a metric a * stands for any text. A difference is one of its table's claims,
-its verdict after Holm's correction over them.
+verdict, and p after Holm's correction) behind it. In A, B and a metric a * stands for any text. A difference
+is one of its table's claims, its verdict after Holm's correction over them.
 """
 
 from __future__ import annotations
@@ -93,12 +94,16 @@ def value(what: str) -> str:
 def _difference(run: str, pair: str, show: str = "", metric: str = "top1", **where: str) -> str:
     table = _differences(run, metric, tuple(sorted(where.items())))
     line = table[[fnmatchcase(name, pair) for name in table.difference]].iloc[0]
-    digits = _digits(metric)
-    mean = f"{line['mean']:+z.{digits}f}"
-    interval = "" if pd.isna(line.low) else f"[{line.low:+z.{digits}f}, {line.high:+z.{digits}f}]"
+    mean, interval = _mean_and_interval(line, _digits(metric))
     words = {"mean": mean, "interval": interval, "n": str(line.n), "verdict": line.verdict}
     words["p"] = f"{line['p (Holm)']:.3f}"
     return words[show] if show else f"{mean} {interval}, n = {line.n}, {line.verdict}"
+
+
+def _mean_and_interval(line: pd.Series, digits: int) -> tuple[str, str]:
+    """Of a difference; the interval is empty where there is none."""
+    interval = "" if pd.isna(line.low) else f"[{line.low:+z.{digits}f}, {line.high:+z.{digits}f}]"
+    return f"{line['mean']:+z.{digits}f}", interval
 
 
 def _digits(metric: str) -> int:
@@ -109,17 +114,27 @@ def _digits(metric: str) -> int:
 def _differences(run: str, metric: str, where: tuple[tuple[str, str], ...]) -> pd.DataFrame:
     """The claims of a run's table, for the network that its page shows unless another is named."""
     artefact = next(one for one in make_figures.ARTEFACTS if one.source == run)
-    if artefact.labellings:
-        return _against_coresets(run, **dict(where))
     return statistics.differences(_rows(run, metric, where), artefact.claims)
 
 
-def _against_coresets(run: str, protocol: str) -> pd.DataFrame:
-    """Differences to the protocol's best choice of real images; the claims of all protocols are one family."""
+def _coresets(run: str) -> str:
+    """Every method's difference to the best choice of real images, a column a kind of labels; gain and loss
+    in bold.
+    """
     validation, accuracy = make_figures.labelled(make_figures.in_order(results.load(DATA / f"{run}.csv")))
-    claims = statistics.against_coresets(statistics.best_coresets(validation))
-    found = statistics.differences(accuracy, claims, by=("protocol",))
-    return found[found.protocol == protocol]
+    best = statistics.best_coresets(validation)
+    found = statistics.differences(accuracy, statistics.against_coresets(best), by=("protocol",))
+    found["method"] = [name.rpartition(" - ")[0] for name in found.difference]
+    clear = found.verdict.isin(["gain", "loss"])
+    found["shown"] = [" ".join(_mean_and_interval(line, 1)) for _, line in found.iterrows()]
+    found.loc[clear, "shown"] += " **" + found.verdict[clear] + "**"
+    labels = {name: name.partition(", ")[2] or "hard labels" for name in best}
+    table = found.pivot(index="method", columns="protocol", values="shown").loc[
+        found.method.unique(), [*best]
+    ]
+    table.columns = [f"{labels[name]}, against {best[name]}" for name in best]
+    table["n"] = found.groupby("method").n.min()
+    return f"\n{results.markdown(table.reset_index(), 1)}\n"
 
 
 def _claim(run: str, pair: str, expect: str = "gain", metric: str = "top1", **where: str) -> str:
@@ -207,6 +222,7 @@ def _cell(file: str, line: str, column: str) -> str:
 KINDS: dict[str, Callable[..., str]] = {
     "difference": _difference,
     "claim": _claim,
+    "coresets": _coresets,
     "mean": _mean,
     "where": _where,
     "table": _table,
