@@ -99,9 +99,23 @@ def test_a_mark_of_what_there_is_not_is_refused(what):
 def test_a_misspelt_mark_is_refused():
     with pytest.raises(
         ValueError,
-        match="is one of difference, claim, mean, where, table, minutes, hours, file, cell, got 'men x'",
+        match=f"is one of {', '.join(make_texts.KINDS)}, got 'men x'",
     ):
         make_texts.fill("<!--= men x -->1<!--/-->")
+
+
+def test_the_table_against_coresets_has_the_page_s_lines():
+    """Mean, interval, and gain or loss, of every difference on the page and of no other."""
+    page = (PROJECT / "paper_figures" / "coresets.md").read_text()
+    cells = [line.strip("| ").split(" | ") for line in page.splitlines() if re.match(r"\|.* - .*\[", line)]
+    expected = [
+        shown + (f" **{verdict}**" if verdict in ("gain", "loss") else "")
+        for _, _, shown, *_, verdict in cells
+    ]
+    rows = make_texts.value("coresets 16_coresets").strip().splitlines()[2:]
+    shown = [line.strip("| ").split(" | ")[1:-1] for line in rows]
+    assert [one for column in zip(*shown, strict=True) for one in column] == expected
+    assert len(expected) == 39
 
 
 def test_what_is_stale_is_named(tmp_path, monkeypatch, capsys):
