@@ -115,7 +115,7 @@ def test_the_table_against_coresets_has_the_page_s_lines():
     rows = make_texts.value("coresets 16_coresets").strip().splitlines()[2:]
     shown = [line.strip("| ").split(" | ")[1:-1] for line in rows]
     assert [one for column in zip(*shown, strict=True) for one in column] == expected
-    assert len(expected) == 39
+    assert len(expected) == 3 * len(rows) > 0
 
 
 def test_what_is_stale_is_named(tmp_path, monkeypatch, capsys):
