@@ -13,6 +13,7 @@ author = "the authors of igd_lib"
 copyright = "Apache-2.0"
 version = release = VERSION
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx_copybutton"]
+smartquotes = False  # "--" of a command in a sentence stays two dashes, and can be copied
 html_theme = "furo"
 html_title = f"igd_lib {VERSION}"
 html_static_path = ["_static"]

@@ -204,6 +204,7 @@ def check(folder) -> None:
             kept = make_pages.KEPT.findall(source)
             drawn = set(make_figures.drawn(path.stem)) & set(kept)
             assert len(page.select("article img")) >= len(drawn), path.name
+            assert "\N{EN DASH}revision" not in page.get_text(), path.name  # of a command, to be copied
     assert (folder / "searchindex.js").stat().st_size > 10_000
 
 
@@ -219,9 +220,8 @@ def test_two_notebooks_and_all_other_pages_are_built_and_linked(tmp_path):
     assert (
         from_elsewhere(out) == [] and b"<math" not in (out / "notebooks" / "02_checkpoints.html").read_bytes()
     )
-    assert BeautifulSoup((out / "notebooks" / "05_guidance_ablation.html").read_text(), "html.parser").select(
-        "article img[src$='table05.svg']"
-    )
+    page = BeautifulSoup((out / "notebooks" / "05_guidance_ablation.html").read_text(), "html.parser")
+    assert page.select("article img[src$='table05.svg']") and "--revision" in page.get_text()
 
 
 @pytest.mark.slow
