@@ -36,7 +36,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ci import reproduction_log
-from igd_lib.analysis import results, statistics
+from igd_lib.analysis import results, statistics, tables
 from igd_lib.tools import files
 from igd_lib.tools.version import PROJECT
 from paper_figures import make_figures
@@ -94,16 +94,12 @@ def value(what: str) -> str:
 def _difference(run: str, pair: str, show: str = "", metric: str = "top1", **where: str) -> str:
     table = _differences(run, metric, tuple(sorted(where.items())))
     line = table[[fnmatchcase(name, pair) for name in table.difference]].iloc[0]
-    mean, interval = _mean_and_interval(line, _digits(metric))
+    digits = _digits(metric)
+    mean = f"{line['mean']:+z.{digits}f}"
+    interval = "" if pd.isna(line.low) else f"[{line.low:+z.{digits}f}, {line.high:+z.{digits}f}]"
     words = {"mean": mean, "interval": interval, "n": str(line.n), "verdict": line.verdict}
     words["p"] = f"{line['p (Holm)']:.3f}"
     return words[show] if show else f"{mean} {interval}, n = {line.n}, {line.verdict}"
-
-
-def _mean_and_interval(line: pd.Series, digits: int) -> tuple[str, str]:
-    """Of a difference; the interval is empty where there is none."""
-    interval = "" if pd.isna(line.low) else f"[{line.low:+z.{digits}f}, {line.high:+z.{digits}f}]"
-    return f"{line['mean']:+z.{digits}f}", interval
 
 
 def _digits(metric: str) -> int:
@@ -123,11 +119,10 @@ def _coresets(run: str) -> str:
     """
     validation, accuracy = make_figures.labelled(make_figures.in_order(results.load(DATA / f"{run}.csv")))
     best = statistics.best_coresets(validation)
-    found = statistics.differences(accuracy, statistics.against_coresets(best), by=("protocol",))
+    found = tables.differences(accuracy, statistics.against_coresets(best), by=("protocol",))
     found["method"] = [name.rpartition(" - ")[0] for name in found.difference]
-    clear = found.verdict.isin(["gain", "loss"])
-    found["shown"] = [" ".join(_mean_and_interval(line, 1)) for _, line in found.iterrows()]
-    found.loc[clear, "shown"] += " **" + found.verdict[clear] + "**"
+    verdicts = found.verdict.map({"gain": " **gain**", "loss": " **loss**"}).fillna("")
+    found["shown"] = found["mean [95 %]"] + verdicts
     labels = {name: name.partition(", ")[2] or "hard labels" for name in best}
     table = found.pivot(index="method", columns="protocol", values="shown").loc[
         found.method.unique(), [*best]
@@ -181,8 +176,8 @@ def _rows(run: str, metric: str, where: tuple[tuple[str, str], ...]) -> pd.DataF
 
 def _table(page: str, count: str) -> str:
     parts = (PROJECT / "paper_figures" / f"{page}.md").read_text().split("\n\n")
-    tables = [part.strip() for part in parts if part.startswith("|")]
-    return f"\n{tables[int(count) - 1]}\n"
+    there = [part.strip() for part in parts if part.startswith("|")]
+    return f"\n{there[int(count) - 1]}\n"
 
 
 def _log() -> pd.DataFrame:
